@@ -1,0 +1,1 @@
+"""Host adapters, one module a host. Importing this package imports no host."""

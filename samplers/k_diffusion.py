@@ -1,0 +1,374 @@
+"""k-diffusion, and every host that keeps its convention `denoised = model(x, sigma, **extra)`.
+
+The package k-diffusion itself is needed only to look up a sampler by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepcache import Method, Report, Request, Session, method
+from stepcache.extras import need
+from stepcache.options import OptionError, unknown
+from stepcache.readings import wide, widened
+
+Scalings = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Conditions = Sequence[str] | Callable[..., str | Sequence[str]] | None
+
+EVALUATIONS = {
+    "sample_euler": 1,
+    "sample_euler_ancestral": 1,
+    "sample_lms": 1,
+    "sample_dpmpp_2m": 1,
+    "sample_dpmpp_2m_sde": 1,
+    "sample_dpmpp_3m_sde": 1,
+    "sample_heun": 2,
+    "sample_dpm_2": 2,
+    "sample_dpm_2_ancestral": 2,
+    "sample_dpmpp_2s_ancestral": 2,
+    "sample_dpmpp_sde": 2,
+}
+"""Evaluations of one step in k-diffusion 0.1.1's samplers that take a schedule; the last step has one in all of them."""
+
+
+def eps_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x = x0 + sigma noise, the network predicts the noise: denoised = x - sigma eps(x / sqrt(sigma^2 + 1))."""
+    return torch.ones_like(sigma), -sigma, (sigma**2 + 1) ** -0.5
+
+
+def flow_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x = (1 - sigma) x0 + sigma noise, the network predicts noise - x0: denoised = x - sigma v(x)."""
+    return torch.ones_like(sigma), -sigma, torch.ones_like(sigma)
+
+
+SCALINGS: dict[str, Scalings] = {"eps": eps_scalings, "flow": flow_scalings}
+
+
+class FlowDenoiser(nn.Module):
+    """A rectified-flow network as a k-diffusion model, right under every sampler of k-diffusion.
+
+    The network gives v(x_t, t) = noise - x0 at x_t = (1 - t) x0 + t noise. k-diffusion's samplers move x = x0 + sigma
+    noise, which is x_t / (1 - t) at sigma = t / (1 - t), so
+
+        denoised = x / (1 + sigma) - sigma / (1 + sigma) v(x / (1 + sigma), sigma / (1 + sigma))
+
+    `shift` is the timestep shift of the training timetable (`t_to_sigma`); 3 in Stable Diffusion 3, 1 without.
+    """
+
+    def __init__(self, inner_model: Callable[..., Tensor], shift: float = 1.0) -> None:
+        super().__init__()
+        self.inner_model = inner_model
+        self.shift = shift
+
+    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return 1 / (1 + sigma), -sigma / (1 + sigma), 1 / (1 + sigma)
+
+    def sigma_to_t(self, sigma: Tensor) -> Tensor:
+        return sigma / (1 + sigma)
+
+    def t_to_sigma(self, t: Tensor) -> Tensor:
+        """Sigma at timestep t in [0, 999]: 1,000 equal steps of flow time, then shifted."""
+        t = (t.float() + 1) / 1000
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        return t / (1 - t).clamp(min=1e-6)
+
+    def get_sigmas(self, n: int, start: float = 0.99) -> Tensor:
+        """n steps, equal in flow time from `start` before the shift, then shifted, then 0."""
+        t = torch.linspace(1, 0, n + 1)[:-1] * start
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        return torch.cat([t / (1 - t), t.new_zeros(1)])
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        c_skip, c_out, c_in = (_spread(c, x) for c in self.get_scalings(sigma))
+        return x * c_skip + c_out * self.inner_model(x * c_in, self.sigma_to_t(sigma), **extra)
+
+
+class InTurn:
+    """Names conditions that come in separate calls, always in the same order: `conditions=InTurn("cond", "uncond")`."""
+
+    def __init__(self, *names: str) -> None:
+        if len(set(names)) != len(names) or not names:
+            raise OptionError(f"conditions {names!r}: give one or more different names")
+        self.names = names
+        self._next = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> str:
+        name = self.names[self._next]
+        self._next = (self._next + 1) % len(self.names)
+        return name
+
+    def reset(self) -> None:
+        self._next = 0
+
+
+class CachedDenoiser(nn.Module):
+    """A k-diffusion model that answers some of its evaluations without running the network.
+
+    Where to put it:
+        (a) around the guidance wrapper: `CachedDenoiser(guided, method)`;
+        (b) inside it, where cond and uncond come batched in one call, in the order named:
+            `Guided(CachedDenoiser(model, method, conditions=("uncond", "cond")))`;
+        (c) inside it, where they come in separate calls: `conditions=InTurn("cond", "uncond")`, or a function
+            `(x, sigma, **extra) -> name` (or names, for a batch of several).
+    Inside is better: each condition is predicted from its own past, before guidance amplifies the error.
+
+    Args:
+        inner: the model, `denoised = inner(x, sigma, **extra)`; x (B, ...), sigma (B,) or a scalar.
+        method: a `Method`, a published name ("ucache"), or None for off.
+        sigmas: the schedule of every run, sigmas[0..n]; better given per run, by `sample` or `run`.
+        conditions: names as above. None: one condition a call, "guided".
+        anchor: the condition that decides; see `Session`. With separate calls it must be the first one called.
+        decide: "anchor", or "each": every condition decides for itself.
+        scalings: how denoised and the network's output belong together: "eps", "flow" (x = (1 - sigma) x0 + sigma
+            noise), or a function sigma -> (c_skip, c_out, c_in) with denoised = c_skip x + c_out network(c_in x). None:
+            taken from the `get_scalings` of the model or of the model inside it, else "eps".
+        group: a torch.distributed process group whose ranks share one sample.
+
+    The output is the inner model's own, bit for bit, wherever it is computed. Attributes of the inner model
+    (`sigma_to_t`, `sigmas`, `get_sigmas`, ...) stay reachable. A run ends by itself; nothing needs resetting.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[..., Tensor],
+        method: Method | str | None,
+        *,
+        sigmas: Tensor | Iterable[float] | None = None,
+        conditions: Conditions = None,
+        anchor: str | None = None,
+        decide: Literal["anchor", "each"] = "anchor",
+        scalings: Literal["eps", "flow"] | Scalings | None = None,
+        group: Any = None,
+    ) -> None:
+        super().__init__()
+        self.inner_model = inner
+        self.conditions = ("guided",) if conditions is None else conditions
+        if isinstance(self.conditions, str):
+            self.conditions = (self.conditions,)
+        if not callable(self.conditions):
+            self.conditions = tuple(InTurn(*self.conditions).names)
+            if anchor is not None and anchor not in self.conditions:
+                raise unknown("anchor", anchor, self.conditions)
+        self._scalings = _scalings(inner, scalings)
+        self.session = Session(
+            _method(method),
+            anchor=anchor,
+            decide=decide,
+            sigmas=sigmas,
+            training_sigma=_training_sigma(inner),
+            lowest_sigma=_lowest_sigma(inner),
+            group=group,
+        )
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
+        names = self.conditions(x, sigma, **extra) if callable(self.conditions) else self.conditions
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if x.shape[0] % len(names):
+            raise OptionError(
+                f"a batch of {x.shape[0]} does not divide into the {len(names)} conditions {', '.join(names)}: "
+                "name the conditions that come in one call, in their order"
+            )
+        try:
+            return self.session.answer(_Call(self.inner_model, self._scalings, names, x, sigma, extra))
+        except BaseException:
+            self._reset_turns()
+            raise
+
+    @property
+    def report(self) -> Report:
+        """What happened in the run in progress, or in the last one."""
+        return self.session.report
+
+    @contextlib.contextmanager
+    def run(
+        self, sigmas: Tensor | Iterable[float] | None = None, stages: int | None = None
+    ) -> Iterator[CachedDenoiser]:
+        """One sampling loop: `with model.run(sigmas): x = sample_euler(model, x, sigmas)`.
+
+        `stages`: the evaluations of one step, 1 or 2, if known; `sample` knows it for k-diffusion's samplers.
+        """
+        self.session.begin(sigmas, stages)
+        self._reset_turns()
+        try:
+            yield self
+        finally:
+            self.session.end()
+
+    def callback(self, also: Callable[[dict[str, Any]], Any] | None = None) -> Callable[[dict[str, Any]], Any]:
+        """A callback for k-diffusion's samplers that tells the timeline which step it is, then calls `also`."""
+
+        def callback(info: dict[str, Any]) -> Any:
+            self.session.note(int(info["i"]))
+            return also(info) if also is not None else None
+
+        return callback
+
+    def reset(self) -> None:
+        """Forgets the run in progress. Never needed; for hosts that know better."""
+        self.session.reset()
+        self._reset_turns()
+
+    def _reset_turns(self) -> None:
+        if isinstance(self.conditions, InTurn):
+            self.conditions.reset()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "inner_model":
+                raise
+        try:
+            return getattr(self.inner_model, name)
+        except AttributeError:
+            raise AttributeError(f"neither CachedDenoiser nor the model inside it has the attribute {name!r}") from None
+
+
+def sample(
+    sampler: str | Callable[..., Tensor],
+    model: Callable[..., Tensor],
+    x: Tensor,
+    *args: Any,
+    cache: CachedDenoiser | None = None,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
+    **keywords: Any,
+) -> Tensor:
+    """Runs one of k-diffusion's samplers with the schedule known: `sample("euler", model, x, sigmas)`.
+
+    Args:
+        sampler: a sampler function, or the name of one in k-diffusion, with or without "sample_".
+        model: what the sampler calls: a `CachedDenoiser`, or something with one inside.
+        x, *args, **keywords: as the sampler takes them (`sigmas`, `extra_args`, ...).
+        cache: the `CachedDenoiser`, where it is inside `model` and cannot be found among its submodules.
+        callback: your own; it is called as usual.
+    """
+    if isinstance(sampler, str):
+        sampler = _sampler(sampler)
+    cache = cache or find(model)
+    arguments = inspect.signature(sampler).bind(model, x, *args, callback=cache.callback(callback), **keywords)
+    stages = EVALUATIONS.get(getattr(sampler, "__name__", ""))
+    with cache.run(arguments.arguments.get("sigmas"), stages):
+        return sampler(*arguments.args, **arguments.kwargs)
+
+
+def find(model: Any) -> CachedDenoiser:
+    """The one `CachedDenoiser` that is `model` or is inside it."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module for module in modules if isinstance(module, CachedDenoiser)]
+    if len(found) != 1:
+        raise OptionError(
+            f"{type(model).__name__} holds {len(found)} CachedDenoisers: pass the one to use as sample(..., cache=)"
+        )
+    return found[0]
+
+
+class _Call(Request):
+    """One call of a k-diffusion model, translated to network space."""
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        scalings: Scalings,
+        names: tuple[str, ...],
+        x: Tensor,
+        sigma: Tensor,
+        extra: dict[str, Any],
+    ) -> None:
+        self.model, self.names, self.latent, self.sigma, self.extra = model, names, x, sigma, extra
+        self._compute_scalings = scalings
+
+    @torch.no_grad()
+    def inputs(self) -> tuple[Tensor, ...]:
+        scalings = self._compute_scalings(self.sigma.to(wide(self.latent.dtype)))
+        self.c_skip, self.c_out, self.c_in = (_spread(c, self.latent) for c in scalings)
+        return (self.latent * self.c_in).chunk(len(self.names))
+
+    def compute(self) -> Tensor:
+        return self.model(self.latent, self.sigma, **self.extra)
+
+    @torch.no_grad()
+    def outputs(self, answer: Tensor) -> tuple[Tensor, ...]:
+        return ((widened(answer) - self.latent * self.c_skip) / self.c_out).chunk(len(self.names))
+
+    @torch.no_grad()
+    def restore(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return torch.addcmul(self.latent * self.c_skip, out, self.c_out).to(self.latent.dtype)
+
+
+def _spread(c: Tensor, x: Tensor) -> Tensor:
+    """A number per row, (B,) or (), as a factor for x (B, ...)."""
+    return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c.reshape((1,) * x.ndim)
+
+
+def _method(given: Method | str | None) -> Method | None:
+    if given is None or isinstance(given, Method):
+        return given
+    if isinstance(given, str):
+        return method(given)
+    raise OptionError(f"method={given!r}: accepted are a Method, the name of one, and None for off")
+
+
+def _inside(model: Any, attribute: str) -> Any:
+    """The attribute of the model, or of the model inside it, as k-diffusion's wrappers nest them; None without."""
+    while model is not None:
+        found = getattr(model, attribute, None)
+        if found is not None:
+            return found
+        model = getattr(model, "inner_model", None)
+    return None
+
+
+def _scalings(model: Any, given: str | Scalings | None) -> Scalings:
+    if callable(given):
+        return given
+    if given is not None:
+        if given not in SCALINGS:
+            raise unknown("scalings", str(given), SCALINGS)
+        return SCALINGS[given]
+    own = _inside(model, "get_scalings")
+    if own is None:
+        return eps_scalings
+
+    def scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = own(sigma)
+        return found if len(found) == 3 else (torch.ones_like(sigma), *found)
+
+    return scalings
+
+
+def _training_sigma(model: Any) -> Callable[[float], float] | None:
+    """Share of the training timetable -> sigma, from the model's own `t_to_sigma`; None where it has no timetable."""
+    t_to_sigma = _inside(model, "t_to_sigma")
+    if t_to_sigma is None:
+        return None
+    table = _inside(model, "sigmas")
+    discrete = _inside(model, "get_sigmas") is not None
+    last = (len(table) if table is not None else 1000) - 1 if discrete else 1.0
+
+    @torch.no_grad()
+    def training_sigma(share: float) -> float:
+        t = (1 - torch.tensor(share, dtype=torch.float32)) * last
+        return float(t_to_sigma(t if table is None else t.to(table.device)))
+
+    return training_sigma
+
+
+def _lowest_sigma(model: Any) -> float:
+    lowest = _inside(model, "sigma_min")
+    return 0.0 if lowest is None else float(lowest)
+
+
+def _sampler(name: str) -> Callable[..., Tensor]:
+    sampling = need("k_diffusion.sampling", "k-diffusion")
+    full = name if name.startswith("sample_") else f"sample_{name}"
+    if not hasattr(sampling, full):
+        raise unknown("sampler", name, [known[7:] for known in dir(sampling) if known.startswith("sample_")])
+    return getattr(sampling, full)

@@ -1,0 +1,49 @@
+"""stepcache: answers some of a diffusion sampler's evaluations without running the model.
+
+The core knows no host; adapters live in `stepcache.samplers`. See docs/design.md.
+"""
+
+from .criteria import Always, Criterion, Never, Verdict
+from .gates import Gate, Hold, LastStep, MaxCached, MaxConsecutive, Warmup, Window
+from .masks import StepMask
+from .memory import Evidence, Node
+from .methods import METHODS, EasyCache, Method, Off, Static, UCache, method
+from .options import OptionError
+from .predictors import Predictor, Reuse
+from .report import Event, Report
+from .session import Request, Session
+from .timeline import Where
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Always",
+    "Criterion",
+    "EasyCache",
+    "Event",
+    "Evidence",
+    "Gate",
+    "Hold",
+    "LastStep",
+    "MaxCached",
+    "MaxConsecutive",
+    "Method",
+    "Never",
+    "Node",
+    "Off",
+    "OptionError",
+    "Predictor",
+    "Report",
+    "Request",
+    "Reuse",
+    "Session",
+    "Static",
+    "StepMask",
+    "UCache",
+    "Verdict",
+    "Warmup",
+    "Where",
+    "Window",
+    "method",
+]

@@ -1,0 +1,229 @@
+"""Criteria: whether an evaluation that may be skipped is skipped.
+
+A new one is one class: subclass `Criterion`, write `decide`, and `observe` if it learns from computed evaluations. Its
+options are its fields; fields made with `state()` hold what it learns in one run.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .gates import Run
+from .memory import Evidence
+from .options import number
+from .readings import Reading
+
+
+class Verdict(NamedTuple):
+    """Skip or not, with the numbers that decided it (None where there were none)."""
+
+    skip: bool
+    estimate: float | None = None
+    threshold: float | None = None
+
+
+def state(default: Any = None, factory: Any = None) -> Any:
+    """A dataclass field that belongs to a run and not to the options."""
+    kind = {"default_factory": factory} if factory else {"default": default}
+    return field(init=False, repr=False, compare=False, **kind)
+
+
+class Criterion(ABC):
+    """Decides about one condition (the anchor) through one run."""
+
+    never_skips: bool = False
+    """True where these options can never skip: then the model is called directly, without any bookkeeping."""
+
+    def begin(self, run: Run) -> Criterion:
+        """A fresh copy for one run: nothing learned in one run reaches another."""
+        return deepcopy(self)
+
+    @abstractmethod
+    def decide(self, evidence: Evidence) -> Verdict:
+        """Asked for every evaluation that the gates let through and that has a memory to predict from.
+
+        Reading several numbers of `evidence` costs one device-to-host transfer if they are all requested before the
+        first `float()`.
+        """
+
+    def observe(self, evidence: Evidence, forced: bool) -> None:
+        """Told of every computed evaluation inside the window; `forced` if a gate held it and `decide` was not asked.
+
+        Keep readings here and turn them into floats in `decide`: then computed evaluations wait for nothing.
+        """
+
+
+@dataclass
+class Always(Criterion):
+    """Skips whatever the gates let through: with a mask, the static policy."""
+
+    def decide(self, evidence: Evidence) -> Verdict:
+        return Verdict(True)
+
+
+@dataclass
+class Never(Criterion):
+    """Computes everything."""
+
+    never_skips = True
+
+    def decide(self, evidence: Evidence) -> Verdict:
+        return Verdict(False)
+
+
+@dataclass
+class Response:
+    """How strongly the network's output answers to its input, from the computed evaluations c inside the window.
+
+    rate k   = mean |out_c - out_c'| / mean |x_c - x_c'|     (kept where either is 0 or not finite)
+    norm     = mean |out_c|
+    average  = 0.8 average + 0.2 mean |out_c - out_c'|        (begins with the first change)
+    """
+
+    rate: float | None = None
+    norm: float = 0.0
+    average: float | None = None
+    _unread: list[tuple[Reading, Reading | None, Reading | None]] = field(default_factory=list)
+    _begun: bool = False
+
+    def observe(self, evidence: Evidence) -> None:
+        if self._begun:
+            self._unread.append((evidence.size, evidence.output_change, evidence.input_change))
+        else:
+            self._unread.append((evidence.size, None, None))
+        self._begun = True
+
+    def expect(self, evidence: Evidence) -> float | None:
+        """k mean |x - x_c|, the change of output expected since c; None where it cannot be told."""
+        change = evidence.input_change if self._begun else None
+        evidence.finite  # noqa: B018  requested here, so that it comes over in the same transfer
+        self._read()
+        if change is None or self.rate is None:
+            return None
+        moved = float(change)
+        return self.rate * moved if moved > 0 and self.norm > 0 else None
+
+    def _read(self) -> None:
+        for size, output_change, input_change in self._unread:
+            self.norm = float(size)
+            if output_change is None:
+                continue
+            out, moved = float(output_change), float(input_change)
+            if not (math.isfinite(out) and out > 0):
+                continue
+            self.average = out if self.average is None else 0.8 * self.average + 0.2 * out
+            if moved > 0 and math.isfinite(moved):
+                self.rate = out / moved
+        self._unread.clear()
+
+
+@dataclass
+class EasyCacheRule(Criterion):
+    """EasyCache's decision, as stable-diffusion.cpp (commit 97d29908) makes it.
+
+    With c the last computed evaluation, k the rate and norm of `Response`:
+
+        E <- E + k mean |x - x_c| / norm;   skip while E < threshold, else compute;   E <- 0 after every computed one
+
+    The paper's repository (H-EmbodVis/EasyCache) measures the input change against the previous step, skipped or not;
+    this form, also ComfyUI's, measures it against the last computed one, which is stricter at the same threshold.
+    """
+
+    threshold: float = 0.2
+
+    error: float = state(0.0)
+    response: Response = state(factory=Response)
+
+    def __post_init__(self) -> None:
+        number("threshold", self.threshold)
+
+    @property
+    def never_skips(self) -> bool:
+        return self.threshold == 0
+
+    def decide(self, evidence: Evidence) -> Verdict:
+        change = self.response.expect(evidence)
+        if change is None:
+            return Verdict(False, threshold=self.threshold)
+        self.error += change / self.response.norm
+        return Verdict(self.error < self.threshold, self.error, self.threshold)
+
+    def observe(self, evidence: Evidence, forced: bool) -> None:
+        self.response.observe(evidence)
+        self.error = 0.0
+
+
+@dataclass
+class UCacheRule(Criterion):
+    """UCache's decision, as stable-diffusion.cpp (commit 97d29908) makes it.
+
+    With c the last computed evaluation, k, norm and average of `Response`, m the skips since c, n the steps of the run:
+
+        a = k mean |x - x_c| / sqrt(max(norm, 1e-6) max(1.6 average, 1e-6))    (relative; norm for 1.6 average at first)
+        a = k mean |x - x_c|                                                   (not relative: threshold times norm)
+        E <- decay E + a (1 + m / 2);   skip while E < f threshold, else compute, and E <- 0 if reset
+        f = 0.5 while fewer than 0.2 n evaluations were computed inside the window, 1.5 above 0.8 n, else 1
+
+    Without a known number of steps f = 1.
+    """
+
+    threshold: float = 1.0
+    decay: float = 1.0
+    relative: bool = True
+    reset: bool = True
+
+    error: float = state(0.0)
+    skips: int = state(0)
+    computed: int = state(0)
+    response: Response = state(factory=Response)
+
+    def __post_init__(self) -> None:
+        number("threshold", self.threshold)
+        number("decay", self.decay, high=1.0)
+        if not self.reset and self.decay == 1 and self.threshold > 0:
+            warnings.warn(
+                "UCache with reset=0 and decay=1 never skips again after its first failed test, because its error only "
+                "grows. Set decay below 1 (0.9, say), or keep reset=1.",
+                stacklevel=4,
+            )
+
+    @property
+    def never_skips(self) -> bool:
+        return self.threshold == 0
+
+    def decide(self, evidence: Evidence) -> Verdict:
+        change = self.response.expect(evidence)
+        threshold = self.threshold * self._progress_factor(evidence.run.steps)
+        if change is None:
+            return Verdict(False, threshold=threshold)
+        norm, average = self.response.norm, self.response.average
+        if self.relative:
+            scale = max(norm, 1e-6)
+            change /= math.sqrt(scale * (scale if average is None else max(1.6 * average, 1e-6)))
+        else:
+            threshold *= norm
+        self.error = self.error * self.decay + change * (1 + 0.5 * self.skips)
+        verdict = Verdict(self.error < threshold, self.error, threshold)
+        if verdict.skip:
+            self.skips += 1
+        elif self.reset:
+            self.error = 0.0
+        return verdict
+
+    def observe(self, evidence: Evidence, forced: bool) -> None:
+        self.response.observe(evidence)
+        self.computed += 1
+        self.skips = 0
+        if forced and self.reset:
+            self.error = 0.0
+
+    def _progress_factor(self, steps: int | None) -> float:
+        if steps is None:
+            return 1.0
+        progress = self.computed / steps
+        return 0.5 if progress < 0.2 else 1.5 if progress > 0.8 else 1.0

@@ -1,0 +1,223 @@
+"""Gates: which evaluations may be skipped. They know places and counts, never tensors.
+
+A gate is a frozen description; `gate.begin(run)` gives the function that answers for one run. The answer is a `Hold`
+(compute, for this reason) or None (it lets the evaluation through). One hold is enough.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from .masks import StepMask
+from .options import number, unknown, window
+from .timeline import Where
+
+WindowUnit = Literal["steps", "training"]
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Why an evaluation must be computed.
+
+    `observe`: the criterion may learn from it. `record`: the predictor's memory takes it in.
+    """
+
+    reason: str
+    observe: bool = True
+    record: bool = True
+
+
+@dataclass
+class Tally:
+    """What has happened to the anchor so far in this run, in evaluations."""
+
+    computed: int = 0
+    skipped: int = 0
+    consecutive: int = 0
+
+
+@dataclass
+class Run:
+    """What is known of a run when it begins.
+
+    `schedule` is sigmas[0..n] or None; `training_sigma(share)` is the sigma at a share of the training timetable
+    (0 = most noise) or None where the model has no such table. Sentences in `notes` go into the report; those in
+    `warnings`, about options that cannot act, are also said aloud, once a session.
+    """
+
+    schedule: tuple[float, ...] | None = None
+    training_sigma: Callable[[float], float] | None = None
+    stages: int | None = None
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int | None:
+        return None if self.schedule is None else len(self.schedule) - 1
+
+
+Answer = Callable[[Where, Tally], Hold | None]
+
+
+class Gate(ABC):
+    """One reason to compute, whatever the criterion would say."""
+
+    @abstractmethod
+    def begin(self, run: Run) -> Answer:
+        """The answer for one run: a function of the place and the tally."""
+
+
+@dataclass(frozen=True)
+class Window(Gate):
+    """Skipping is open while sigma(start) >= sigma > sigma(end).
+
+    unit="steps", UCache's meaning: with n steps, sigma(p) = sigmas[min(floor(p n), n - 1)], the product in float32.
+    With end = 1 the last step is therefore outside.
+    unit="training", EasyCache's meaning: sigma(p) is the training timetable's at (1 - p) (T - 1) with T timesteps;
+    p = 0 means from the start and p = 1 to the end.
+
+    Where the unit's own source is missing (no schedule, or a model without a table), the other is used; with neither,
+    the window is open throughout. The report says which.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    unit: WindowUnit = "steps"
+
+    def __post_init__(self) -> None:
+        window(self.start, self.end)
+        if self.unit not in ("steps", "training"):
+            raise unknown("window unit", str(self.unit), ("steps", "training"))
+
+    def begin(self, run: Run) -> Answer:
+        high, low, source = self.place(run)
+        run.notes.append(
+            f"window {self.start:g} to {self.end:g} {source}"
+            + ("" if source.startswith("open") else f": {high:g} >= sigma > {low:g}")
+        )
+
+        def answer(where: Where, tally: Tally) -> Hold | None:
+            if where.sigma > high:
+                return Hold("before window", observe=False)
+            if not where.sigma > low:
+                return Hold("after window", observe=False)
+            return None
+
+        return answer
+
+    def place(self, run: Run) -> tuple[float, float, str]:
+        """(sigma at the start, sigma at the end, which meaning held)."""
+        units = {"steps": run.schedule, "training": run.training_sigma}
+        unit = self.unit if units[self.unit] is not None else next((u for u in units if units[u] is not None), None)
+        if unit is None:
+            return float("inf"), -1.0, "open throughout: neither a schedule nor a sigma table is known"
+        why = "" if unit == self.unit else {"steps": " (no sigma table)", "training": " (no schedule)"}[unit]
+        if unit == "steps":
+            high, low = sorted((self._step_sigma(run, self.start), self._step_sigma(run, self.end)), reverse=True)
+            return high, low, f"as shares of this run's {run.steps} steps{why}"
+        high = float("inf") if self.start <= 0 else run.training_sigma(self.start)
+        low = 0.0 if self.end >= 1 else run.training_sigma(self.end)
+        return high, low, f"as shares of the training timetable{why}"
+
+    def _step_sigma(self, run: Run, share: float) -> float:
+        step = int(torch.tensor(share, dtype=torch.float32) * run.steps)
+        return run.schedule[min(step, run.steps - 1)]
+
+
+@dataclass(frozen=True)
+class Mask(Gate):
+    """Holds the ones of a `StepMask`. Without a known step it holds everything: never a mask on the wrong step."""
+
+    mask: StepMask
+
+    def begin(self, run: Run) -> Answer:
+        if run.steps is None:
+            run.warnings.append("the mask cannot act: this run's schedule is not known (pass sigmas=, or use sample())")
+            return lambda where, tally: Hold("mask: no schedule")
+        digits = self.mask.for_steps(run.steps)
+        one, off = Hold("mask"), Hold("mask: off the schedule")
+
+        def answer(where: Where, tally: Tally) -> Hold | None:
+            if where.step is None:
+                return off
+            return one if digits[min(where.step, len(digits) - 1)] else None
+
+        return answer
+
+
+@dataclass(frozen=True)
+class Warmup(Gate):
+    """Holds the first `steps` steps; where steps are not known, the first `steps` evaluations."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        number("warmup", self.steps, whole=True)
+
+    def begin(self, run: Run) -> Answer:
+        hold = Hold("warm-up")
+
+        def answer(where: Where, tally: Tally) -> Hold | None:
+            return hold if (where.evaluation if where.step is None else where.step) < self.steps else None
+
+        return answer
+
+
+@dataclass(frozen=True)
+class LastStep(Gate):
+    """Holds the last step of the run, which writes the finest detail and is never corrected by another."""
+
+    def begin(self, run: Run) -> Answer:
+        if run.steps is None:
+            run.warnings.append("the last step cannot be protected: this run's schedule is not known")
+        last, hold = -1 if run.steps is None else run.steps - 1, Hold("last step")
+        return lambda where, tally: hold if where.step == last else None
+
+
+@dataclass(frozen=True)
+class MaxCached(Gate):
+    """At most `limit` skipped evaluations in a run; -1 is no limit, 0 never skips."""
+
+    limit: int
+
+    def __post_init__(self) -> None:
+        number("max_cached", self.limit, low=-1, whole=True)
+
+    def begin(self, run: Run) -> Answer:
+        hold = Hold("max_cached")
+        return lambda where, tally: hold if 0 <= self.limit <= tally.skipped else None
+
+
+@dataclass(frozen=True)
+class MaxConsecutive(Gate):
+    """At most `limit` skipped evaluations in a row, then one is computed; -1 is no limit, 0 never skips."""
+
+    limit: int
+
+    def __post_init__(self) -> None:
+        number("max_consecutive", self.limit, low=-1, whole=True)
+
+    def begin(self, run: Run) -> Answer:
+        hold = Hold("max_consecutive")
+        return lambda where, tally: hold if 0 <= self.limit <= tally.consecutive else None
+
+
+@dataclass(frozen=True)
+class SecondOfTwo(Gate):
+    """Holds, unrecorded, the first evaluation of every two-evaluation step: Heun, DPM2, DPM++ 2S, DPM++ SDE.
+
+    The published rule of stable-diffusion.cpp: only the second evaluation of such a step reads or writes the cache, and
+    the single evaluation of the last one does neither. It needs `stages` to be known (`sample()` knows it); without, it
+    lets everything through and the report says so.
+    """
+
+    def begin(self, run: Run) -> Answer:
+        if run.stages is None:
+            run.warnings.append("evaluations='second' cannot act: how many evaluations a step has is not known")
+        hold = Hold("first of two", observe=False, record=False)
+        return lambda where, tally: hold if run.stages == 2 and where.stage == 0 else None

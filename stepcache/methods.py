@@ -1,0 +1,179 @@
+"""Methods: gate, criterion and predictor under a published name. A method is data; making one is a few lines."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from . import options
+from .criteria import Always, Criterion, EasyCacheRule, Never, UCacheRule
+from .gates import Gate, LastStep, Mask, MaxCached, MaxConsecutive, SecondOfTwo, Warmup, Window, WindowUnit
+from .masks import StepMask
+from .predictors import Predictor, Reuse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Which evaluations are skipped, and what is returned for them.
+
+    Gate, criterion and predictor are independent: any criterion with any predictor under any gate.
+
+    Attributes:
+        criterion: whether an evaluation that may be skipped is skipped. Default `Always`.
+        predictor: what a skipped evaluation returns. Default `Reuse`.
+        start, end: the window, as shares from 0 to 1, default 0 and 1.
+        window: what the shares are of: "steps" (this run's steps) or "training" (the training timetable). None
+            (default): no window, unless start or end is given, which are then shares of this run's steps.
+        mask: a `StepMask`, or anything it takes (text, a list, a preset's name). Default None: no mask.
+        warmup: the first so many steps are computed. Default 0.
+        last_step: the last step is computed. Default False.
+        max_cached: at most so many skipped evaluations in a run. Default -1: no limit.
+        max_consecutive: at most so many in a row. Default -1: no limit.
+        evaluations: "all" (default) or "second": of steps with two evaluations (Heun, DPM2, DPM++ 2S), only the second
+            reads and writes the memory, as stable-diffusion.cpp does it.
+        gates: further gates, asked after these.
+        name: how the report calls it.
+    """
+
+    criterion: Criterion = field(default_factory=Always)
+    predictor: Predictor = field(default_factory=Reuse)
+    start: float = 0.0
+    end: float = 1.0
+    window: WindowUnit | None = None
+    mask: StepMask | str | list[int] | tuple[int, ...] | None = None
+    warmup: int = 0
+    last_step: bool = False
+    max_cached: int = -1
+    max_consecutive: int = -1
+    evaluations: Literal["all", "second"] = "all"
+    gates: tuple[Gate, ...] = ()
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and not isinstance(self.mask, StepMask):
+            object.__setattr__(self, "mask", StepMask(self.mask))
+        if self.evaluations not in ("all", "second"):
+            raise options.unknown("evaluations", str(self.evaluations), ("all", "second"))
+        object.__setattr__(self, "gates", tuple(self.gates))
+        self.all_gates()
+
+    @property
+    def static(self) -> bool:
+        """Whether the mask's zeros are skipped without asking the criterion."""
+        return self.mask is not None and self.mask.policy == "static"
+
+    @property
+    def never_skips(self) -> bool:
+        """Whether these options can never skip anything: the model is then called directly."""
+        closed = 0 in (self.max_cached, self.max_consecutive)
+        ones = self.mask is not None and not isinstance(self.mask.mask, str) and all(self.mask.mask)
+        return closed or ones or (self.criterion.never_skips and not self.static)
+
+    def all_gates(self) -> tuple[Gate, ...]:
+        """The gates that these options ask for, in the order in which they are asked."""
+        chosen: list[Gate] = []
+        if self.evaluations == "second":
+            chosen.append(SecondOfTwo())
+        if self.window is not None or (self.start, self.end) != (0.0, 1.0):
+            chosen.append(Window(self.start, self.end, self.window or "steps"))
+        if self.warmup:
+            chosen.append(Warmup(self.warmup))
+        if self.mask is not None:
+            chosen.append(Mask(self.mask))
+        if self.last_step:
+            chosen.append(LastStep())
+        chosen += [MaxCached(self.max_cached), MaxConsecutive(self.max_consecutive)]
+        return (*chosen, *self.gates)
+
+    def but(self, **changes: Any) -> Method:
+        """The same method with other options: `UCache().but(mask="fast", max_consecutive=3)`."""
+        return replace(self, **changes)
+
+
+def UCache(
+    threshold: float = 1.0,
+    start: float = 0.15,
+    end: float = 0.95,
+    decay: float = 1.0,
+    relative: bool = True,
+    reset: bool = True,
+    **common: Any,
+) -> Method:
+    """UCache, with the published names and defaults (stable-diffusion.cpp, commit 97d29908); made for U-Nets.
+
+    Skips while an accumulated estimate of the relative change of the network's output stays under `threshold`; the rule
+    as a formula stands at `stepcache.criteria.UCacheRule`. A skipped evaluation reuses the residual.
+
+    Args:
+        threshold: the error that is let accumulate. Higher is faster and worse. At 0 nothing is skipped.
+        start, end: the window, as shares of this run's steps.
+        decay: what of the error is kept at each evaluation, 0 to 1.
+        relative: measure the change against the size of the output; else against threshold times that size.
+        reset: forget the error when an evaluation is computed. `reset=False` with `decay=1` never skips again after its
+            first failed test, which is published so and kept, with a warning.
+        **common: every option of `Method`: mask, warmup, last_step, max_cached, max_consecutive, predictor, ...
+
+    For ancestral and SDE samplers the published advice is reset=0; see docs/measurements.md for what it does, and what
+    does better.
+    """
+    rule = UCacheRule(threshold, decay, relative, reset)
+    return Method(**{"criterion": rule, "start": start, "end": end, "window": "steps", "name": "ucache", **common})
+
+
+def EasyCache(threshold: float = 0.2, start: float = 0.15, end: float = 0.95, **common: Any) -> Method:
+    """EasyCache, with the names and defaults of stable-diffusion.cpp (commit 97d29908) and ComfyUI.
+
+    Skips while an accumulated estimate of the relative change of the network's output stays under `threshold`; the rule
+    as a formula stands at `stepcache.criteria.EasyCacheRule`. A skipped evaluation reuses the residual.
+
+    Args:
+        threshold: the error that is let accumulate. Higher is faster and worse. At 0 nothing is skipped.
+        start, end: the window, as shares of the training timetable: for img2img and shifted flows 0.15 is not 15 % of
+            your steps. `window="steps"` makes it so.
+        **common: every option of `Method`: mask, warmup, last_step, max_cached, max_consecutive, predictor, ...
+
+    On ancestral and SDE samplers it rarely skips: fresh noise changes the input more than any skip could repay.
+    """
+    rule = EasyCacheRule(threshold)
+    return Method(
+        **{"criterion": rule, "start": start, "end": end, "window": "training", "name": "easycache", **common}
+    )
+
+
+def Static(mask: StepMask | str | list[int] | tuple[int, ...], **common: Any) -> Method:
+    """Skips exactly the zeros of a step mask, whatever the latents do. `mask` as for `StepMask`."""
+    given = mask.mask if isinstance(mask, StepMask) else mask
+    return Method(**{"mask": StepMask(given, "static"), "name": "static", **common})
+
+
+def Off() -> Method:
+    """Computes everything; the model is called directly."""
+    return Method(criterion=Never(), name="none")
+
+
+METHODS: dict[str, Callable[..., Method]] = {"ucache": UCache, "easycache": EasyCache, "static": Static, "none": Off}
+
+
+def method(name: str, option_text: str = "", **keywords: Any) -> Method:
+    """A method by its published name, with options as text, as keywords, or both.
+
+    `method("ucache", "threshold=1.5,reset=0")`, `method("easycache", threshold=0.3, mask="fast")`.
+
+    Raises `OptionError` naming the option, the value and what is accepted: for an unknown name or key (with the nearest
+    one), a missing "=", text that is not a number, a window with start >= end, a negative threshold.
+    """
+    if name not in METHODS:
+        raise options.unknown("method", name, METHODS)
+    target = METHODS[name]
+    common = {key for key in inspect.signature(Method).parameters if key not in ("criterion", "name")}
+    accepted = {key for key, p in inspect.signature(target).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    takes_common = len(accepted) < len(inspect.signature(target).parameters)
+    for key in keywords:
+        if key not in accepted and not (takes_common and key in common):
+            raise options.unknown("option", key, sorted(accepted | (common if takes_common else set())))
+    text = options.parse(option_text, target)
+    if both := text.keys() & keywords.keys():
+        raise options.OptionError(f"{', '.join(sorted(both))}: given both as text and as keyword")
+    return target(**text, **keywords)

@@ -1,0 +1,88 @@
+"""Options as users write them: `threshold=1.5,reset=0`. Errors name the option, the value and what is accepted."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class OptionError(ValueError):
+    """An option that cannot be accepted, with the sentence that says why and what is."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
+    """The error for a name that nothing has, with the nearest one that exists."""
+    known = list(known)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return OptionError(f"unknown {kind} {name!r}.{hint} Accepted: {', '.join(known)}.")
+
+
+def number(
+    name: str, value: Any, *, low: float = 0.0, high: float = math.inf, whole: bool = False, inclusive: bool = True
+) -> float:
+    """`value` as a number within [low, high]; OptionError naming the option otherwise."""
+    accepted = f"a {'whole ' if whole else ''}number"
+    if high < math.inf:
+        accepted += f" from {low:g} to {high:g}"
+    else:
+        accepted += f" of at least {low:g}" if inclusive else f" above {low:g}"
+    fits = isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value))
+    fits = fits and low <= value <= high and (inclusive or value > low) and (not whole or value == int(value))
+    if not fits:
+        raise OptionError(f"{name}={value!r}: accepted is {accepted}")
+    return int(value) if whole else float(value)
+
+
+def window(start: float, end: float) -> tuple[float, float]:
+    """A window as shares of the run, 0 <= start < end <= 1."""
+    start, end = number("start", start, high=1.0), number("end", end, high=1.0)
+    if start >= end:
+        raise OptionError(f"start={start:g}, end={end:g}: the window is empty; accepted is start < end, from 0 to 1")
+    return start, end
+
+
+def parse(text: str, target: Callable[..., Any]) -> dict[str, Any]:
+    """`key=value,key=value` as keyword arguments of `target`, typed by its defaults.
+
+    Whitespace around keys and values and one trailing comma are allowed. Booleans are 0/1 (also true/false). Raises
+    OptionError for a missing `=`, an unknown key, a key given twice, or text that is not of the default's type.
+    """
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(target).parameters.items()
+        if isinstance(parameter.default, (bool, int, float, str))
+    }
+    chosen: dict[str, Any] = {}
+    parts = text.split(",")
+    if parts and not parts[-1].strip():
+        parts.pop()
+    for part in parts:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise OptionError(f"option {part!r} has no '='. Write options as key=value, separated by commas.")
+        if key not in defaults:
+            raise unknown("option", key, defaults)
+        if key in chosen:
+            raise OptionError(f"{key}={value!r}: the option is given twice")
+        chosen[key] = _typed(key, value, defaults[key])
+    return chosen
+
+
+def _typed(key: str, text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if text.lower() in ("1", "true"):
+            return True
+        if text.lower() in ("0", "false"):
+            return False
+        raise OptionError(f"{key}={text!r}: accepted is 0 or 1")
+    if isinstance(default, str):
+        return text
+    try:
+        return type(default)(text)
+    except ValueError:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise OptionError(f"{key}={text!r}: accepted is {kind}") from None

@@ -1,0 +1,67 @@
+"""Numbers measured on the device, brought to the host together.
+
+Reading a number off a GPU makes the host wait for everything queued before it. Measurements are therefore kept where
+they were made until one of them is needed; then all of them come over in one transfer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Reading:
+    """One number; `float(reading)` fetches it, and with it every other reading of the same pool."""
+
+    __slots__ = ("_pool", "_value")
+
+    def __init__(self, value: Tensor | float, pool: Readings) -> None:
+        self._value = value
+        self._pool = pool
+
+    def __float__(self) -> float:
+        if isinstance(self._value, Tensor):
+            self._pool.fetch()
+        return self._value
+
+    def __repr__(self) -> str:
+        return f"Reading({float(self):.6g})"
+
+
+class Readings:
+    """The readings of one run."""
+
+    def __init__(self) -> None:
+        self._pending: list[Reading] = []
+
+    def take(self, number: Tensor) -> Reading:
+        """Registers a 0-dimensional tensor without waiting for its value."""
+        reading = Reading(number.detach(), self)
+        self._pending.append(reading)
+        return reading
+
+    def fetch(self) -> None:
+        """One device-to-host transfer for all readings still pending."""
+        pending, self._pending = self._pending, []
+        values = torch.stack([reading._value.float() for reading in pending]).tolist()
+        for reading, value in zip(pending, values, strict=True):
+            reading._value = value
+
+
+def mean_abs(x: Tensor) -> Tensor:
+    """mean |x| over all elements, accumulated in float32 (0-dimensional)."""
+    return torch.linalg.vector_norm(x, ord=1, dtype=wide(x.dtype)) / max(x.numel(), 1)
+
+
+def mean_abs_difference(a: Tensor, b: Tensor) -> Tensor:
+    """mean |a - b| over all elements, subtracted and accumulated in float32 (0-dimensional)."""
+    return mean_abs(widened(a) - widened(b))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that arithmetic is done in: float32 for the half-precision types, else the type itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def widened(x: Tensor) -> Tensor:
+    return x.to(wide(x.dtype))

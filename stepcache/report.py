@@ -1,0 +1,202 @@
+"""What happened in a run, evaluation by evaluation, and what it comes to."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .extras import need
+from .readings import Reading
+from .timeline import Where
+
+
+@dataclass
+class Event:
+    """The fate of one condition at one evaluation.
+
+    `estimate` and `threshold` are the criterion's numbers, None where it was not asked or could not tell. `off`, on
+    computed evaluations of a deciding condition, is mean |prediction - output| / mean |output|: how far a skip would
+    have been off.
+    """
+
+    where: Where
+    condition: str
+    computed: bool
+    reason: str
+    estimate: float | None = None
+    threshold: float | None = None
+    off: Reading | None = None
+
+
+@dataclass
+class Report:
+    """One run's events and totals. Three things are counted apart: steps, evaluations and calls.
+
+    `print(report)` is a summary, `report.table()` has a row for every evaluation, `report.to_json()` everything,
+    `report.plot(path)` a picture. The report holds numbers only, never latents.
+    """
+
+    method: str
+    run: int | None = None
+    scheduled_steps: int | None = None
+    notes: list[str] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        self.events.append(event)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that the run has got to; None where steps are not known."""
+        steps = {event.where.step for event in self.events} - {None}
+        return len(steps) if steps else None
+
+    @property
+    def evaluations(self) -> int:
+        """Requests of the sampler for a prediction at (x, sigma)."""
+        return len({event.where.evaluation for event in self.events})
+
+    @property
+    def conditions(self) -> list[str]:
+        """The conditions seen, in order of appearance."""
+        return list(dict.fromkeys(event.condition for event in self.events))
+
+    @property
+    def calls(self) -> int:
+        """Forwards of the network for one condition that were made; batched conditions count one each."""
+        return sum(event.computed for event in self.events)
+
+    @property
+    def skipped(self) -> int:
+        """Calls that were answered without the network."""
+        return len(self.events) - self.calls
+
+    @property
+    def speedup(self) -> float:
+        """Calls asked for over calls made: an estimate that leaves out everything but the network. 1 without any."""
+        return len(self.events) / self.calls if self.calls else 1.0
+
+    def fates(self, condition: str) -> str:
+        """One letter an evaluation of `condition`: C computed, S skipped."""
+        return "".join("C" if event.computed else "S" for event in self.events if event.condition == condition)
+
+    def __str__(self) -> str:
+        if not self.events:
+            return f"{self.method}: nothing evaluated yet"
+        steps = "steps unknown" if self.steps is None else f"{self.steps} steps"
+        lines = [
+            ("method", f"{self.method}: {steps}, {self.evaluations} evaluations, {len(self.events)} calls asked for"),
+            ("calls", f"{self.calls} made, {self.skipped} skipped: {self.speedup:.2f}x fewer calls"),
+            *[(condition, self.fates(condition)) for condition in self.conditions],
+            ("computed", self._reasons(computed=True)),
+        ]
+        if self.skipped:
+            lines.append(("skipped", self._reasons(computed=False)))
+        offs = [value for value in (_number(event.off) for event in self.events) if value is not None]
+        if offs:
+            checked = (
+                f"{statistics.median(offs):.1%} of the output (median of {len(offs)} checks, worst {max(offs):.1%})"
+            )
+            lines.append(("off by", checked))
+        lines += [("note", note) for note in self.notes]
+        width = max(len(label) for label, _ in lines)
+        return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
+
+    def table(self) -> str:
+        """A row for every condition of every evaluation."""
+        rows = [("eval", "step", "sigma", "condition", "fate", "reason", "estimate", "threshold", "off by")]
+        for event in self.events:
+            where, off = event.where, _number(event.off)
+            step = "?" if where.step is None else f"{where.step}{'abc'[min(where.stage, 2)] if where.stage else ''}"
+            estimates = ("" if n is None else f"{n:.4f}" for n in (event.estimate, event.threshold))
+            fate = "computed" if event.computed else "skipped"
+            sigma = f"{where.sigma:.4g}"
+            percent = "" if off is None else f"{off:.1%}"
+            rows.append((str(where.evaluation), step, sigma, event.condition, fate, event.reason, *estimates, percent))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain numbers, strings and lists; NaN and Inf become None."""
+        return {
+            "method": self.method,
+            "run": self.run,
+            "scheduled_steps": self.scheduled_steps,
+            "steps": self.steps,
+            "evaluations": self.evaluations,
+            "calls": self.calls,
+            "skipped": self.skipped,
+            "speedup_in_calls": self.speedup,
+            "notes": list(self.notes),
+            "events": [
+                {
+                    "evaluation": event.where.evaluation,
+                    "step": event.where.step,
+                    "stage": event.where.stage,
+                    "sigma": _number(event.where.sigma),
+                    "condition": event.condition,
+                    "computed": event.computed,
+                    "reason": event.reason,
+                    "estimate": _number(event.estimate),
+                    "threshold": _number(event.threshold),
+                    "off": _number(event.off),
+                }
+                for event in self.events
+            ],
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """`to_dict` as JSON text, also written to `path` if one is given."""
+        text = json.dumps(self.to_dict(), indent=1)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws estimate, threshold, what was computed, and how far predictions would have been off, to `path`.
+
+        Needs matplotlib: `pip install 'stepcache[demo]'`.
+        """
+        figure_module = need("matplotlib.figure", "demo")
+        figure = figure_module.Figure(figsize=(9, 4.5), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
+        deciding = [event for event in self.events if event.threshold is not None or event.off is not None]
+        asked = [event for event in deciding if event.estimate is not None]
+        at = [event.where.evaluation for event in asked]
+        upper.plot(at, [event.threshold for event in asked], color="0.5", drawstyle="steps-mid", label="threshold")
+        upper.plot(at, [event.estimate for event in asked], color="C0", marker=".", label="estimated error")
+        checked = [(event.where.evaluation, _number(event.off)) for event in deciding]
+        checked = [(evaluation, off) for evaluation, off in checked if off is not None]
+        if checked:
+            upper.plot(*zip(*checked, strict=True), "x", color="C3", label="off by, where computed")
+        upper.set_ylabel("error")
+        upper.legend(loc="upper right")
+        upper.set_title(f"{self.method}: {self.calls} of {len(self.events)} calls made")
+        for row, condition in enumerate(self.conditions):
+            mine = [event for event in self.events if event.condition == condition]
+            colors = ["C0" if event.computed else "0.85" for event in mine]
+            lower.bar([event.where.evaluation for event in mine], 0.8, bottom=row + 0.1, width=0.8, color=colors)
+        lower.set_yticks([row + 0.5 for row in range(len(self.conditions))], self.conditions)
+        lower.set_xlabel("evaluation (blue: computed, grey: skipped)")
+        path = Path(path)
+        figure.savefig(path, dpi=120)
+        return path
+
+    def _reasons(self, computed: bool) -> str:
+        counted = Counter(event.reason for event in self.events if event.computed == computed)
+        return ", ".join(f"{reason} {count}" for reason, count in counted.items())
+
+
+def _number(value: float | Reading | None) -> float | None:
+    """A finite float, or None."""
+    if value is None:
+        return None
+    value = float(value)
+    return value if math.isfinite(value) else None

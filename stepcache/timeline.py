@@ -1,0 +1,209 @@
+"""Where an evaluation stands: which run, which step of the schedule, which evaluation of that step.
+
+Known from three sources, the surest first: a plan (the host said which schedule this run follows and how many
+evaluations a step has), the sampler's callback (which names the step just begun), and the sigmas themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHURN = 2**0.5
+"""k-diffusion's `s_churn` raises sigma by at most this factor (gamma <= sqrt(2) - 1)."""
+
+RISE = 1.5
+"""Without a schedule, sigma rising by more than this factor begins a new run: more than churn can do.
+
+A Restart interval may do it too; that costs the evaluations that refill the memory. A missed run costs the image."""
+
+
+@dataclass
+class Where:
+    """The place of one evaluation. Counts start at 0.
+
+    `step` is None where it is not known: no schedule was given, or this sigma does not fit it. `stage` counts the
+    evaluations of one step (Heun, DPM2 and DPM++ 2S have two). `sigma` is the schedule's value where it matches.
+    """
+
+    run: int
+    evaluation: int
+    sigma: float
+    step: int | None = None
+    stage: int = 0
+
+
+def as_schedule(sigmas: Tensor | Iterable[float] | None) -> tuple[float, ...] | None:
+    """A schedule as floats: sigmas[0] to sigmas[n], n steps. Raises ValueError where it cannot be one."""
+    if sigmas is None:
+        return None
+    values = sigmas.detach().float().flatten().tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
+    if len(values) < 2 or any(not s >= 0 or s == float("inf") for s in values):
+        raise ValueError(
+            f"sigmas must be two or more finite numbers >= 0, highest first, as samplers take them; got {values}"
+        )
+    return tuple(torch.tensor(values, dtype=torch.float32).tolist())
+
+
+class Timeline:
+    """Follows the evaluations of one model and says where each stands.
+
+    `sigmas` is the schedule of runs that the host does not announce with `begin`; None means unknown.
+    """
+
+    def __init__(self, sigmas: Tensor | Iterable[float] | None = None) -> None:
+        self._default = as_schedule(sigmas)
+        self.schedule = self._default
+        self.stages: int | None = None
+        self.bounded = False
+        self._run = -1
+        self._last: Where | None = None
+        self._first_sigma = 0.0
+        self._corrector = False
+        self._noted = False
+
+    @property
+    def steps(self) -> int | None:
+        return None if self.schedule is None else len(self.schedule) - 1
+
+    def begin(self, sigmas: Tensor | Iterable[float] | None = None, stages: int | None = None) -> None:
+        """The host announces a run, which then lasts until `end`.
+
+        `stages` is the number of evaluations a step has (1 or 2; the last step, which ends at sigma 0, has one).
+        With both known, evaluations are counted instead of read: no wait for the device.
+        """
+        if stages not in (None, 1, 2):
+            raise ValueError(f"stages={stages!r}: accepted are 1, 2 and None (not known)")
+        self.restart()
+        self.schedule = as_schedule(sigmas) if sigmas is not None else self._default
+        self.stages, self.bounded = stages, True
+
+    def end(self) -> None:
+        """The announced run is over."""
+        self.restart()
+        self.schedule, self.stages, self.bounded = self._default, None, False
+
+    def restart(self) -> None:
+        """Whatever comes next begins a run."""
+        self._last, self._corrector, self._noted = None, False, False
+
+    def locate(self, sigma: Tensor) -> Where:
+        """The place of the evaluation that the sampler asks for at `sigma` (any shape, all equal)."""
+        planned = self._planned()
+        if planned is not None and sigma.device.type != "cpu":
+            value, place = self._nominal(*planned), planned
+        else:
+            value, tolerance = _read(sigma)
+            if self._last is not None and not self.bounded and self._begins_run(value, tolerance):
+                self.restart()
+            value, place = self._place(value, tolerance, planned)
+
+        if self._last is None:
+            self._run, self._first_sigma, evaluation = self._run + 1, value, 0
+        else:
+            evaluation = self._last.evaluation + 1
+        step, stage = place
+        self._last = Where(self._run, evaluation, value, step, stage)
+        return self._last
+
+    def note(self, step: int) -> None:
+        """The sampler's callback names the step whose first evaluation came last."""
+        if self._last is not None:
+            self._last.step, self._last.stage, self._noted = step, 0, True
+
+    def is_last(self, where: Where) -> bool:
+        """Whether this is the run's final step, as far as is known."""
+        return self.steps is not None and where.step == self.steps - 1
+
+    def _planned(self) -> tuple[int, int] | None:
+        if not self.bounded or self.stages is None or self.schedule is None:
+            return None
+        if self._last is None:
+            return 0, 0
+        step, stage = self._last.step, self._last.stage
+        if step is None:
+            return None
+        if stage + 1 < self.stages and self.schedule[step + 1] > 0:
+            return step, stage + 1
+        return (step + 1, 0) if step + 2 < len(self.schedule) else None
+
+    def _nominal(self, step: int, stage: int) -> float:
+        return self.schedule[step] if stage == 0 else max(self.schedule[step + 1], self.schedule[step] * 0.5)
+
+    def _begins_run(self, value: float, tolerance: float) -> bool:
+        last, schedule = self._last, self.schedule
+        if schedule is None or last.step is None:
+            again = last.sigma < self._first_sigma or last.evaluation == 0
+            return value > last.sigma * RISE or (again and value >= self._first_sigma * (1 - tolerance))
+        if last.step + 1 < len(schedule) and _near(value, schedule[last.step + 1], tolerance):
+            return False
+        starts_again = _near(value, schedule[0], tolerance) or value > schedule[0] * CHURN
+        return starts_again or (self.is_last(last) and value > last.sigma)
+
+    def _place(
+        self, value: float, tolerance: float, planned: tuple[int, int] | None
+    ) -> tuple[float, tuple[int | None, int]]:
+        """The sigma, snapped to the schedule, with its step and stage."""
+        schedule, last = self.schedule, self._last
+        if schedule is None:
+            if last is not None and self._noted:
+                return value, (last.step, last.stage + 1)
+            return value, (None, 0)
+        if planned is not None:
+            step, stage = planned
+            low, high = (schedule[step], schedule[step]) if stage == 0 else sorted(schedule[step : step + 2])
+            if low * (1 - tolerance) <= value <= high * CHURN * (1 + tolerance):
+                return self._snapped(value, step, tolerance), planned
+        if last is None or last.step is None:
+            return self._entry(value, tolerance)
+
+        step, stage = last.step, last.stage
+        following = schedule[step + 1]
+        if _near(value, following, tolerance):
+            return following, ((step, 1) if self._corrector and stage == 0 else (step + 1, 0))
+        if _near(value, last.sigma, tolerance) and stage == 0 and step > 0:
+            # The same sigma twice in a row: the evaluation before this was Heun's corrector, of the step before.
+            last.step, last.stage, self._corrector = step - 1, 1, True
+            return last.sigma, (step, 0)
+        if stage == 0 and following < value < schedule[step]:
+            return value, (step, 1)
+        return self._entry(value, tolerance)
+
+    def _entry(self, value: float, tolerance: float) -> tuple[float, tuple[int | None, int]]:
+        """A place found from sigma alone: only an exact match with the schedule counts, or churn on its first sigma."""
+        for step, sigma in enumerate(self.schedule[:-1]):
+            if _near(value, sigma, tolerance):
+                return sigma, (step, 0)
+        if self._last is None and self.schedule[0] < value <= self.schedule[0] * CHURN * (1 + tolerance):
+            return value, (0, 0)
+        return value, (None, 0)
+
+    def _snapped(self, value: float, step: int, tolerance: float) -> float:
+        for sigma in self.schedule[step : step + 2]:
+            if _near(value, sigma, tolerance):
+                return sigma
+        return value
+
+
+def _near(a: float, b: float, tolerance: float) -> bool:
+    return abs(a - b) <= tolerance * max(a, b) and b > 0
+
+
+def _read(sigma: Tensor) -> tuple[float, float]:
+    """Sigma as a float32 number, and the relative tolerance that its dtype asks for."""
+    values = sigma.detach().flatten()
+    low, high = torch.stack(values.aminmax()).tolist() if values.numel() > 1 else [values.item()] * 2
+    if low != high:
+        raise MixedSigmas(low, high)
+    digits = torch.finfo(sigma.dtype).eps if sigma.dtype.is_floating_point else 0.0
+    return high, max(digits, 1e-5)
+
+
+class MixedSigmas(ValueError):
+    """The rows of one batch stand at different sigmas: there is no one place for the evaluation."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__(f"the rows of the batch have different sigmas, {low:g} to {high:g}")
