@@ -34,7 +34,7 @@ EVALUATIONS = {
     "sample_dpmpp_2s_ancestral": 2,
     "sample_dpmpp_sde": 2,
 }
-"""Evaluations of one step in k-diffusion 0.1.1's samplers that take a schedule; the last step has one in all of them."""
+"""Evaluations of one step in those samplers of k-diffusion 0.1.1 that take a schedule; the last step has one."""
 
 
 def eps_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
