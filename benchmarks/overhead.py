@@ -1,0 +1,173 @@
+"""What stepcache itself costs: time and memory per evaluation and condition, in copies of the latent.
+
+python benchmarks/overhead.py [--device cuda] [--markdown overhead.md] [--json overhead.json]
+
+The model does nothing (it returns a tensor made before), so all that is measured is bookkeeping. Three kinds of
+evaluation: `gated` (a gate holds it: computed and remembered), `computed` (the criterion is asked and computes) and
+`skipped` (the criterion is asked and skips). One copy is `latent.clone()`, timed in turn with each of them. Memory:
+`kept` is what stays between evaluations, `peak` the most that one evaluation holds beyond that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import weakref
+from pathlib import Path
+
+import torch
+from rich.box import MARKDOWN, SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stepcache import EasyCache, Method, UCache
+from stepcache.samplers.k_diffusion import CachedDenoiser
+
+SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (4, 16, 128, 128), (1, 16, 21, 90, 160))
+DTYPES = (torch.float32, torch.bfloat16)
+METHODS = {"ucache": UCache, "easycache": EasyCache}
+NEVER, ALWAYS = 1e-30, 1e30
+"""Thresholds under which the criterion, when asked, always computes and always skips."""
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the tensors alive that were made under it, and the most there have been."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.alive -= size
+
+
+def denoiser(method: Method, latents: list[torch.Tensor]) -> CachedDenoiser:
+    """A cached model whose network costs nothing: it returns one of `latents` in turn."""
+    state = {"calls": 0}
+
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        state["calls"] += 1
+        return latents[state["calls"] % len(latents)]
+
+    return CachedDenoiser(model, method)
+
+
+def seconds(work, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+@torch.no_grad()
+def measure(
+    kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, repeats: int
+) -> dict:
+    """Median time of one evaluation of this kind over the median time of one copy, and its memory in copies."""
+    make = METHODS[name]
+    method = {
+        "gated": make(NEVER, start=0.0, end=1.0, warmup=10_000),
+        "computed": make(NEVER, start=0.0, end=1.0),
+        "skipped": make(ALWAYS, start=0.0, end=1.0),
+    }[kind]
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
+    sigmas = torch.linspace(10, 0.1, repeats + 9)
+    model = denoiser(method, [0.5 * latent for latent in latents])
+    copies, ours = [], []
+    with model.run(torch.cat([sigmas, torch.zeros(1)]), stages=1):
+        for k, sigma in enumerate(sigmas[:-1]):
+            x = latents[(k + 1) % 4]
+            sigma = sigma.to(device).expand(shape[0])
+            elapsed = seconds(lambda x=x, sigma=sigma: model(x, sigma), device)
+            copy = seconds(x.clone, device)
+            if k >= 8:
+                ours.append(elapsed)
+                copies.append(copy)
+        fates = model.report.fates("guided")[8:]
+        assert set(fates) == {"S" if kind == "skipped" else "C"}, fates
+        kept = sum(node.x.nbytes + node.out.nbytes for h in model.session._state.histories.values() for node in h)
+        with Allocations() as memory:
+            model(latents[0], sigmas[-1].to(device).expand(shape[0]))
+    size = latents[0].nbytes
+    return {
+        "shape": "x".join(map(str, shape)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "method": name,
+        "evaluation": kind,
+        "copy_us": statistics.median(copies) * 1e6,
+        "us": statistics.median(ours) * 1e6,
+        "copies": statistics.median(a / b for a, b in zip(ours, copies, strict=True)),
+        "kept": kept / size,
+        "peak": memory.peak / size,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    jobs = [
+        (kind, name, shape, dtype)
+        for shape in SHAPES
+        for dtype in DTYPES
+        for name in METHODS
+        for kind in ("gated", "computed", "skipped")
+    ]
+    device = torch.device(options.device)
+    rows = [measure(*job, device, options.repeats) for job in track(jobs, description="measuring")]
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    if options.markdown:
+        with options.markdown.open("w", encoding="utf-8") as file:
+            Console(file=file, width=200).print(table(rows, markdown=True))
+    Console(width=110).print(table(rows))
+
+
+def table(rows: list[dict], markdown: bool = False) -> Table:
+    made = Table(box=MARKDOWN if markdown else SIMPLE_HEAD)
+    for column in ("latent", "dtype", "method", "evaluation"):
+        made.add_column(column, no_wrap=True)
+    for column in ("one copy, us", "ours, us", "copies", "kept", "peak"):
+        made.add_column(column, justify="right", no_wrap=True)
+    for r in rows:
+        numbers = (
+            f"{r['copy_us']:.0f}",
+            f"{r['us']:.0f}",
+            f"{r['copies']:.1f}",
+            f"{r['kept']:.1f}",
+            f"{r['peak']:.1f}",
+        )
+        made.add_row(r["shape"], r["dtype"], r["method"], r["evaluation"], *numbers)
+    return made
+
+
+if __name__ == "__main__":
+    main()

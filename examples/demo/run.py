@@ -1,0 +1,197 @@
+"""`stepcache demo`: a table and two pictures from the two shipped networks."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepcache import EasyCache, Method, Static, StepMask, UCache
+from stepcache.extras import need
+
+from . import networks
+from .sampling import Sampled, Setup, run, setup
+
+SAMPLERS = {"euler": "Euler", "dpmpp_2m": "DPM++ 2M", "euler_ancestral": "Euler a"}
+STEPS = (20, 30)
+METHODS: dict[str, Method | None] = {
+    "full run": None,
+    "UCache": UCache(),
+    "EasyCache": EasyCache(),
+    "static mask medium": Static("medium"),
+    "UCache, mask fast": UCache(mask=StepMask("fast", "dynamic")),
+}
+SHOWN = ("euler", 20)
+"""The sampler and steps of the contact sheet."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `calls` are per condition. `fewer_*`: the same sampler with `calls` steps, no cache."""
+
+    network: str
+    sampler: str
+    steps: int
+    method: str
+    calls: int
+    speedup: float
+    psnr: float | None
+    fewer_psnr: float | None
+    ssim: float | None
+    fewer_ssim: float | None
+    accuracy: float
+    fewer_accuracy: float | None
+
+
+class Scores:
+    """Marks samples: PSNR and SSIM against the full run (scikit-image, data range 2), and the classifier's accuracy."""
+
+    def __init__(self) -> None:
+        self._metrics = need("skimage.metrics", "demo")
+        self._classifier = networks.load("classifier")
+
+    def psnr(self, images: Tensor, reference: Tensor) -> float:
+        """Mean over samples, in dB."""
+        return self._mean("peak_signal_noise_ratio", images, reference)
+
+    def ssim(self, images: Tensor, reference: Tensor) -> float:
+        return self._mean("structural_similarity", images, reference)
+
+    @torch.no_grad()
+    def accuracy(self, images: Tensor) -> float:
+        """The share of samples that the classifier takes for the digit they were asked to be."""
+        label = torch.arange(len(images)) % networks.CLASSES
+        return float((self._classifier(images.clamp(-1, 1)).argmax(1) == label).float().mean())
+
+    def _mean(self, metric: str, images: Tensor, reference: Tensor) -> float:
+        score = getattr(self._metrics, metric)
+        pairs = zip(images[:, 0].clamp(-1, 1).numpy(), reference[:, 0].clamp(-1, 1).numpy(), strict=True)
+        with need("numpy", "demo").errstate(divide="ignore"):
+            return float(statistics.mean(float(score(full, ours, data_range=2.0)) for ours, full in pairs))
+
+
+def demo(out: Path, samples: int = 20, seed: int = 0) -> list[Row]:
+    """Runs everything, prints the table and writes table.md, results.json, contact-sheet.png and trace.png to `out`."""
+    if samples < 10 or samples % 10:
+        raise ValueError(f"--samples {samples}: accepted is a multiple of 10, so that every digit is asked as often")
+    console = need("rich.console", "demo").Console()
+    track = need("rich.progress", "demo").track
+    out.mkdir(parents=True, exist_ok=True)
+    scores, rows, sheets, trace = Scores(), [], {}, None
+    run(setup("unet"), "euler", 2, None, samples, seed)  # the first calls of a process are slower than the rest
+    jobs = [(name, sampler, steps) for name in ("unet", "dit") for sampler in SAMPLERS for steps in STEPS]
+    for name, sampler, steps in track(jobs, description="sampling", console=console):
+        results, fewer = compare(setup(name), sampler, steps, samples, seed)
+        rows += [row(scores, name, sampler, steps, method, results, fewer) for method in METHODS]
+        if (sampler, steps) == SHOWN:
+            sheets[name] = {
+                **{m: r.images for m, r in results.items()},
+                "fewer steps": fewer_like(results, fewer).images,
+            }
+            trace = trace or results["UCache"].report
+    (out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    with (out / "table.md").open("w", encoding="utf-8") as file:
+        need("rich.console", "demo").Console(file=file, width=250).print(table(rows, markdown=True))
+    console.print(table(rows))
+    console.print(
+        f"{samples} samples a run, guidance 3. Calls are per condition. PSNR and SSIM are against the full run of the "
+        "same steps. In brackets: the same sampler without cache, with as many steps as the method made calls."
+    )
+    contact_sheet(sheets, out / "contact-sheet.png")
+    trace.plot(out / "trace.png")
+    console.print(f"Written to {out}: contact-sheet.png, trace.png, table.md, results.json")
+    return rows
+
+
+def compare(
+    setup: Setup, sampler: str, steps: int, samples: int, seed: int
+) -> tuple[dict[str, Sampled], dict[int, Sampled]]:
+    """Every method's run, and the plain runs of fewer steps, by their number of calls, to compare them with."""
+    results = {name: run(setup, sampler, steps, method, samples, seed) for name, method in METHODS.items()}
+    budgets = {calls(result) for result in results.values()} - {steps}
+    return results, {budget: run(setup, sampler, budget, None, samples, seed) for budget in sorted(budgets)}
+
+
+def calls(result: Sampled) -> int:
+    """Calls per condition."""
+    return result.report.calls // len(result.report.conditions)
+
+
+def fewer_like(results: dict[str, Sampled], fewer: dict[int, Sampled]) -> Sampled:
+    return fewer.get(calls(results["UCache"]), results["full run"])
+
+
+def row(
+    scores: Scores,
+    network: str,
+    sampler: str,
+    steps: int,
+    method: str,
+    results: dict[str, Sampled],
+    fewer: dict[int, Sampled],
+) -> Row:
+    full, result = results["full run"], results[method]
+    other = fewer.get(calls(result))
+    exact = torch.equal(result.images, full.images)
+    return Row(
+        network,
+        SAMPLERS[sampler],
+        steps,
+        method,
+        calls(result),
+        full.seconds / result.seconds,
+        None if exact else scores.psnr(result.images, full.images),
+        None if other is None else scores.psnr(other.images, full.images),
+        None if exact else scores.ssim(result.images, full.images),
+        None if other is None else scores.ssim(other.images, full.images),
+        scores.accuracy(result.images),
+        None if other is None else scores.accuracy(other.images),
+    )
+
+
+def table(rows: list[Row], markdown: bool = False) -> Any:
+    box = need("rich.box", "demo")
+    """The rows, in blocks of one network, sampler and number of steps; in brackets what fewer steps reach."""
+    box = need("rich.box", "demo")
+    made = need("rich.table", "demo").Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
+    made.add_column("method", no_wrap=True)
+    for column in ("calls", "speed-up", "PSNR (fewer)", "SSIM (fewer)", "accuracy (fewer)"):
+        made.add_column(column, justify="right", no_wrap=True)
+    block = None
+    for r in rows:
+        if block != (block := (r.network, r.sampler, r.steps)):
+            made.add_row(f"{'**' if markdown else '[bold]'}{r.network}, {r.sampler}, {r.steps} steps{'**' * markdown}")
+        made.add_row(
+            r.method,
+            str(r.calls),
+            f"{r.speedup:.2f}x",
+            _pair("{:.1f}", r.psnr, r.fewer_psnr),
+            _pair("{:.3f}", r.ssim, r.fewer_ssim),
+            _pair("{:.0%}", r.accuracy, r.fewer_accuracy),
+        )
+    return made
+
+
+def _pair(form: str, ours: float | None, fewer: float | None) -> str:
+    return ("same" if ours is None else form.format(ours)) + ("" if fewer is None else f" ({form.format(fewer)})")
+
+
+def contact_sheet(sheets: dict[str, dict[str, Tensor]], path: Path) -> None:
+    """One row a method, one column a digit, the networks side by side."""
+    figure = need("matplotlib.figure", "demo").Figure(figsize=(15, 5.2), layout="constrained", facecolor="white")
+    for part, (name, methods) in zip(figure.subfigures(1, len(sheets), wspace=0.02), sheets.items(), strict=True):
+        sampler, steps = SHOWN
+        part.suptitle(f"{name}: {SAMPLERS[sampler]}, {steps} steps, guidance 3", fontsize=12)
+        axes = part.subplots(len(methods), 1)
+        for axis, (method, images) in zip(axes, methods.items(), strict=True):
+            strip = torch.cat(list(images[:10, 0].clamp(-1, 1)), dim=1)
+            axis.imshow(strip.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest", aspect="equal")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_ylabel(method.replace(" + ", "\n+ ").replace(", ", ",\n"), rotation=0, ha="right", va="center")
+    figure.savefig(path, dpi=110)

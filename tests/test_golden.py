@@ -1,0 +1,559 @@
+"""Decision for decision what stable-diffusion.cpp (commit 97d29908) decides, on trajectories made of closed forms.
+
+Expected values are the reference's own figures, in data/golden.json. Set the variable STEPCACHE_GOLDEN to the path of
+the full traces to run every case of them instead of the selection.
+
+In `dec` (cond) and `dec_un` (uncond) there is one letter an evaluation: C computed, S served from the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import closed_form
+import pytest
+import torch
+from closed_form import MODELS, Denoiser, noise, schedule, x_open
+from torch import Tensor
+
+from stepcache import EasyCache, Gate, Method, OptionError, Report, UCache, Where, Window
+from stepcache.gates import Run, Tally
+from stepcache.readings import mean_abs
+from stepcache.samplers.k_diffusion import CachedDenoiser, sample
+
+COMPACT = json.loads((Path(__file__).parent / "data" / "golden.json").read_text(encoding="utf-8"))
+TABLES = COMPACT["tables"]
+METHODS = {"ucache": UCache, "easycache": EasyCache}
+
+REFUSED = {
+    "uc/x/threshold_negative": "threshold=-1.0: accepted is a number of at least 0",
+    "uc/x/threshold_nan": "threshold=nan: accepted is a number of at least 0",
+    "uc/x/range_invalid_start_ge_end": "start=0.7, end=0.7: the window is empty",
+    "uc/x/range_start_nan": "start=nan: accepted is a number from 0 to 1",
+    "ec/x/threshold_negative": "threshold=-1.0: accepted is a number of at least 0",
+    "ec/x/threshold_nan": "threshold=nan: accepted is a number of at least 0",
+    "ec/x/range_invalid_start_ge_end": "start=0.7, end=0.7: the window is empty",
+}
+DIFFERENT = {"uc/x/uncond_gap_stale", "uc/x/resize_mid_run", "ec/x/resize_mid_run", "uc/x/wrong_model_family"}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:UCache with reset=0 and decay=1"),
+    pytest.mark.filterwarnings("ignore:condition .* is evaluated before the anchor 'cond'"),
+]
+
+
+def load() -> list[dict[str, Any]]:
+    path = os.environ.get("STEPCACHE_GOLDEN")
+    golden = json.loads(Path(path).read_text(encoding="utf-8")) if path else COMPACT
+    return [case for case in golden["cases"] if case["mode"] in METHODS]
+
+
+CASES = {case["id"]: case for case in load()}
+COMPACT_CASES = {case["id"]: case for case in COMPACT["cases"]}
+SAME = [name for name in CASES if name not in REFUSED and name not in DIFFERENT]
+
+
+def inert(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """The sampler of open-loop cases: asks at every sigma and moves nothing."""
+    for sigma in sigmas[:-1]:
+        model(x, sigma * x.new_ones(1))
+    return x
+
+
+def flow_euler_ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, noise_sampler=None):
+    """Ancestral Euler at eta = 1 on x = (1 - sigma) x0 + sigma noise: to sigma_down without noise, then noised back."""
+    for here, there in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        denoised = model(x, here * x.new_ones(1))
+        if there == 0:
+            return denoised
+        down = there * there / here
+        keep = (1 - there) / (1 - down)
+        x = keep * torch.lerp(denoised, x, down / here) + math.sqrt(there**2 - (keep * down) ** 2) * noise_sampler()
+    return x
+
+
+def flow_2s(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """DPM-Solver++(2S), eta = 0, on x = (1 - sigma) x0 + sigma noise: the midpoint is taken in log-SNR.
+
+    At sigma = 1 log-SNR is infinite, so the step from there has one evaluation.
+    """
+    for step, (here, there) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
+        denoised = model(x, here * x.new_ones(1))
+        callback({"i": step, "x": x, "denoised": denoised})
+        if there == 0:
+            return denoised
+        if here < 1:
+            middle = 1 / (1 + math.sqrt((1 / here - 1) * (1 / there - 1)))
+            between = torch.lerp(denoised, x, middle / here)
+            denoised = model(between, middle * x.new_ones(1))
+        x = torch.lerp(denoised, x, there / here)
+    return x
+
+
+def res_2s(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """RES, second order, eta = 0: the exponential Runge-Kutta step with its node c2 at 1/2, in t = -ln sigma."""
+    for step, (here, there) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
+        denoised = model(x, here * x.new_ones(1))
+        callback({"i": step, "x": x, "denoised": denoised})
+        if there == 0:
+            return denoised
+        h = math.log(here / there)
+        phi1, phi1_middle = (1 - math.exp(-h)) / h, (1 - math.exp(-h / 2)) / (h / 2)
+        b2 = 2 * (1 - phi1) / h
+        toward = denoised - x
+        middle = math.exp(-h / 2) * here
+        toward_2 = model(x + h / 2 * phi1_middle * toward, middle * x.new_ones(1)) - x
+        x = x + h * ((phi1 - b2) * toward + b2 * toward_2)
+    return x
+
+
+SAMPLERS: dict[str, tuple[str | Callable[..., Tensor], int, dict[str, Any]]] = {
+    "euler": ("euler", 1, {}),
+    "euler_a_eta1": ("euler_ancestral", 1, {"eta": 1.0}),
+    "dpmpp2m": ("dpmpp_2m", 1, {}),
+    "heun": ("heun", 2, {}),
+    "dpm2": ("dpm_2", 2, {}),
+    "dpmpp2s_a_eta0": ("dpmpp_2s_ancestral", 2, {"eta": 0.0}),
+    "dpmpp2s_a_flow_eta0": (flow_2s, 2, {}),
+    "res_2s_eta0": (res_2s, 2, {}),
+}
+"""The sampler of a case (k-diffusion's by name, or one that k-diffusion lacks), evaluations of a step, options."""
+
+
+@dataclass
+class Guided:
+    """Classifier-free guidance around the cached model, as a case asks for it, with what its scenario changes."""
+
+    cached: CachedDenoiser
+    case: dict[str, Any]
+    sigmas: Tensor
+    evaluation: int = -1
+    reports: list[Report] = field(default_factory=list)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        self.evaluation += 1
+        scenario, cfg = self.case.get("scenario", {}), self.case["cfg"]
+        never = len(self.sigmas) * 2
+        if self.case["loop"] == "open":
+            x = self.open_input(sigma).to(x.dtype)
+        absent = scenario.get("un_gap0", never) <= self.evaluation < scenario.get("un_gap1", never)
+        swapped = self.evaluation >= scenario.get("swap_at", never)
+        cond = self.ask(x, sigma, "swapped" if swapped else "cond")
+        uncond = self.ask(x, sigma, "uncond") if scenario.get("uncond", 1) and not absent else None
+        if "img" in scenario:
+            self.ask(x, sigma, "image")  # at image guidance 1 it cancels out of what is returned
+        return cond if uncond is None else uncond + cfg * (cond - uncond)
+
+    def open_input(self, sigma: Tensor) -> Tensor:
+        """x from its closed form; at `freeze_at` the one before, from `resize_at` on a shorter one."""
+        scenario, i = self.case.get("scenario", {}), self.evaluation
+        if i == scenario.get("freeze_at"):
+            return x_open(i - 1, float(self.sigmas[i - 1]))
+        return x_open(
+            i, float(sigma), scenario["resize_to"] if i >= scenario.get("resize_at", i + 1) else closed_form.N
+        )
+
+    def ask(self, x: Tensor, sigma: Tensor, condition: str) -> Tensor:
+        denoised = self.cached(x, sigma, condition=condition)
+        if not self.reports or self.reports[-1] is not self.cached.report:
+            self.reports.append(self.cached.report)
+        return denoised
+
+    def spoil(self, out: Tensor) -> None:
+        scenario = self.case.get("scenario", {})
+        if self.evaluation == scenario.get("nan_at"):
+            out[0, 5] = math.nan
+        if self.evaluation == scenario.get("zero_at"):
+            out.zero_()
+
+
+@dataclass
+class Trace:
+    """What happened: the reports, of one run or several, the calls that the network got, and the sampler's result."""
+
+    reports: list[Report]
+    calls: list[str]
+    x: Tensor
+
+    def fates(self, *conditions: str) -> str:
+        events = (event for report in self.reports for event in report.events if event.condition in conditions)
+        return "".join("C" if event.computed else "S" for event in events)
+
+    @property
+    def dec(self) -> str:
+        return self.fates("cond", "swapped")
+
+    @property
+    def dec_un(self) -> str:
+        return self.fates("uncond")
+
+
+def method_of(case: dict[str, Any], **common: Any) -> Method:
+    """The case's method. Its threshold "inf" means the default; null stands for NaN."""
+    options = {key: math.nan if value is None else value for key, value in case["p"].items()}
+    accepted = ("threshold", "start", "end") + (("decay", "relative", "reset") if case["mode"] == "ucache" else ())
+    options = {key: float(options[key]) for key in accepted if options[key] != "inf"}
+    for key in ("relative", "reset"):
+        if key in options:
+            options[key] = bool(options[key])
+    return METHODS[case["mode"]](**options, **{"evaluations": "second", **common})
+
+
+def follow(case: dict[str, Any], method: Method | None = None, dtype: torch.dtype = torch.float32) -> Trace:
+    """Runs a case, by default with the method it names, through the k-diffusion adapter, everything in `dtype`."""
+    model = MODELS[case["den"]]()
+    sigmas = schedule(case["sched"], model)
+    calls: list[str] = []
+    network = Denoiser(model, calls)
+
+    def inner(x: Tensor, sigma: Tensor, condition: str) -> Tensor:
+        return network(x, sigma, condition).to(x.dtype)
+
+    for name in ("sigmas", "t_to_sigma", "get_sigmas"):
+        setattr(inner, name, getattr(model, name))
+    cached = CachedDenoiser(
+        inner,
+        method_of(case) if method is None else method,
+        conditions=lambda x, sigma, condition: condition,
+        scalings=model.scalings,
+    )
+    guided = Guided(cached, case, sigmas)
+    network.spoil = guided.spoil
+    x = x_open(0, float(sigmas[0])).to(dtype)
+    sigmas = sigmas.to(dtype)
+    sampler, stages, options = (inert, 1, {}) if case["loop"] == "open" else SAMPLERS[case["sampler"]]
+    if case["sampler"] == "euler_a_eta1":
+        drawn = itertools.count()
+        options = options | {"noise_sampler": lambda *sigmas: noise(next(drawn)).to(dtype)}
+        sampler = flow_euler_ancestral if model.scalings == "flow" else sampler
+    if isinstance(sampler, str):
+        x = sample(sampler, guided, x, sigmas, cache=cached, disable=True, **options)
+    else:
+        with cached.run(sigmas, stages):
+            x = sampler(guided, x, sigmas, callback=cached.callback(), **options)
+    return Trace(guided.reports, calls, x)
+
+
+def figures(x: Tensor) -> list[float]:
+    """Sum, sum of magnitudes and first three elements: what the reference tells of its result."""
+    x = x.double().flatten()
+    return [float(x.sum()), float(x.abs().sum()), *x[:3].tolist()]
+
+
+def half_margin(dtype: torch.dtype) -> list[str]:
+    """Cases whose decisions survive latents and sigmas rounded to `dtype`."""
+    least = {torch.float16: 0.03, torch.bfloat16: 0.15}[dtype]
+    return [name for name in SAME if CASES[name].get("margin", math.inf) > least]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_decision_every_call_and_the_result_are_the_references(name):
+    case = CASES[name]
+    trace = follow(case)
+    assert trace.dec == case["dec"]
+    assert trace.dec_un == case["dec_un"]
+    assert len(trace.calls) == case["n_model"]
+    if case["loop"] == "closed":
+        assert figures(trace.x) == pytest.approx(case["xf"], rel=2e-5, abs=1e-5 * case["xf"][1])
+
+
+@pytest.mark.parametrize("name", [name for name, case in COMPACT_CASES.items() if "col" in case])
+def test_estimates_and_thresholds_are_the_references(name):
+    """The reference's error is read after the evaluation, so it is 0 where a failed test has just reset it."""
+    case = COMPACT_CASES[name]
+    columns, anchor = case["col"], follow(case).reports[0]
+    events = [event for event in anchor.events if event.condition == "cond"]
+    assert len(events) == len(columns["err"])
+    resets = case["mode"] == "easycache" or case["p"]["reset"]
+    asked = 0
+    for row, event in enumerate(events):
+        if event.estimate is None:
+            continue
+        asked += 1
+        if event.computed and resets:
+            assert columns["err"][row] == 0
+            assert event.estimate >= event.threshold
+        else:
+            assert event.estimate == pytest.approx(columns["err"][row], rel=1e-4)
+        threshold = columns["thr"][row] if "thr" in columns else anchor_threshold(case)
+        assert event.threshold == pytest.approx(threshold, rel=1e-4)
+    assert asked > 0
+
+
+def anchor_threshold(case: dict[str, Any]) -> float:
+    return 0.2 if case["p"]["threshold"] == "inf" else case["p"]["threshold"]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_decisions_do_not_depend_on_the_dtype_float64(name):
+    case = CASES[name]
+    trace = follow(case, dtype=torch.float64)
+    assert (trace.dec, trace.dec_un) == (case["dec"], case["dec_un"])
+
+
+@pytest.mark.parametrize("name", half_margin(torch.float16))
+def test_decisions_do_not_depend_on_the_dtype_float16(name):
+    """Latents, network outputs and sigmas are rounded to float16; the cases are those with a margin above 3 %."""
+    case = CASES[name]
+    trace = follow(case, dtype=torch.float16)
+    assert (trace.dec, trace.dec_un) == (case["dec"], case["dec_un"])
+
+
+@pytest.mark.parametrize("name", half_margin(torch.bfloat16))
+def test_decisions_do_not_depend_on_the_dtype_bfloat16(name):
+    """Latents, network outputs and sigmas are rounded to bfloat16; the cases are those with a margin above 15 %."""
+    case = CASES[name]
+    trace = follow(case, dtype=torch.bfloat16)
+    assert (trace.dec, trace.dec_un) == (case["dec"], case["dec_un"])
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
+def test_half_precision_latents_are_measured_in_float32(dtype, rel):
+    """At 65,536 elements a sum in float16 overflows and one in bfloat16 stands still."""
+    case = CASES["uc/open/karras20/t1/d1/rel1/rst1/0-1"] | {"scenario": {"resize_at": 0, "resize_to": 1 << 16}}
+    exact, half = follow(case), follow(case, dtype=dtype)
+    assert half.dec == exact.dec
+    estimates = [[event.estimate for event in trace.reports[0].events] for trace in (half, exact)]
+    assert [e is None for e in estimates[0]] == [e is None for e in estimates[1]]
+    assert [e for e in estimates[0] if e is not None] == pytest.approx(
+        [e for e in estimates[1] if e is not None], rel=rel
+    )
+
+
+def test_a_condition_that_was_absent_is_computed_not_served_from_its_old_memory():
+    """Different on purpose: the reference serves uncond at step 12 from step 6, past cond's computations at 8 and 11.
+
+    A residual from another part of the run is no prediction. From there on the two trajectories differ.
+    """
+    case = CASES["uc/x/uncond_gap_stale"]
+    trace = follow(case)
+    assert case["dec"] == "CCCCCCCSCSSCSCSSSCSC"
+    assert trace.dec == "CCCCCCCSCSSCSSCSSSCC"
+    gap = case["scenario"]["un_gap1"] - case["scenario"]["un_gap0"]
+    assert case["dec_un"][12 - gap] == "S"
+    assert trace.dec_un == "CCCCCCCSCSCSSSCC"
+    back = next(e for e in trace.reports[0].events if e.where.step == 12 and e.condition == "uncond")
+    assert (back.computed, back.reason) == (True, "no memory yet")
+
+
+def test_the_report_blames_missing_memory_only_where_memory_is_missing():
+    """Conditions in separate calls: where cond is computed because its test failed, that is why uncond is, too."""
+    trace = follow(CASES["uc/x/uncond_gap_stale"])
+    without = [e.where.step for e in trace.reports[0].events if e.condition == "uncond" and e.reason == "no memory yet"]
+    assert without == [12]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("uc/x/resize_mid_run", "CCCCCSCSCS", "CCSCSCSSCC"),
+        ("ec/x/resize_mid_run", "CCCCCCCCCCSSCSSCSSCS", "CCSSCSSCSSCSSCSSCSSCSSCSSCSSCC"),
+    ],
+)
+def test_a_size_change_begins_a_clean_run(name, before, after):
+    """Different on purpose: the reference compares the first elements of the two sizes and keeps its error and rate.
+
+    Here the first two evaluations at the new size are computed, as at the beginning of any run.
+    """
+    case = CASES[name]
+    trace = follow(case)
+    change = case["scenario"]["resize_at"]
+    assert case["dec"][:change] == before
+    assert case["dec"][change:] != after
+    assert [report.fates("cond") for report in trace.reports] == [before, after]
+    assert [report.run for report in trace.reports] == [0, 1]
+    assert trace.reports[1].events[0].where.step == change
+    assert trace.reports[1].events[0].reason == "no memory yet"
+
+
+def test_a_condition_of_another_size_gets_the_models_own_answer():
+    """Different on purpose: where cond is skipped, the reference answers an uncond of another size with no elements."""
+    model = MODELS["compvis"]()
+    sigmas, calls = schedule("karras20", model), []
+    bare = Denoiser(model, calls)
+    cached = CachedDenoiser(
+        bare, UCache(threshold=100.0, start=0.0), conditions=lambda x, sigma, condition: condition, scalings="eps"
+    )
+    with cached.run(sigmas, 1):
+        for step in range(4):
+            cond = cached(x_open(step, float(sigmas[step])), sigmas[step : step + 1], condition="cond")
+        assert calls == ["cond"] * 2
+        shorter = x_open(3, float(sigmas[3]), 192)
+        uncond = cached(shorter, sigmas[3:4], condition="uncond")
+    assert cond.shape == (1, 256)
+    assert torch.equal(uncond, bare(shorter, sigmas[3:4], condition="uncond"))
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "calls"),
+    [
+        ("uc/x/sampler_dpm2", "CCCCCCCCSCSCSSCSSCSSSCSSSCSSSSCSSSSSSCC", 34),
+        ("uc/x/sampler_res_2s_eta0", "CCCCCCCCSCSCSSCSSCSSSCSSSCSSSSCSSSSSSCC", 34),
+        (
+            "ec/x/sampler_heun",
+            "CCCCCCCCCCCCCCCCCSSSSSSCSSSSSSSCSSSSSSSCSSSSSSSCSSSSSSCSSSSSCSSSSSCSSSSSCSSSSSCSSSSSCSSSSCSSSSSCCCC",
+            64,
+        ),
+    ],
+)
+def test_both_evaluations_of_a_step_are_cached_by_default(name, ours, calls):
+    """Different on purpose: the reference never serves the first evaluation of a Heun, DPM2 or DPM++ 2S step.
+
+    So it computes at least half of all evaluations. `evaluations="second"` is its rule and gives its decisions.
+    """
+    case = CASES[name]
+    assert "S" not in case["dec"][::2]
+    trace = follow(case, method_of(case, evaluations="all"))
+    assert trace.dec == trace.dec_un == ours
+    assert len(trace.calls) == calls < case["n_model"]
+
+
+def test_the_published_rule_skips_second_evaluations_only():
+    trace = follow(CASES["uc/x/sampler_dpm2"])
+    assert {event.where.stage for event in trace.reports[0].events if not event.computed} == {1}
+
+
+def test_ucache_is_accepted_whatever_the_family_of_the_model():
+    """Different on purpose: told that the model is not a U-Net, the reference refuses UCache and computes everything.
+
+    The rule looks at inputs and outputs only, and a wrapper cannot know what is inside. Which is better for a model is
+    for docs/measurements.md to say.
+    """
+    case = CASES["uc/x/wrong_model_family"]
+    assert case["dec"] == "C" * 20
+    assert follow(case).dec == "CCCCCCCSCSSCSSCSSSCC"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_meant_is_refused_by_name_and_value(name):
+    """Different on purpose: the reference runs with a negative or NaN threshold, and drops the cache for a bad window.
+
+    In all of these it computes everything, which is not what a user who chose a method asked for.
+    """
+    case = CASES[name]
+    assert set(case["dec"]) == {"C"}
+    with pytest.raises(OptionError) as refusal:
+        method_of(case)
+    assert str(refusal.value).startswith(REFUSED[name])
+
+
+def test_a_condition_swapped_after_the_anchor_was_chosen_is_computed_and_said_aloud():
+    """The decisions are the reference's, which says nothing: from the swap on it computes everything."""
+    case = CASES["ec/x/cond_object_swapped_after_anchor"]
+    with pytest.warns(UserWarning, match="condition 'swapped' is evaluated before the anchor 'cond'"):
+        trace = follow(case)
+    assert trace.dec == case["dec"] == "C" * 50
+    assert {event.reason for event in trace.reports[0].events if event.condition == "swapped"} == {
+        "before the anchor",
+        "after window",
+    }
+
+
+def test_with_reset_0_and_decay_1_skipping_returns_only_when_the_threshold_rises():
+    """The error only grows, but the effective threshold doubles once a fifth of the steps has been computed."""
+    case = CASES["uc/closed/flow50/t1.5/d1/rel0/rst0/0-1"]
+    assert case["dec"] == "CC" + "S" * 6 + "C" * 8 + "S" * 5 + "C" * 29
+    trace = follow(case)
+    assert trace.dec == case["dec"]
+    events = [event for event in trace.reports[0].events if event.condition == "cond" and event.estimate is not None]
+    estimates = [event.estimate for event in events]
+    assert estimates == sorted(estimates)
+    assert events[14].threshold / events[13].threshold == pytest.approx(1.9746, abs=1e-4)
+
+
+def test_a_third_condition_follows_the_anchor():
+    for name in ("uc/x/img_uncond_third_condition", "ec/x/img_uncond_third_condition"):
+        assert follow(CASES[name]).fates("image") == CASES[name]["dec"]
+
+
+def test_a_window_in_steps_covers_the_references_steps():
+    """Rows are [steps, start, end, first active step, first step after]; shares times steps is a float32 product."""
+    for steps, start, end, first, after in TABLES["ucache_window"]:
+        sigmas = tuple(float(steps - i) for i in range(steps + 1))
+        answer = Window(start, end, "steps").begin(Run(sigmas))
+        active = [i for i in range(steps) if answer(Where(0, i, sigmas[i], i), Tally()) is None]
+        assert active == list(range(first, after)), (steps, start, end)
+
+
+@pytest.mark.parametrize("key", TABLES["easycache_active"])
+def test_a_window_of_the_training_timetable_covers_the_references_steps(key):
+    place, _, shares = key.partition("/")
+    sched, _, den = place.partition("@")
+    start, end = map(float, shares.split("-"))
+    case = {"den": den, "sched": sched, "sampler": "euler", "loop": "open", "cfg": 3, "scenario": {"uncond": 0}}
+    trace = follow(case, EasyCache(start=start, end=end))
+    outside = ("before window", "after window")
+    active = "".join("01"[event.reason not in outside] for event in trace.reports[0].events)
+    assert active == TABLES["easycache_active"][key]
+
+
+class Probe(Gate):
+    """Lets everything through and shows what is known of the run."""
+
+    def begin(self, run: Run) -> Callable[..., None]:
+        self.run = run
+        return lambda where, tally: None
+
+
+@pytest.mark.parametrize("den", TABLES["percent_to_sigma"])
+def test_a_share_of_the_training_timetable_is_the_references_sigma(den):
+    """The largest float32 stands for infinity there. Shares outside 0 to 1, which it clamps, are refused here."""
+    probe = Probe()
+    case = {"den": den, "sched": "flow50", "sampler": "euler", "loop": "open", "cfg": 3, "scenario": {"uncond": 0}}
+    follow(case, Method(gates=(probe,)))
+    for share, sigma in TABLES["percent_to_sigma"][den]:
+        if not 0 <= share <= 1:
+            with pytest.raises(OptionError, match=rf"^start={share}: accepted is a number from 0 to 1$"):
+                EasyCache(start=share)
+            continue
+        if share < 1:
+            high = Window(share, 1.0, "training").place(probe.run)[0]
+            assert high == (math.inf if share == 0 else pytest.approx(sigma, rel=1e-6))
+        if share > 0:
+            assert Window(0.0, share, "training").place(probe.run)[1] == pytest.approx(sigma, rel=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "factors"), TABLES["adaptive_threshold"])
+def test_the_threshold_follows_how_many_evaluations_were_computed(steps, factors):
+    """`factors[k]` after k computed evaluations. All are reached by computing everything, two evaluations a step."""
+
+    def thresholds(**window: float) -> list[float]:
+        model = MODELS["flow1"]()
+        sigmas = torch.linspace(1, 0, steps + 1)
+        cached = CachedDenoiser(
+            Denoiser(model, []), UCache(threshold=1e-9, **window), conditions=lambda *_, condition: condition
+        )
+        asked = [sigma for i in range(steps - 1) for sigma in sigmas[i : i + 2]] + [sigmas[-2]]
+        with cached.run(sigmas, 2):
+            for i, sigma in enumerate(asked):
+                cached(x_open(i, float(sigma)), sigma.reshape(1), condition="cond")
+        assert cached.report.calls == 2 * steps - 1
+        return [event.threshold * 1e9 for event in cached.report.events if event.threshold is not None]
+
+    assert thresholds(start=0.3)[0] == pytest.approx(factors[0])
+    reached = thresholds(start=0.0, end=1.0)
+    assert reached[: steps - 1] == pytest.approx(factors[1:steps])
+    assert reached[-1] == pytest.approx(factors[-1])
+
+
+def test_large_latents_are_summed_without_drift():
+    """Different on purpose: the reference adds up one by one in float32 and is 0.65 % off at 4.8 million elements."""
+    elements, _, _, off = next(row for row in TABLES["float32_sequential_mean_abs"] if row[0] == 4838400)
+    assert off == -0.00652272592
+    x = torch.linspace(-1.6, 1.6, elements)
+    assert float(mean_abs(x)) == pytest.approx(float(x.double().abs().mean()), rel=1e-6)
+
+
+def test_evidence_is_asked_only_inside_the_window():
+    """Outside it nothing is measured for a decision: the first decision has no rate yet, and tells no estimate."""
+    trace = follow(CASES["uc/x/range_.29-.58_n50"])
+    cond = [event for event in trace.reports[0].events if event.condition == "cond"]
+    assert [event.where.step for event in cond if event.threshold is not None] == list(range(14, 29))
+    assert [event.where.step for event in cond if event.estimate is not None] == list(range(16, 29))
