@@ -18,7 +18,7 @@ from stepcache.extras import need
 from stepcache.options import OptionError, unknown
 from stepcache.readings import wide, widened
 
-Scalings = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Scalings = Callable[[Tensor], tuple[Tensor | None, Tensor, Tensor]]
 Conditions = Sequence[str] | Callable[..., str | Sequence[str]] | None
 
 EVALUATIONS = {
@@ -37,14 +37,14 @@ EVALUATIONS = {
 """Evaluations of one step in those samplers of k-diffusion 0.1.1 that take a schedule; the last step has one."""
 
 
-def eps_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def eps_scalings(sigma: Tensor) -> tuple[None, Tensor, Tensor]:
     """x = x0 + sigma noise, the network predicts the noise: denoised = x - sigma eps(x / sqrt(sigma^2 + 1))."""
-    return torch.ones_like(sigma), -sigma, (sigma**2 + 1) ** -0.5
+    return None, -sigma, (sigma * sigma + 1).rsqrt()
 
 
-def flow_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def flow_scalings(sigma: Tensor) -> tuple[None, Tensor, Tensor]:
     """x = (1 - sigma) x0 + sigma noise, the network predicts noise - x0: denoised = x - sigma v(x)."""
-    return torch.ones_like(sigma), -sigma, torch.ones_like(sigma)
+    return None, -sigma, torch.ones_like(sigma)
 
 
 SCALINGS: dict[str, Scalings] = {"eps": eps_scalings, "flow": flow_scalings}
@@ -93,9 +93,7 @@ class InTurn:
     """Names conditions that come in separate calls, always in the same order: `conditions=InTurn("cond", "uncond")`."""
 
     def __init__(self, *names: str) -> None:
-        if len(set(names)) != len(names) or not names:
-            raise OptionError(f"conditions {names!r}: give one or more different names")
-        self.names = names
+        self.names = _distinct(names)
         self._next = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> str:
@@ -126,8 +124,9 @@ class CachedDenoiser(nn.Module):
         anchor: the condition that decides; see `Session`. With separate calls it must be the first one called.
         decide: "anchor", or "each": every condition decides for itself.
         scalings: how denoised and the network's output belong together: "eps", "flow" (x = (1 - sigma) x0 + sigma
-            noise), or a function sigma -> (c_skip, c_out, c_in) with denoised = c_skip x + c_out network(c_in x). None:
-            taken from the `get_scalings` of the model or of the model inside it, else "eps".
+            noise), or a function sigma -> (c_skip, c_out, c_in) with denoised = c_skip x + c_out network(c_in x), where
+            c_skip = None stands for 1. None: taken from the `get_scalings` of the model or of the model inside it, else
+            "eps".
         group: a torch.distributed process group whose ranks share one sample.
 
     The output is the inner model's own, bit for bit, wherever it is computed. Attributes of the inner model
@@ -149,10 +148,8 @@ class CachedDenoiser(nn.Module):
         super().__init__()
         self.inner_model = inner
         self.conditions = ("guided",) if conditions is None else conditions
-        if isinstance(self.conditions, str):
-            self.conditions = (self.conditions,)
         if not callable(self.conditions):
-            self.conditions = tuple(InTurn(*self.conditions).names)
+            self.conditions = _distinct(self.conditions)
             if anchor is not None and anchor not in self.conditions:
                 raise unknown("anchor", anchor, self.conditions)
         self._scalings = _scalings(inner, scalings)
@@ -169,7 +166,7 @@ class CachedDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
         names = self.conditions(x, sigma, **extra) if callable(self.conditions) else self.conditions
-        names = (names,) if isinstance(names, str) else tuple(names)
+        names = _distinct(names)
         if x.shape[0] % len(names):
             raise OptionError(
                 f"a batch of {x.shape[0]} does not divide into the {len(names)} conditions {', '.join(names)}: "
@@ -286,26 +283,36 @@ class _Call(Request):
 
     @torch.no_grad()
     def inputs(self) -> tuple[Tensor, ...]:
-        scalings = self._compute_scalings(self.sigma.to(wide(self.latent.dtype)))
-        self.c_skip, self.c_out, self.c_in = (_spread(c, self.latent) for c in scalings)
-        return (self.latent * self.c_in).chunk(len(self.names))
+        x = self.latent
+        scalings = self._compute_scalings(self.sigma.to(x.device, wide(x.dtype)))
+        self.c_skip, self.c_out, self.c_in = (None if c is None else _spread(c, x) for c in scalings)
+        return (x * self.c_in).chunk(len(self.names))
 
     def compute(self) -> Tensor:
         return self.model(self.latent, self.sigma, **self.extra)
 
     @torch.no_grad()
     def outputs(self, answer: Tensor) -> tuple[Tensor, ...]:
-        return ((widened(answer) - self.latent * self.c_skip) / self.c_out).chunk(len(self.names))
+        skipped = self.latent if self.c_skip is None else self.latent * self.c_skip
+        return (widened(answer) - skipped).div_(self.c_out).chunk(len(self.names))
 
     @torch.no_grad()
     def restore(self, outputs: tuple[Tensor, ...]) -> Tensor:
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return torch.addcmul(self.latent * self.c_skip, out, self.c_out).to(self.latent.dtype)
+        skipped = self.latent if self.c_skip is None else self.latent * self.c_skip
+        return torch.addcmul(skipped, out, self.c_out).to(self.latent.dtype)
 
 
 def _spread(c: Tensor, x: Tensor) -> Tensor:
     """A number per row, (B,) or (), as a factor for x (B, ...)."""
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c.reshape((1,) * x.ndim)
+
+
+def _distinct(names: str | Sequence[str]) -> tuple[str, ...]:
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if len(set(names)) != len(names) or not names:
+        raise OptionError(f"conditions {names!r}: give one or more different names")
+    return names
 
 
 def _method(given: Method | str | None) -> Method | None:
@@ -339,7 +346,7 @@ def _scalings(model: Any, given: str | Scalings | None) -> Scalings:
 
     def scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = own(sigma)
-        return found if len(found) == 3 else (torch.ones_like(sigma), *found)
+        return found if len(found) == 3 else (None, *found)
 
     return scalings
 

@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="sample two small trained networks with and without the cache")
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to (default %(default)s)")
-    demo.add_argument("--samples", type=int, default=20, help="images a run, a multiple of 10 (default %(default)s)")
+    demo.add_argument("--samples", type=int, default=10, help="images a run, a multiple of 10 (default %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the noise (default %(default)s)")
     options = parser.parse_args(arguments)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .gates import Run
 from .memory import Evidence
-from .options import number
+from .options import flag, number
 from .readings import Reading
 
 
@@ -101,7 +101,6 @@ class Response:
     def expect(self, evidence: Evidence) -> float | None:
         """k mean |x - x_c|, the change of output expected since c; None where it cannot be told."""
         change = evidence.input_change if self._begun else None
-        evidence.finite  # noqa: B018  requested here, so that it comes over in the same transfer
         self._read()
         if change is None or self.rate is None:
             return None
@@ -162,14 +161,16 @@ class EasyCacheRule(Criterion):
 class UCacheRule(Criterion):
     """UCache's decision, as stable-diffusion.cpp (commit 97d29908) makes it.
 
-    With c the last computed evaluation, k, norm and average of `Response`, m the skips since c, n the steps of the run:
+    With c the last computed evaluation, k, norm and average of `Response`, m the skips since c, n the evaluations of
+    the run (its steps, for samplers with one evaluation a step):
 
         a = k mean |x - x_c| / sqrt(max(norm, 1e-6) max(1.6 average, 1e-6))    (relative; norm for 1.6 average at first)
         a = k mean |x - x_c|                                                   (not relative: threshold times norm)
         E <- decay E + a (1 + m / 2);   skip while E < f threshold, else compute, and E <- 0 if reset
         f = 0.5 while fewer than 0.2 n evaluations were computed inside the window, 1.5 above 0.8 n, else 1
 
-    Without a known number of steps f = 1.
+    Without a known schedule f = 1. The published n is the number of steps even where there are two evaluations a step,
+    of which it then sees the second only; `evaluations="second"` does the same.
     """
 
     threshold: float = 1.0
@@ -185,10 +186,11 @@ class UCacheRule(Criterion):
     def __post_init__(self) -> None:
         number("threshold", self.threshold)
         number("decay", self.decay, high=1.0)
+        self.relative, self.reset = flag("relative", self.relative), flag("reset", self.reset)
         if not self.reset and self.decay == 1 and self.threshold > 0:
             warnings.warn(
-                "UCache with reset=0 and decay=1 never skips again after its first failed test, because its error only "
-                "grows. Set decay below 1 (0.9, say), or keep reset=1.",
+                "UCache with reset=0 and decay=1: the error only grows, so after the first failed test little or "
+                "nothing is skipped. Set decay below 1 (0.9, say), or keep reset=1.",
                 stacklevel=4,
             )
 
@@ -198,15 +200,13 @@ class UCacheRule(Criterion):
 
     def decide(self, evidence: Evidence) -> Verdict:
         change = self.response.expect(evidence)
-        threshold = self.threshold * self._progress_factor(evidence.run.steps)
+        norm, average = self.response.norm, self.response.average
+        threshold = self.threshold * self._progress_factor(evidence.run.evaluations) * (1 if self.relative else norm)
         if change is None:
             return Verdict(False, threshold=threshold)
-        norm, average = self.response.norm, self.response.average
         if self.relative:
             scale = max(norm, 1e-6)
             change /= math.sqrt(scale * (scale if average is None else max(1.6 * average, 1e-6)))
-        else:
-            threshold *= norm
         self.error = self.error * self.decay + change * (1 + 0.5 * self.skips)
         verdict = Verdict(self.error < threshold, self.error, threshold)
         if verdict.skip:
@@ -222,8 +222,8 @@ class UCacheRule(Criterion):
         if forced and self.reset:
             self.error = 0.0
 
-    def _progress_factor(self, steps: int | None) -> float:
-        if steps is None:
+    def _progress_factor(self, evaluations: int | None) -> float:
+        if evaluations is None:
             return 1.0
-        progress = self.computed / steps
+        progress = self.computed / evaluations
         return 0.5 if progress < 0.2 else 1.5 if progress > 0.8 else 1.0

@@ -46,19 +46,28 @@ class Run:
     """What is known of a run when it begins.
 
     `schedule` is sigmas[0..n] or None; `training_sigma(share)` is the sigma at a share of the training timetable
-    (0 = most noise) or None where the model has no such table. Sentences in `notes` go into the report; those in
+    (0 = most noise) or None where the model has no such table; `stages` the evaluations of a step, None if not known;
+    `second_only` whether the method leaves the first of two aside. Sentences in `notes` go into the report; those in
     `warnings`, about options that cannot act, are also said aloud, once a session.
     """
 
     schedule: tuple[float, ...] | None = None
     training_sigma: Callable[[float], float] | None = None
     stages: int | None = None
+    second_only: bool = False
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
     def steps(self) -> int | None:
         return None if self.schedule is None else len(self.schedule) - 1
+
+    @property
+    def evaluations(self) -> int | None:
+        """How many evaluations the method will see, as far as is known: one a step, or two, and one in the last."""
+        if self.steps is None or self.stages != 2 or self.second_only:
+            return self.steps
+        return 2 * self.steps - 1 if self.schedule[-1] == 0 else 2 * self.steps
 
 
 Answer = Callable[[Where, Tally], Hold | None]

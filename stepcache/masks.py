@@ -146,9 +146,11 @@ def _interleaved(compute: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int,
 
 
 def _digits(mask: str | Iterable[int]) -> tuple[int, ...]:
+    if not isinstance(mask, (str, Iterable)):
+        raise OptionError(f"mask={mask!r}: accepted are text, a list of 0 and 1, and a preset ({', '.join(PRESETS)})")
     if isinstance(mask, str):
         text = mask.strip()
-        pieces = [piece.strip() for piece in text.rstrip(",").split(",")] if "," in text else list(text)
+        pieces = [piece.strip() for piece in text.removesuffix(",").split(",")] if "," in text else list(text)
     else:
         pieces = [str(int(entry)) if entry in (0, 1) else str(entry) for entry in mask]
     for position, piece in enumerate(pieces):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .gates import Run
-from .readings import Reading, Readings, mean_abs, mean_abs_difference, wide
+from .readings import Reading, Readings, mean_abs, mean_abs_difference
 from .timeline import Where
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class Evidence:
         where: the place of the evaluation.
         run: what was known of the run when it began.
         x: the network's input now, in float32 or wider.
-        history: the computed evaluations of this condition, oldest first; not empty when a criterion is asked.
-        computed: how many evaluations of the anchor were computed so far in this run.
+        history: the last computed evaluations of this condition, oldest first, as many as the predictor remembers; not
+            empty when a criterion or a predictor is asked.
         out: the network's raw output, once it has been computed (in `Criterion.observe`).
     """
 
@@ -59,21 +59,24 @@ class Evidence:
         self._readings = readings
 
     @cached_property
+    def moved(self) -> Tensor:
+        """x - x' with x' the input of the last computed evaluation, in float32 or wider; there must be one."""
+        return self.x - self.history[-1].x
+
+    @cached_property
     def input_change(self) -> Reading | None:
-        """mean |x - x'| with x' the input of the last computed evaluation; None without one."""
-        return self._readings.take(mean_abs_difference(self.x, self.history[-1].x)) if self.history else None
+        """mean |x - x'|; None without a computed evaluation."""
+        return self._readings.take(mean_abs(self.moved)) if self.history else None
 
     @cached_property
     def prediction(self) -> Tensor | None:
         """The raw output that the predictor expects here; None where it cannot tell."""
-        return self._predictor.predict(self.history, self.x, self.where) if self.history else None
+        return self._predictor.predict(self) if self.history else None
 
     @cached_property
-    def finite(self) -> Reading | None:
-        """1 if the prediction holds neither NaN nor Inf, else 0; None without a prediction."""
-        if self.prediction is None:
-            return None
-        return self._readings.take(torch.isfinite(self.prediction.sum(dtype=wide(self.prediction.dtype))))
+    def total(self) -> Reading | None:
+        """The sum of the prediction, which is finite where the prediction is; None without one."""
+        return None if self.prediction is None else self._readings.take(self.prediction.sum())
 
     @cached_property
     def size(self) -> Reading:
@@ -87,11 +90,14 @@ class Evidence:
 
     @cached_property
     def off(self) -> Reading | None:
-        """mean |prediction - out| / mean |out|: how far the prediction would have been off. None without one."""
+        """mean |prediction - out|: how far the prediction would have been off. None without one.
+
+        Measured on every fourth row (of the last dimension but one): it is for the report, and need not cost a pass.
+        """
         if self.prediction is None:
             return None
-        error = mean_abs_difference(self.prediction, self.out)
-        return self._readings.take(error / mean_abs(self.out))
+        some = (..., slice(None, None, 4), slice(None)) if self.out.ndim > 2 else ...
+        return self._readings.take(mean_abs_difference(self.prediction[some], self.out[some]))
 
     def node(self, storage: torch.dtype) -> Node:
         """What to remember of this evaluation, now that it has been computed."""

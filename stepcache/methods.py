@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from typing import Any, Literal
 
 from . import options
@@ -92,6 +93,32 @@ class Method:
         return replace(self, **changes)
 
 
+def _known(function: Callable[..., Method]) -> Callable[..., Method]:
+    """Makes an unknown keyword an OptionError with the nearest name, instead of a TypeError from somewhere inside."""
+
+    @wraps(function)
+    def checked(*positional: Any, **keywords: Any) -> Method:
+        accepted = accepted_options(function)
+        for key in keywords:
+            if key not in accepted:
+                raise options.unknown("option", key, accepted)
+        return function(*positional, **keywords)
+
+    return checked
+
+
+def accepted_options(function: Callable[..., Method]) -> dict[str, Any]:
+    """The options of a method with their defaults: its own first, then those common to all if it takes them."""
+    own = inspect.signature(function).parameters.values()
+    accepted = {p.name: "" if p.default is p.empty else p.default for p in own if p.kind is not p.VAR_KEYWORD}
+    if any(p.kind is p.VAR_KEYWORD for p in own):
+        for common in fields(Method):
+            if common.name not in ("criterion", "name"):
+                accepted.setdefault(common.name, common.default)
+    return accepted
+
+
+@_known
 def UCache(
     threshold: float = 1.0,
     start: float = 0.15,
@@ -111,8 +138,8 @@ def UCache(
         start, end: the window, as shares of this run's steps.
         decay: what of the error is kept at each evaluation, 0 to 1.
         relative: measure the change against the size of the output; else against threshold times that size.
-        reset: forget the error when an evaluation is computed. `reset=False` with `decay=1` never skips again after its
-            first failed test, which is published so and kept, with a warning.
+        reset: forget the error when an evaluation is computed. With `reset=False` and `decay=1` little or nothing is
+            skipped after the first failed test, which is published so and kept, with a warning.
         **common: every option of `Method`: mask, warmup, last_step, max_cached, max_consecutive, predictor, ...
 
     For ancestral and SDE samplers the published advice is reset=0; see docs/measurements.md for what it does, and what
@@ -122,6 +149,7 @@ def UCache(
     return Method(**{"criterion": rule, "start": start, "end": end, "window": "steps", "name": "ucache", **common})
 
 
+@_known
 def EasyCache(threshold: float = 0.2, start: float = 0.15, end: float = 0.95, **common: Any) -> Method:
     """EasyCache, with the names and defaults of stable-diffusion.cpp (commit 97d29908) and ComfyUI.
 
@@ -142,12 +170,14 @@ def EasyCache(threshold: float = 0.2, start: float = 0.15, end: float = 0.95, **
     )
 
 
+@_known
 def Static(mask: StepMask | str | list[int] | tuple[int, ...], **common: Any) -> Method:
     """Skips exactly the zeros of a step mask, whatever the latents do. `mask` as for `StepMask`."""
     given = mask.mask if isinstance(mask, StepMask) else mask
     return Method(**{"mask": StepMask(given, "static"), "name": "static", **common})
 
 
+@_known
 def Off() -> Method:
     """Computes everything; the model is called directly."""
     return Method(criterion=Never(), name="none")
@@ -159,21 +189,16 @@ METHODS: dict[str, Callable[..., Method]] = {"ucache": UCache, "easycache": Easy
 def method(name: str, option_text: str = "", **keywords: Any) -> Method:
     """A method by its published name, with options as text, as keywords, or both.
 
-    `method("ucache", "threshold=1.5,reset=0")`, `method("easycache", threshold=0.3, mask="fast")`.
+    `method("ucache", "threshold=1.5,reset=0")`, `method("easycache", "threshold=0.3,max_consecutive=2", mask="fast")`.
 
     Raises `OptionError` naming the option, the value and what is accepted: for an unknown name or key (with the nearest
     one), a missing "=", text that is not a number, a window with start >= end, a negative threshold.
     """
     if name not in METHODS:
-        raise options.unknown("method", name, METHODS)
-    target = METHODS[name]
-    common = {key for key in inspect.signature(Method).parameters if key not in ("criterion", "name")}
-    accepted = {key for key, p in inspect.signature(target).parameters.items() if p.kind is not p.VAR_KEYWORD}
-    takes_common = len(accepted) < len(inspect.signature(target).parameters)
-    for key in keywords:
-        if key not in accepted and not (takes_common and key in common):
-            raise options.unknown("option", key, sorted(accepted | (common if takes_common else set())))
-    text = options.parse(option_text, target)
+        raise options.unknown("method", str(name), METHODS)
+    accepted = accepted_options(METHODS[name])
+    as_text = {key: "" if key in ("mask", "window") else default for key, default in accepted.items()}
+    text = options.parse(option_text, {k: v for k, v in as_text.items() if isinstance(v, (bool, int, float, str))})
     if both := text.keys() & keywords.keys():
         raise options.OptionError(f"{', '.join(sorted(both))}: given both as text and as keyword")
-    return target(**text, **keywords)
+    return METHODS[name](**text, **keywords)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -31,10 +30,18 @@ def number(
     else:
         accepted += f" of at least {low:g}" if inclusive else f" above {low:g}"
     fits = isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value))
-    fits = fits and low <= value <= high and (inclusive or value > low) and (not whole or value == int(value))
+    fits = fits and low <= value <= high and (inclusive or value > low)
+    fits = fits and (not whole or (math.isfinite(value) and value == int(value)))
     if not fits:
         raise OptionError(f"{name}={value!r}: accepted is {accepted}")
     return int(value) if whole else float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value` as a boolean; OptionError naming the option where it is neither a boolean nor 0 or 1."""
+    if value not in (0, 1):
+        raise OptionError(f"{name}={value!r}: accepted is 0 or 1")
+    return bool(value)
 
 
 def window(start: float, end: float) -> tuple[float, float]:
@@ -45,17 +52,12 @@ def window(start: float, end: float) -> tuple[float, float]:
     return start, end
 
 
-def parse(text: str, target: Callable[..., Any]) -> dict[str, Any]:
-    """`key=value,key=value` as keyword arguments of `target`, typed by its defaults.
+def parse(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """`key=value,key=value` as a dictionary, typed by the defaults.
 
     Whitespace around keys and values and one trailing comma are allowed. Booleans are 0/1 (also true/false). Raises
     OptionError for a missing `=`, an unknown key, a key given twice, or text that is not of the default's type.
     """
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(target).parameters.items()
-        if isinstance(parameter.default, (bool, int, float, str))
-    }
     chosen: dict[str, Any] = {}
     parts = text.split(",")
     if parts and not parts[-1].strip():
@@ -82,6 +84,8 @@ def _typed(key: str, text: str, default: Any) -> Any:
     if isinstance(default, str):
         return text
     try:
+        if "_" in text:
+            raise ValueError
         return type(default)(text)
     except ValueError:
         kind = "a whole number" if isinstance(default, int) else "a number"

@@ -6,14 +6,11 @@ A new one is one class: set `memory`, write `predict`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .memory import Node
-from .readings import widened
-from .timeline import Where
+from .memory import Evidence
 
 
 class Predictor(ABC):
@@ -23,11 +20,11 @@ class Predictor(ABC):
     """How many computed evaluations are kept for it, per condition; each costs two latents."""
 
     @abstractmethod
-    def predict(self, history: Sequence[Node], x: Tensor, where: Where) -> Tensor | None:
-        """The raw output expected for the network input `x` (float32 or wider), or None where it cannot tell.
+    def predict(self, evidence: Evidence) -> Tensor | None:
+        """The raw output expected for the input `evidence.x`, as a new tensor of its shape and in float32 or wider.
 
-        `history` holds 1 to `memory` computed evaluations of the same condition and shape, oldest first. The result
-        has the shape of `x` and is a new tensor.
+        `evidence.history` holds 1 to `memory` computed evaluations of the same condition and shape, oldest first. None
+        where nothing can be told: the evaluation is then computed.
         """
 
 
@@ -35,7 +32,7 @@ class Predictor(ABC):
 class Reuse(Predictor):
     """Residual reuse, as UCache, EasyCache and most published caches do:
 
-        out = x + (out' - x')
+        out = out' + (x - x')
 
     with x', out' the network input and raw output of the last computed evaluation. Exact where the network is the
     identity plus a constant; of order 0 in sigma.
@@ -43,6 +40,5 @@ class Reuse(Predictor):
 
     memory = 1
 
-    def predict(self, history: Sequence[Node], x: Tensor, where: Where) -> Tensor:
-        last = history[-1]
-        return (widened(last.out) - widened(last.x)).add_(x)
+    def predict(self, evidence: Evidence) -> Tensor:
+        return evidence.moved + evidence.history[-1].out

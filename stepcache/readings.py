@@ -49,13 +49,16 @@ class Readings:
 
 
 def mean_abs(x: Tensor) -> Tensor:
-    """mean |x| over all elements, accumulated in float32 (0-dimensional)."""
-    return torch.linalg.vector_norm(x, ord=1, dtype=wide(x.dtype)) / max(x.numel(), 1)
+    """mean |x| over all elements, accumulated in float32 or wider (0-dimensional)."""
+    return x.abs().mean(dtype=wide(x.dtype))
 
 
 def mean_abs_difference(a: Tensor, b: Tensor) -> Tensor:
-    """mean |a - b| over all elements, subtracted and accumulated in float32 (0-dimensional)."""
-    return mean_abs(widened(a) - widened(b))
+    """mean |a - b| over all elements, subtracted and accumulated in float32 or wider (0-dimensional).
+
+    Not `vector_norm(ord=1)`: on the CPU that sums one by one, ten times slower, and drifts by 1 % at 16 M elements.
+    """
+    return (widened(a) - b).abs_().mean()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

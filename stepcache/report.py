@@ -20,8 +20,8 @@ class Event:
     """The fate of one condition at one evaluation.
 
     `estimate` and `threshold` are the criterion's numbers, None where it was not asked or could not tell. `off`, on
-    computed evaluations of a deciding condition, is mean |prediction - output| / mean |output|: how far a skip would
-    have been off.
+    computed evaluations of a deciding condition, is mean |prediction - output| and `size` mean |output|, in network
+    space: how far a skip would have been off.
     """
 
     where: Where
@@ -31,6 +31,15 @@ class Event:
     estimate: float | None = None
     threshold: float | None = None
     off: Reading | None = None
+    size: Reading | None = None
+
+    @property
+    def off_share(self) -> float | None:
+        """`off` as a share of `size`; None where the prediction was not checked, or not finite."""
+        if self.off is None or self.size is None:
+            return None
+        off, size = float(self.off), float(self.size)
+        return off / size if size > 0 and math.isfinite(off / size) else None
 
 
 @dataclass
@@ -97,7 +106,7 @@ class Report:
         ]
         if self.skipped:
             lines.append(("skipped", self._reasons(computed=False)))
-        offs = [value for value in (_number(event.off) for event in self.events) if value is not None]
+        offs = [event.off_share for event in self.events if event.off_share is not None]
         if offs:
             checked = (
                 f"{statistics.median(offs):.1%} of the output (median of {len(offs)} checks, worst {max(offs):.1%})"
@@ -111,7 +120,7 @@ class Report:
         """A row for every condition of every evaluation."""
         rows = [("eval", "step", "sigma", "condition", "fate", "reason", "estimate", "threshold", "off by")]
         for event in self.events:
-            where, off = event.where, _number(event.off)
+            where, off = event.where, event.off_share
             step = "?" if where.step is None else f"{where.step}{'abc'[min(where.stage, 2)] if where.stage else ''}"
             estimates = ("" if n is None else f"{n:.4f}" for n in (event.estimate, event.threshold))
             fate = "computed" if event.computed else "skipped"
@@ -146,7 +155,7 @@ class Report:
                     "reason": event.reason,
                     "estimate": _number(event.estimate),
                     "threshold": _number(event.threshold),
-                    "off": _number(event.off),
+                    "off": event.off_share,
                 }
                 for event in self.events
             ],
@@ -172,12 +181,12 @@ class Report:
         at = [event.where.evaluation for event in asked]
         upper.plot(at, [event.threshold for event in asked], color="0.5", drawstyle="steps-mid", label="threshold")
         upper.plot(at, [event.estimate for event in asked], color="C0", marker=".", label="estimated error")
-        checked = [(event.where.evaluation, _number(event.off)) for event in deciding]
-        checked = [(evaluation, off) for evaluation, off in checked if off is not None]
+        checked = [(event.where.evaluation, event.off_share) for event in deciding if event.off_share is not None]
         if checked:
             upper.plot(*zip(*checked, strict=True), "x", color="C3", label="off by, where computed")
         upper.set_ylabel("error")
-        upper.legend(loc="upper right")
+        upper.legend(loc="upper left")
+        upper.xaxis.get_major_locator().set_params(integer=True)
         upper.set_title(f"{self.method}: {self.calls} of {len(self.events)} calls made")
         for row, condition in enumerate(self.conditions):
             mine = [event for event in self.events if event.condition == condition]
@@ -194,9 +203,6 @@ class Report:
         return ", ".join(f"{reason} {count}" for reason, count in counted.items())
 
 
-def _number(value: float | Reading | None) -> float | None:
-    """A finite float, or None."""
-    if value is None:
-        return None
-    value = float(value)
-    return value if math.isfinite(value) else None
+def _number(value: float | None) -> float | None:
+    """A finite float, or None: JSON has no NaN and no Inf."""
+    return value if value is not None and math.isfinite(value) else None

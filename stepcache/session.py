@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .criteria import Criterion, Verdict
+from .criteria import Always, Criterion, Verdict
 from .gates import Answer, Hold, Run, Tally
 from .memory import Evidence, History
 from .methods import Method, Off
 from .options import unknown
 from .readings import Readings
 from .report import Event, Report
-from .timeline import MixedSigmas, Timeline, Where
+from .timeline import Timeline, Where
 
 
 class Request(ABC):
@@ -69,6 +69,7 @@ class Evaluation:
     sigma: Tensor
     hold: Hold | None
     names: set[str] = field(default_factory=set)
+    expected: frozenset[str] = frozenset()
     decision: Decision | None = None
 
 
@@ -149,16 +150,14 @@ class Session:
     def _answer(self, request: Request) -> Any:
         """The life of one call, top to bottom."""
         # Where am I?
-        try:
-            evaluation = self._locate(request)
-        except MixedSigmas as reason:
-            self._warn(f"{reason}: computed, and nothing is skipped")
-            return request.compute()
+        evaluation = self._locate(request)
         state, where = self._state, evaluation.where
-        direct = self._direct_reason(request)
+        direct = self._direct_reason(request, where)
         if direct:
             self._record(where, request.names, direct)
-            return request.compute()
+            answer = request.compute()
+            self._free_if_over(evaluation)
+            return answer
         evidence = {
             name: Evidence(where, state.run, x, self._memory(name), self.method.predictor, state.readings)
             for name, x in zip(request.names, request.inputs(), strict=True)
@@ -199,7 +198,11 @@ class Session:
         """The host announces a run, which lasts until `end`: its schedule, and the evaluations of a step if known."""
         self._state = None
         self.timeline.begin(sigmas, stages)
-        self._check_mask()
+        try:
+            self._check_mask()
+        except BaseException:
+            self.timeline.end()
+            raise
 
     def end(self) -> None:
         """The announced run is over; only its report stays."""
@@ -226,7 +229,7 @@ class Session:
             threading.get_ident(),
         )
         if self._state is not None and self._state.signature != signature:
-            self.reset()
+            self._forget(signature)
         current = self._state.evaluation if self._state is not None else None
         if current is not None and not current.names & set(request.names) and self._same_sigma(current, request):
             current.names.update(request.names)
@@ -235,35 +238,57 @@ class Session:
         if self._state is None or self._state.number != where.run:
             self._state = self._begin_run(signature, where)
         hold = next((h for h in (gate(where, self._state.tally) for gate in self._state.gates) if h is not None), None)
-        self._state.evaluation = Evaluation(where, request.sigma, hold, set(request.names))
+        self._state.evaluation = Evaluation(
+            where, request.sigma, hold, set(request.names), frozenset(current.names if current is not None else ())
+        )
         return self._state.evaluation
+
+    def _forget(self, signature: tuple) -> None:
+        """Shape, dtype, device or thread has changed: the run ends, or, where the host announced it, its memory."""
+        if not self.timeline.bounded:
+            self.reset()
+            return
+        run, number = self._state.run, self._state.number
+        sentence = "shape, dtype, device or thread changed within the run: the memory was dropped"
+        if sentence not in run.notes:
+            run.notes.append(sentence)
+        self._state = RunState(self.method, run, signature, number)
+        self.report.notes = run.notes
 
     def _same_sigma(self, current: Evaluation, request: Request) -> bool:
         if current.sigma is request.sigma or (self.timeline.bounded and request.sigma.device.type != "cpu"):
             return True
+        if current.sigma.shape != request.sigma.shape:
+            return bool(current.sigma.flatten()[0] == request.sigma.flatten()[0])
         return torch.equal(current.sigma, request.sigma)
 
     def _begin_run(self, signature: tuple, where: Where) -> RunState:
         timeline = self.timeline
-        fits = where.step is not None or timeline.schedule is None
-        run = Run(timeline.schedule if fits else None, self._training_sigma, timeline.stages)
+        fits = where.step is not None or where.mixed or timeline.schedule is None
+        second_only = self.method.evaluations == "second"
+        run = Run(timeline.schedule if fits else None, self._training_sigma, timeline.stages, second_only)
         self.report = Report(self.method.name, where.run, run.steps, run.notes)
         if not fits:
             run.warnings.append(f"the schedule given lacks the run's first sigma, {where.sigma:g}: taken as not known")
         elif run.steps is None:
             run.notes.append("the schedule is not known: steps are not counted, and where a run begins is guessed")
         state = RunState(self.method, run, signature, where.run)
+        if self.method.static and not isinstance(self.method.criterion, Always):
+            run.notes.append(f"mask policy static: {self.method.name}'s own criterion is not asked")
         for sentence in run.warnings:
             self._warn(sentence)
         run.notes.extend(run.warnings)
         return state
 
-    def _direct_reason(self, request: Request) -> str | None:
+    def _direct_reason(self, request: Request, where: Where) -> str | None:
         """Why the model is called without looking at tensors at all, if it is."""
         if self.method.never_skips:
             return "off"
         if torch.is_grad_enabled() and request.latent.requires_grad:
             return "x requires grad"
+        if where.mixed:
+            self._warn("the rows of the batch have different sigmas: such evaluations are always computed")
+            return "sigmas differ in the batch"
         return None
 
     def _memory(self, name: str) -> History:
@@ -287,16 +312,16 @@ class Session:
                 "it would follow, and is therefore always computed: name the first one called as anchor"
             )
             return Decision(NOT_ASKED)
-        if any(one.prediction is None for one in evidence.values()):
+        if not deciders and evaluation.decision.hold is not None:
+            decision = Decision(evaluation.decision.hold)
+        elif any(one.prediction is None for one in evidence.values()):
             decision = Decision(NO_MEMORY)
         elif deciders:
             decision = self._ask(evidence, deciders)
-        elif evaluation.decision.hold is None and not all(
-            math.isfinite(one.history[-1].size) for one in evidence.values()
-        ):
-            decision = Decision(NOT_FINITE)
         else:
-            decision = Decision(evaluation.decision.hold)
+            sound = all(math.isfinite(node.size) for one in evidence.values() for node in one.history)
+            device = next(iter(evidence.values())).x.device
+            decision = Decision(None if self._agreed(sound, device) else NOT_FINITE)
         if deciders:
             evaluation.decision = decision
         return decision
@@ -318,14 +343,14 @@ class Session:
 
     def _ask(self, evidence: dict[str, Evidence], deciders: list[str]) -> Decision:
         for one in evidence.values():
-            one.finite  # noqa: B018  requested before anything is read: everything comes over in one transfer
+            one.total  # noqa: B018  requested before anything is read: everything comes over in one transfer
         for name in deciders if not self.method.static else ():
             evidence[name].input_change  # noqa: B018
         verdicts = {
             name: Verdict(True) if self.method.static else self._state.rules[name].decide(evidence[name])
             for name in deciders
         }
-        finite = all(float(one.finite) for one in evidence.values())
+        finite = all(math.isfinite(one.total) for one in evidence.values())
         willing = finite and all(verdict.skip for verdict in verdicts.values())
         skip = self._agreed(willing, evidence[deciders[0]].x.device)
         return Decision(None if skip else CRITERION if finite else NOT_FINITE, verdicts)
@@ -346,7 +371,8 @@ class Session:
     def _count(self, evaluation: Evaluation, names: tuple[str, ...], skipped: bool) -> None:
         """Counts the evaluation once: when its anchor was answered."""
         state = self._state
-        if (state.anchor is not None and state.anchor not in names) or (self._each and evaluation.names != set(names)):
+        first = evaluation.names == set(names)
+        if not (first if self._each or state.anchor is None else state.anchor in names):
             return
         if skipped:
             state.tally.skipped += 1
@@ -365,14 +391,15 @@ class Session:
         hold: Hold | None = CRITERION,
     ) -> None:
         for name in names:
-            off = evidence.off if evidence is not None and evidence.out is not None else None
+            checked = evidence is not None and evidence.out is not None
+            off, size = (evidence.off, evidence.size) if checked else (None, None)
             estimate, threshold = (verdict.estimate, verdict.threshold) if verdict is not None else (None, None)
-            self.report.add(Event(where, name, hold is not None, reason, estimate, threshold, off))
+            self.report.add(Event(where, name, hold is not None, reason, estimate, threshold, off, size))
 
     def _free_if_over(self, evaluation: Evaluation) -> None:
         """Frees the latents after the run's last evaluation, where it can be known."""
         state, where, schedule = self._state, evaluation.where, self.timeline.schedule
-        if not state.histories.keys() <= evaluation.names:
+        if not evaluation.expected <= evaluation.names:
             return
         if state.run.steps is None:
             over = where.sigma <= self._lowest_sigma * (1 + 1e-4)

@@ -27,6 +27,7 @@ class Where:
 
     `step` is None where it is not known: no schedule was given, or this sigma does not fit it. `stage` counts the
     evaluations of one step (Heun, DPM2 and DPM++ 2S have two). `sigma` is the schedule's value where it matches.
+    `mixed`: the rows of the batch stand at different sigmas, so that there is no one place; `sigma` is the highest.
     """
 
     run: int
@@ -34,6 +35,7 @@ class Where:
     sigma: float
     step: int | None = None
     stage: int = 0
+    mixed: bool = False
 
 
 def as_schedule(sigmas: Tensor | Iterable[float] | None) -> tuple[float, ...] | None:
@@ -64,6 +66,7 @@ class Timeline:
         self._first_sigma = 0.0
         self._corrector = False
         self._noted = False
+        self._on_plan = False
 
     @property
     def steps(self) -> int | None:
@@ -79,7 +82,7 @@ class Timeline:
             raise ValueError(f"stages={stages!r}: accepted are 1, 2 and None (not known)")
         self.restart()
         self.schedule = as_schedule(sigmas) if sigmas is not None else self._default
-        self.stages, self.bounded = stages, True
+        self.stages, self.bounded, self._on_plan = stages, True, True
 
     def end(self) -> None:
         """The announced run is over."""
@@ -87,39 +90,42 @@ class Timeline:
         self.schedule, self.stages, self.bounded = self._default, None, False
 
     def restart(self) -> None:
-        """Whatever comes next begins a run."""
-        self._last, self._corrector, self._noted = None, False, False
+        """Whatever comes next begins a run; where in the schedule it begins must be read from its sigma."""
+        self._last, self._corrector, self._noted, self._on_plan = None, False, False, False
 
     def locate(self, sigma: Tensor) -> Where:
-        """The place of the evaluation that the sampler asks for at `sigma` (any shape, all equal)."""
-        planned = self._planned()
+        """The place of the evaluation that the sampler asks for at `sigma` (any shape)."""
+        planned, mixed = self._planned(), False
         if planned is not None and sigma.device.type != "cpu":
             value, place = self._nominal(*planned), planned
         else:
-            value, tolerance = _read(sigma)
-            if self._last is not None and not self.bounded and self._begins_run(value, tolerance):
+            value, tolerance, mixed = _read(sigma)
+            if self._last is not None and self._begins_run(value, tolerance) and (not self.bounded or self._over()):
                 self.restart()
-            value, place = self._place(value, tolerance, planned)
+            value, place = (value, (None, 0)) if mixed else self._place(value, tolerance, planned)
 
         if self._last is None:
             self._run, self._first_sigma, evaluation = self._run + 1, value, 0
         else:
             evaluation = self._last.evaluation + 1
-        step, stage = place
-        self._last = Where(self._run, evaluation, value, step, stage)
+        self._last = Where(self._run, evaluation, value, *place, mixed)
         return self._last
 
     def note(self, step: int) -> None:
         """The sampler's callback names the step whose first evaluation came last."""
-        if self._last is not None:
+        if self._last is not None and (self.steps is None or 0 <= step < self.steps):
             self._last.step, self._last.stage, self._noted = step, 0, True
 
     def is_last(self, where: Where) -> bool:
         """Whether this is the run's final step, as far as is known."""
         return self.steps is not None and where.step == self.steps - 1
 
+    def _over(self) -> bool:
+        """Whether the last step has been evaluated, so that even in an announced run another loop must have begun."""
+        return self.is_last(self._last) and self.schedule[-1] == 0
+
     def _planned(self) -> tuple[int, int] | None:
-        if not self.bounded or self.stages is None or self.schedule is None:
+        if not self._on_plan or self.stages is None or self.schedule is None:
             return None
         if self._last is None:
             return 0, 0
@@ -135,13 +141,18 @@ class Timeline:
 
     def _begins_run(self, value: float, tolerance: float) -> bool:
         last, schedule = self._last, self.schedule
+        has_fallen = last.sigma < self._first_sigma or last.evaluation == 0
+        again = has_fallen and value >= self._first_sigma * (1 - tolerance)
         if schedule is None or last.step is None:
-            again = last.sigma < self._first_sigma or last.evaluation == 0
-            return value > last.sigma * RISE or (again and value >= self._first_sigma * (1 - tolerance))
+            return again or value > last.sigma * RISE
         if last.step + 1 < len(schedule) and _near(value, schedule[last.step + 1], tolerance):
             return False
-        starts_again = _near(value, schedule[0], tolerance) or value > schedule[0] * CHURN
-        return starts_again or (self.is_last(last) and value > last.sigma)
+        if self.is_last(last) and schedule[-1] == 0:
+            # Nothing follows the last step, unless what was taken for it was Heun's first corrector.
+            return self._corrector or last.step == 0 or last.stage > 0 or not _near(value, last.sigma, tolerance)
+        off = not any(_near(value, sigma, tolerance) for sigma in schedule)
+        starts_again = again or _near(value, schedule[0], tolerance) or value > schedule[0] * CHURN
+        return starts_again or (off and value > last.sigma * RISE) or (self.is_last(last) and value > last.sigma)
 
     def _place(
         self, value: float, tolerance: float, planned: tuple[int, int] | None
@@ -163,7 +174,8 @@ class Timeline:
         step, stage = last.step, last.stage
         following = schedule[step + 1]
         if _near(value, following, tolerance):
-            return following, ((step, 1) if self._corrector and stage == 0 else (step + 1, 0))
+            corrector = step + 1 == self.steps or (self._corrector and stage == 0)
+            return following, ((step, 1) if corrector else (step + 1, 0))
         if _near(value, last.sigma, tolerance) and stage == 0 and step > 0:
             # The same sigma twice in a row: the evaluation before this was Heun's corrector, of the step before.
             last.step, last.stage, self._corrector = step - 1, 1, True
@@ -174,9 +186,10 @@ class Timeline:
 
     def _entry(self, value: float, tolerance: float) -> tuple[float, tuple[int | None, int]]:
         """A place found from sigma alone: only an exact match with the schedule counts, or churn on its first sigma."""
-        for step, sigma in enumerate(self.schedule[:-1]):
-            if _near(value, sigma, tolerance):
-                return sigma, (step, 0)
+        near = [(abs(value - s), k) for k, s in enumerate(self.schedule[:-1]) if _near(value, s, tolerance)]
+        if near:
+            step = min(near)[1]
+            return self.schedule[step], (step, 0)
         if self._last is None and self.schedule[0] < value <= self.schedule[0] * CHURN * (1 + tolerance):
             return value, (0, 0)
         return value, (None, 0)
@@ -192,18 +205,9 @@ def _near(a: float, b: float, tolerance: float) -> bool:
     return abs(a - b) <= tolerance * max(a, b) and b > 0
 
 
-def _read(sigma: Tensor) -> tuple[float, float]:
-    """Sigma as a float32 number, and the relative tolerance that its dtype asks for."""
+def _read(sigma: Tensor) -> tuple[float, float, bool]:
+    """The highest sigma as a float32 number, the relative tolerance its dtype asks for, and whether they differ."""
     values = sigma.detach().flatten()
     low, high = torch.stack(values.aminmax()).tolist() if values.numel() > 1 else [values.item()] * 2
-    if low != high:
-        raise MixedSigmas(low, high)
     digits = torch.finfo(sigma.dtype).eps if sigma.dtype.is_floating_point else 0.0
-    return high, max(digits, 1e-5)
-
-
-class MixedSigmas(ValueError):
-    """The rows of one batch stand at different sigmas: there is no one place for the evaluation."""
-
-    def __init__(self, low: float, high: float) -> None:
-        super().__init__(f"the rows of the batch have different sigmas, {low:g} to {high:g}")
+    return high, max(digits, 1e-5), low != high

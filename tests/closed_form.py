@@ -128,4 +128,4 @@ class Denoiser:
         out = network(x * self.model.c_in(sigma), float(sigma.max()), condition)
         if self.spoil is not None:
             self.spoil(out)
-        return x - sigma * out
+        return (x - sigma * out).to(x.dtype)

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import closed_form
 import pytest
 import torch
-from closed_form import MODELS, Denoiser, noise, schedule, x_open
+from closed_form import MODELS, Denoiser, N, noise, schedule, x_open
 from torch import Tensor
 
 from stepcache import EasyCache, Gate, Method, OptionError, Report, UCache, Where, Window
@@ -156,9 +155,7 @@ class Guided:
         scenario, i = self.case.get("scenario", {}), self.evaluation
         if i == scenario.get("freeze_at"):
             return x_open(i - 1, float(self.sigmas[i - 1]))
-        return x_open(
-            i, float(sigma), scenario["resize_to"] if i >= scenario.get("resize_at", i + 1) else closed_form.N
-        )
+        return x_open(i, float(sigma), scenario["resize_to"] if i >= scenario.get("resize_at", i + 1) else N)
 
     def ask(self, x: Tensor, sigma: Tensor, condition: str) -> Tensor:
         denoised = self.cached(x, sigma, condition=condition)
@@ -212,14 +209,8 @@ def follow(case: dict[str, Any], method: Method | None = None, dtype: torch.dtyp
     sigmas = schedule(case["sched"], model)
     calls: list[str] = []
     network = Denoiser(model, calls)
-
-    def inner(x: Tensor, sigma: Tensor, condition: str) -> Tensor:
-        return network(x, sigma, condition).to(x.dtype)
-
-    for name in ("sigmas", "t_to_sigma", "get_sigmas"):
-        setattr(inner, name, getattr(model, name))
     cached = CachedDenoiser(
-        inner,
+        network,
         method_of(case) if method is None else method,
         conditions=lambda x, sigma, condition: condition,
         scalings=model.scalings,
@@ -247,12 +238,6 @@ def figures(x: Tensor) -> list[float]:
     return [float(x.sum()), float(x.abs().sum()), *x[:3].tolist()]
 
 
-def half_margin(dtype: torch.dtype) -> list[str]:
-    """Cases whose decisions survive latents and sigmas rounded to `dtype`."""
-    least = {torch.float16: 0.03, torch.bfloat16: 0.15}[dtype]
-    return [name for name in SAME if CASES[name].get("margin", math.inf) > least]
-
-
 @pytest.mark.parametrize("name", SAME)
 def test_every_decision_every_call_and_the_result_are_the_references(name):
     case = CASES[name]
@@ -268,63 +253,60 @@ def test_every_decision_every_call_and_the_result_are_the_references(name):
 def test_estimates_and_thresholds_are_the_references(name):
     """The reference's error is read after the evaluation, so it is 0 where a failed test has just reset it."""
     case = COMPACT_CASES[name]
-    columns, anchor = case["col"], follow(case).reports[0]
-    events = [event for event in anchor.events if event.condition == "cond"]
-    assert len(events) == len(columns["err"])
+    columns, default = case["col"], {"ucache": 1.0, "easycache": 0.2}[case["mode"]]
+    fixed = default if case["p"]["threshold"] == "inf" else case["p"]["threshold"]
     resets = case["mode"] == "easycache" or case["p"]["reset"]
+    events = [event for event in follow(case).reports[0].events if event.condition == "cond"]
+    thresholds = columns.get("thr", [fixed] * len(events))
     asked = 0
-    for row, event in enumerate(events):
+    for event, error, threshold in zip(events, columns["err"], thresholds, strict=True):
         if event.estimate is None:
             continue
         asked += 1
+        assert event.threshold == pytest.approx(threshold, rel=1e-4)
         if event.computed and resets:
-            assert columns["err"][row] == 0
+            assert error == 0
             assert event.estimate >= event.threshold
         else:
-            assert event.estimate == pytest.approx(columns["err"][row], rel=1e-4)
-        threshold = columns["thr"][row] if "thr" in columns else anchor_threshold(case)
-        assert event.threshold == pytest.approx(threshold, rel=1e-4)
+            assert event.estimate == pytest.approx(error, rel=1e-4)
     assert asked > 0
 
 
-def anchor_threshold(case: dict[str, Any]) -> float:
-    return 0.2 if case["p"]["threshold"] == "inf" else case["p"]["threshold"]
+MARGINS = {torch.float64: 0.0, torch.float16: 0.03, torch.bfloat16: 0.15}
+"""How near to its threshold an error may come for the decision to survive latents and sigmas rounded to a dtype."""
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_decisions_do_not_depend_on_the_dtype_float64(name):
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(dtype, name) for dtype in MARGINS for name in SAME if CASES[name].get("margin", 1.0) > MARGINS[dtype]],
+)
+def test_decisions_do_not_depend_on_the_dtype(dtype, name):
+    """Latents, what the network returns and sigmas are all of the dtype; the arithmetic is not."""
     case = CASES[name]
-    trace = follow(case, dtype=torch.float64)
+    trace = follow(case, dtype=dtype)
+    assert trace.x.dtype == dtype
     assert (trace.dec, trace.dec_un) == (case["dec"], case["dec_un"])
 
 
-@pytest.mark.parametrize("name", half_margin(torch.float16))
-def test_decisions_do_not_depend_on_the_dtype_float16(name):
-    """Latents, network outputs and sigmas are rounded to float16; the cases are those with a margin above 3 %."""
+def test_half_precision_latents_are_measured_in_float32():
+    """At 262,144 elements a sum of magnitudes in float16 overflows."""
+    case = CASES["uc/open/karras20/t1/d1/rel1/rst1/0-1"]
+    case = case | {"sched": "karras10tail", "scenario": {"resize_at": 0, "resize_to": 1 << 18, "uncond": 0}}
+    exact, half = follow(case), follow(case, dtype=torch.float16)
+    assert half.dec == exact.dec == "CCSCSCSSCC"
+    estimates = [[event.estimate for event in trace.reports[0].events if event.estimate] for trace in (half, exact)]
+    assert estimates[0] == pytest.approx(estimates[1], rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "at"), [("uc/x/few_steps_8", 3), ("ec/x/few_steps_8", 4)])
+def test_an_error_that_equals_the_threshold_is_computed(name, at):
     case = CASES[name]
-    trace = follow(case, dtype=torch.float16)
-    assert (trace.dec, trace.dec_un) == (case["dec"], case["dec_un"])
-
-
-@pytest.mark.parametrize("name", half_margin(torch.bfloat16))
-def test_decisions_do_not_depend_on_the_dtype_bfloat16(name):
-    """Latents, network outputs and sigmas are rounded to bfloat16; the cases are those with a margin above 15 %."""
-    case = CASES[name]
-    trace = follow(case, dtype=torch.bfloat16)
-    assert (trace.dec, trace.dec_un) == (case["dec"], case["dec_un"])
-
-
-@pytest.mark.parametrize(("dtype", "rel"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
-def test_half_precision_latents_are_measured_in_float32(dtype, rel):
-    """At 65,536 elements a sum in float16 overflows and one in bfloat16 stands still."""
-    case = CASES["uc/open/karras20/t1/d1/rel1/rst1/0-1"] | {"scenario": {"resize_at": 0, "resize_to": 1 << 16}}
-    exact, half = follow(case), follow(case, dtype=dtype)
-    assert half.dec == exact.dec
-    estimates = [[event.estimate for event in trace.reports[0].events] for trace in (half, exact)]
-    assert [e is None for e in estimates[0]] == [e is None for e in estimates[1]]
-    assert [e for e in estimates[0] if e is not None] == pytest.approx(
-        [e for e in estimates[1] if e is not None], rel=rel
-    )
+    [event] = [e for e in follow(case).reports[0].events if e.where.step == at and e.condition == "cond"]
+    assert case["dec"][at] == "S"
+    share = event.threshold / case["p"]["threshold"]
+    equal = case | {"p": case["p"] | {"threshold": event.estimate / share}}
+    above = case | {"p": case["p"] | {"threshold": math.nextafter(event.estimate, math.inf) / share}}
+    assert [follow(changed).dec[at] for changed in (equal, above)] == ["C", "S"]
 
 
 def test_a_condition_that_was_absent_is_computed_not_served_from_its_old_memory():
@@ -528,7 +510,10 @@ def test_the_threshold_follows_how_many_evaluations_were_computed(steps, factors
         model = MODELS["flow1"]()
         sigmas = torch.linspace(1, 0, steps + 1)
         cached = CachedDenoiser(
-            Denoiser(model, []), UCache(threshold=1e-9, **window), conditions=lambda *_, condition: condition
+            Denoiser(model, []),
+            UCache(threshold=1e-9, **window),
+            conditions=lambda x, sigma, condition: condition,
+            scalings="flow",
         )
         asked = [sigma for i in range(steps - 1) for sigma in sigmas[i : i + 2]] + [sigmas[-2]]
         with cached.run(sigmas, 2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ TOO_FEW_STEPS = {"slow": [], "medium": [], "fast": [2, 4, 5], "ultra": [2, 3, 4,
 """Where no mask keeps both the share and the bound on runs of zeros; the bound is kept."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def digits(name: str, steps: int) -> str:
     return "".join(map(str, StepMask(name).for_steps(steps)))
 

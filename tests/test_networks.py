@@ -1,4 +1,4 @@
-"""The two trained networks that come with the package: are they good enough to mean something, and what is reuse worth."""
+"""The two trained networks that come with the package: good enough to mean something, and what reuse is worth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from stepcache import EasyCache, Static, UCache
+from stepcache import UCache
 from stepcache.demo import networks, run, sampling
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from toys import SIX, heun, level
 
-from stepcache.timeline import CHURN, RISE, MixedSigmas, Timeline, Where, as_schedule
+from stepcache.timeline import CHURN, RISE, Timeline, Where, as_schedule
 
 PLAIN_STEPS = [(step, 0) for step in range(6)]
 TWO_A_STEP = [(step, stage) for step in range(5) for stage in (0, 1)] + [(5, 0)]
@@ -177,11 +177,12 @@ def test_an_interrupted_run_ends_where_the_next_begins():
     assert runs(places) == [0, 0, 0] + [1] * 6
 
 
-def test_an_interrupted_run_that_began_inside_the_schedule_ends_where_the_next_begins():
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_an_interrupted_run_that_began_inside_the_schedule_ends_where_the_next_begins(stop):
     """img2img twice, the first one stopped."""
-    places = walk(Timeline(SIX), [8, 6, 4, 8, 6, 4, 2, 1])
-    assert runs(places) == [0, 0, 0, 1, 1, 1, 1, 1]
-    assert steps(places)[3:] == PLAIN_STEPS[1:]
+    places = walk(Timeline(SIX), [*SIX[1 : 1 + stop], *SIX[1:-1]])
+    assert runs(places) == [0] * stop + [1] * 5
+    assert steps(places)[stop:] == PLAIN_STEPS[1:]
 
 
 def test_an_interrupted_churned_run_ends_where_the_next_begins():
@@ -192,7 +193,7 @@ def test_an_interrupted_churned_run_ends_where_the_next_begins():
 def test_another_schedule_that_starts_higher_is_a_new_run():
     places = walk(Timeline(SIX), [*SIX[:-1], 40, 20, 10])
     assert runs(places) == [0] * 6 + [1] * 3
-    assert steps(places)[6:] == [(None, 0), (None, 0), (0, 0)]
+    assert steps(places)[6:8] == [(None, 0), (None, 0)]
 
 
 def test_another_schedule_that_starts_lower_is_a_new_run():
@@ -234,6 +235,11 @@ def test_one_sigma_off_the_schedule_loses_the_step_and_the_next_one_on_it_finds_
     places = walk(Timeline(SIX), [10, 8, 3, 2, 1])
     assert steps(places) == [(0, 0), (1, 0), (None, 0), (4, 0), (5, 0)]
     assert runs(places) == [0] * 5
+
+
+def test_a_step_has_no_third_evaluation():
+    places = walk(Timeline(SIX), [10, 9, 8.5, 8])
+    assert steps(places) == [(0, 0), (0, 1), (None, 0), (1, 0)]
 
 
 def test_a_first_sigma_inside_the_schedule_begins_at_its_step():
@@ -288,11 +294,12 @@ def test_sigma_may_have_any_shape_with_equal_elements(shape):
     assert walk(Timeline(SIX), [torch.full(shape, 10.0), torch.full(shape, 8.0)])[1].step == 1
 
 
-def test_sigmas_that_differ_within_a_batch_have_no_place():
-    timeline = Timeline(SIX)
-    with pytest.raises(MixedSigmas, match="different sigmas, 8 to 10"):
-        timeline.locate(torch.tensor([10.0, 8.0]))
-    assert steps(walk(timeline, [10])) == [(0, 0)]
+def test_sigmas_that_differ_within_a_batch_have_no_step():
+    places = walk(Timeline(SIX), [10, torch.tensor([8.0, 5.0]), 6, 4])
+    assert steps(places) == [(0, 0), (None, 0), (2, 0), (3, 0)]
+    assert [where.mixed for where in places] == [False, True, False, False]
+    assert places[1].sigma == 8
+    assert runs(places) == [0] * 4
 
 
 def test_the_callback_numbers_the_steps_of_a_run_without_a_schedule():
@@ -452,12 +459,12 @@ def test_a_run_after_another_on_the_schedule_is_told_apart_even_if_the_first_was
 @settings(deadline=None, max_examples=80)
 @given(falling, falling)
 def test_a_run_on_another_schedule_is_told_apart_from_a_finished_one(known, other):
-    end = known[-1]
-    if any(abs(sigma - end) <= 1e-4 * end for sigma in other[:1]):
-        return
+    assume(all(abs(a - b) > 1e-4 * b for a, b in itertools.product(other, known)))
     places = walk(Timeline((*known, 0.0)), [*known, *other])
     assert runs(places)[: len(known)] == [0] * len(known)
-    assert set(runs(places)[len(known) :]) == {1}
+    first, *_ = others = places[len(known) :]
+    assert (first.run, first.evaluation) == (1, 0)
+    assert min(runs(others)) == 1
 
 
 @settings(deadline=None, max_examples=80)

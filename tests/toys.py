@@ -7,6 +7,7 @@ evaluation returns x + x', a computed one 2 x.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -71,11 +72,8 @@ class LogSigmaLine(Predictor):
     def predict(self, history: Sequence[Node], x: Tensor, where: Where) -> Tensor | None:
         if len(history) < 2:
             return None
-        (s0, a), (s1, b) = (
-            (torch.tensor(node.where.sigma, dtype=torch.float64).log2(), node.out) for node in history
-        )
-        s = torch.tensor(where.sigma, dtype=torch.float64).log2()
-        return b + (b - a) * float((s - s1) / (s1 - s0))
+        (s0, a), (s1, b) = ((math.log2(node.where.sigma), node.out) for node in history)
+        return b + (b - a) * ((math.log2(where.sigma) - s1) / (s1 - s0))
 
 
 def level(sigma: float, rows: int = 1) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepcache import EasyCache, Method, Static, StepMask, UCache
+from stepcache import EasyCache, Method, Report, Static, StepMask, UCache
 from stepcache.extras import need
 
 from . import networks
-from .sampling import Sampled, Setup, run, setup
+from .sampling import Sampled, run, setup
 
 SAMPLERS = {"euler": "Euler", "dpmpp_2m": "DPM++ 2M", "euler_ancestral": "Euler a"}
 STEPS = (20, 30)
@@ -75,32 +78,24 @@ class Scores:
             return float(statistics.mean(float(score(full, ours, data_range=2.0)) for ours, full in pairs))
 
 
-def demo(out: Path, samples: int = 20, seed: int = 0) -> list[Row]:
+def demo(out: Path, samples: int = 10, seed: int = 0) -> list[Row]:
     """Runs everything, prints the table and writes table.md, results.json, contact-sheet.png and trace.png to `out`."""
     if samples < 10 or samples % 10:
         raise ValueError(f"--samples {samples}: accepted is a multiple of 10, so that every digit is asked as often")
     console = need("rich.console", "demo").Console()
-    track = need("rich.progress", "demo").track
     out.mkdir(parents=True, exist_ok=True)
-    scores, rows, sheets, trace = Scores(), [], {}, None
-    run(setup("unet"), "euler", 2, None, samples, seed)  # the first calls of a process are slower than the rest
-    jobs = [(name, sampler, steps) for name in ("unet", "dit") for sampler in SAMPLERS for steps in STEPS]
-    for name, sampler, steps in track(jobs, description="sampling", console=console):
-        results, fewer = compare(setup(name), sampler, steps, samples, seed)
-        rows += [row(scores, name, sampler, steps, method, results, fewer) for method in METHODS]
-        if (sampler, steps) == SHOWN:
-            sheets[name] = {
-                **{m: r.images for m, r in results.items()},
-                "fewer steps": fewer_like(results, fewer).images,
-            }
-            trace = trace or results["UCache"].report
+    blocks = sampled(samples, seed, console)
+    rows = [row for block in blocks for row in block.rows]
+    sheets = {block.rows[0].network: block.images for block in blocks if block.images}
+    trace = next(block.trace for block in blocks if block.trace)
     (out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     with (out / "table.md").open("w", encoding="utf-8") as file:
         need("rich.console", "demo").Console(file=file, width=250).print(table(rows, markdown=True))
     console.print(table(rows))
     console.print(
         f"{samples} samples a run, guidance 3. Calls are per condition. PSNR and SSIM are against the full run of the "
-        "same steps. In brackets: the same sampler without cache, with as many steps as the method made calls."
+        "same steps. Right: taken by the classifier for the digit asked for. In brackets: the same sampler without "
+        "cache, with as many steps as the method made calls."
     )
     contact_sheet(sheets, out / "contact-sheet.png")
     trace.plot(out / "trace.png")
@@ -108,22 +103,52 @@ def demo(out: Path, samples: int = 20, seed: int = 0) -> list[Row]:
     return rows
 
 
-def compare(
-    setup: Setup, sampler: str, steps: int, samples: int, seed: int
-) -> tuple[dict[str, Sampled], dict[int, Sampled]]:
-    """Every method's run, and the plain runs of fewer steps, by their number of calls, to compare them with."""
-    results = {name: run(setup, sampler, steps, method, samples, seed) for name, method in METHODS.items()}
-    budgets = {calls(result) for result in results.values()} - {steps}
-    return results, {budget: run(setup, sampler, budget, None, samples, seed) for budget in sorted(budgets)}
+@dataclass(frozen=True)
+class Block:
+    """What one network, sampler and number of steps gave; images and trace only where the contact sheet shows them."""
+
+    rows: list[Row]
+    images: dict[str, Tensor]
+    trace: Report | None
+
+
+def sampled(samples: int, seed: int, console: Any) -> list[Block]:
+    """All blocks, two at a time in processes of their own.
+
+    One process with two threads would be as fast on an idle machine. On a busy one its threads wait for each other at
+    every operation, and small networks become ten times slower.
+    """
+    jobs = [(name, sampler, steps) for name in ("unet", "dit") for sampler in SAMPLERS for steps in STEPS]
+    cores = os.cpu_count() or 1
+    workers = min(2, cores)
+    bar = need("rich.progress", "demo").Progress(console=console)
+    context = multiprocessing.get_context("spawn")
+    with bar, ProcessPoolExecutor(workers, context, torch.set_num_threads, (max(1, cores // workers),)) as pool:
+        futures = [pool.submit(compare, *job, samples, seed) for job in jobs]
+        task = bar.add_task("sampling", total=len(jobs))
+        for _ in as_completed(futures):
+            bar.advance(task)
+        return [future.result() for future in futures]
+
+
+def compare(name: str, sampler: str, steps: int, samples: int, seed: int) -> Block:
+    """Every method, and for each the same sampler without cache in as many steps as the method made calls."""
+    network, scores = setup(name), Scores()
+    run(network, sampler, 2, None, samples, seed)  # the first calls of a process are slower than the rest
+    results = {method: run(network, sampler, steps, options, samples, seed) for method, options in METHODS.items()}
+    budgets = sorted({calls(result) for result in results.values()} - {steps})
+    fewer = {budget: run(network, sampler, budget, None, samples, seed) for budget in budgets}
+    rows = [row(scores, name, sampler, steps, method, results, fewer) for method in METHODS]
+    if (sampler, steps) != SHOWN:
+        return Block(rows, {}, None)
+    images = {method: result.images for method, result in results.items()}
+    images["fewer steps"] = fewer.get(calls(results["UCache"]), results["full run"]).images
+    return Block(rows, images, results["UCache"].report)
 
 
 def calls(result: Sampled) -> int:
     """Calls per condition."""
     return result.report.calls // len(result.report.conditions)
-
-
-def fewer_like(results: dict[str, Sampled], fewer: dict[int, Sampled]) -> Sampled:
-    return fewer.get(calls(results["UCache"]), results["full run"])
 
 
 def row(
@@ -158,9 +183,11 @@ def table(rows: list[Row], markdown: bool = False) -> Any:
     box = need("rich.box", "demo")
     """The rows, in blocks of one network, sampler and number of steps; in brackets what fewer steps reach."""
     box = need("rich.box", "demo")
-    made = need("rich.table", "demo").Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
+    made = need("rich.table", "demo").Table(
+        box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     made.add_column("method", no_wrap=True)
-    for column in ("calls", "speed-up", "PSNR (fewer)", "SSIM (fewer)", "accuracy (fewer)"):
+    for column in ("calls", "speed", "PSNR (fewer)", "SSIM (fewer)", "right"):
         made.add_column(column, justify="right", no_wrap=True)
     block = None
     for r in rows:
@@ -183,7 +210,7 @@ def _pair(form: str, ours: float | None, fewer: float | None) -> str:
 
 def contact_sheet(sheets: dict[str, dict[str, Tensor]], path: Path) -> None:
     """One row a method, one column a digit, the networks side by side."""
-    figure = need("matplotlib.figure", "demo").Figure(figsize=(15, 5.2), layout="constrained", facecolor="white")
+    figure = need("matplotlib.figure", "demo").Figure(figsize=(15, 4.2), layout="constrained", facecolor="white")
     for part, (name, methods) in zip(figure.subfigures(1, len(sheets), wspace=0.02), sheets.items(), strict=True):
         sampler, steps = SHOWN
         part.suptitle(f"{name}: {SAMPLERS[sampler]}, {steps} steps, guidance 3", fontsize=12)

@@ -1,0 +1,350 @@
+"""Options as text and as keywords: what is accepted gives the published values, all else an error that says what is."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import string
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepcache import METHODS, EasyCache, Method, Off, OptionError, Static, StepMask, UCache, method
+from stepcache.masks import PRESETS
+
+CLI = json.loads((Path(__file__).parent / "data" / "golden.json").read_text(encoding="utf-8"))["tables"]["cli"]
+DEFAULTS = {
+    "ucache": {"threshold": 1.0, "start": 0.15, "end": 0.95, "decay": 1.0, "relative": True, "reset": True},
+    "easycache": {"threshold": 0.2, "start": 0.15, "end": 0.95},
+}
+
+STRICTER = {
+    "threshold=0.25abc": "threshold='0.25abc': accepted is a number",
+    "threshold=0.25=3": "threshold='0.25=3': accepted is a number",
+    "threshold=0.25;reset=0": "threshold='0.25;reset=0': accepted is a number",
+    "threshold=0x1p-2": "threshold='0x1p-2': accepted is a number",
+    "threshold=1,threshold=2": "threshold='2': the option is given twice",
+    "threshold=nan": "threshold=nan: accepted is a number of at least 0",
+    "start=nan": "start=nan: accepted is a number from 0 to 1",
+    "relative=0.5": "relative='0.5': accepted is 0 or 1",
+    "reset=nan": "reset='nan': accepted is 0 or 1",
+    "decay=2": "decay=2.0: accepted is a number from 0 to 1",
+    "decay=-1": "decay=-1.0: accepted is a number from 0 to 1",
+    "warmup=3": "unknown option 'warmup'.",
+    "w=0.5,window=4": "unknown option 'w'.",
+    "Fn=4": "unknown option 'Fn'.",
+    "decay=0.5": "unknown option 'decay'.",
+}
+"""Accepted by the reference, refused here, and how the refusal begins. `decay=0.5` is a row of easycache."""
+
+LOOSER = {
+    " threshold=0.25": {"threshold": 0.25},
+    "threshold =0.25": {"threshold": 0.25},
+    "threshold=1e50": {"threshold": 1e50},
+    "relative=true": {"relative": True},
+}
+"""Refused by the reference, accepted here."""
+
+pytestmark = pytest.mark.filterwarnings("ignore:UCache with reset=0 and decay=1")
+
+
+def options_of(chosen: Method) -> dict[str, Any]:
+    """Every option of the method's own, as its signature names them."""
+    names = [
+        key for key, p in inspect.signature(METHODS[chosen.name]).parameters.items() if p.kind is not p.VAR_KEYWORD
+    ]
+    return {key: getattr(chosen if hasattr(chosen, key) else chosen.criterion, key) for key in names}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_method_without_options_has_the_published_defaults(name):
+    assert options_of(method(name)) == DEFAULTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "changed"),
+    [row[:2] + row[3:] for row in CLI if row[2] and row[1] not in STRICTER and row[1] != "threshold=inf"],
+)
+def test_text_that_the_reference_accepts_gives_its_values(name, text, changed):
+    assert options_of(method(name, text)) == pytest.approx(DEFAULTS[name] | changed, rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "text"), [row[:2] for row in CLI if not row[2] and row[1] not in LOOSER])
+def test_text_that_the_reference_refuses_is_refused(name, text):
+    with pytest.raises(OptionError):
+        method(name, text)
+
+
+@pytest.mark.parametrize("text", STRICTER)
+def test_text_that_the_reference_misreads_is_refused(text):
+    """Where we are stricter than stable-diffusion.cpp, on purpose; it
+
+    - reads the number at the beginning and drops the rest: `0.25abc`, `0.25=3`, `0.25;reset=0` (reset stays 1);
+    - lets the second of two equal keys win;
+    - takes NaN as threshold (nothing is then skipped), as start (the cache is then dropped) and as a 1 for booleans,
+      as any number but 0 is;
+    - takes a decay outside 0 to 1, of which one above 1 grows without bound and one below 0 alternates;
+    - takes options of other methods and ignores them: warmup, w, window and Fn for ucache, decay for easycache.
+
+    Hexadecimal numbers are refused because nobody writes them on purpose.
+    """
+    name = next(row[0] for row in CLI if row[1] == text and row[2])
+    with pytest.raises(OptionError, match="^" + re.escape(STRICTER[text])):
+        method(name, text)
+
+
+@pytest.mark.parametrize(("text", "options"), LOOSER.items())
+def test_text_that_the_reference_refuses_needlessly_is_accepted(text, options):
+    """Where we are looser: spaces around keys, true and false for 1 and 0, and numbers beyond float32."""
+    assert [row[2] for row in CLI if row[1] == text] == [False]
+    assert options_of(method("ucache", text)) == DEFAULTS["ucache"] | options
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_an_infinite_threshold_is_infinite(name):
+    """Different: in the reference it stands for the method's default; here, for skipping all it can."""
+    assert [name, "threshold=inf", True, {}] in CLI
+    assert method(name, "threshold=inf").criterion.threshold == math.inf
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "threshold=1.5,reset=0,relative=0",
+        " threshold = 1.5 , reset = 0 , relative = 0 , ",
+        "threshold=1.5,reset=false,relative=False",
+        "relative=0,threshold=15e-1,reset=0,",
+    ],
+)
+def test_spaces_order_spelling_and_a_trailing_comma_do_not_matter(text):
+    assert method("ucache", text) == UCache(threshold=1.5, reset=False, relative=False)
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_empty_text_changes_nothing(text):
+    assert method("easycache", text) == EasyCache()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: method("ucahce"), "unknown method 'ucahce'. Did you mean 'ucache'?"),
+        (lambda: method("EasyCache"), "unknown method 'EasyCache'. Did you mean 'easycache'?"),
+        (lambda: method("ucache", "treshold=1"), "unknown option 'treshold'. Did you mean 'threshold'?"),
+        (lambda: method("ucache", "Threshold=1"), "unknown option 'Threshold'. Did you mean 'threshold'?"),
+        (lambda: method("easycache", "strat=0.1"), "unknown option 'strat'. Did you mean 'start'?"),
+        (lambda: method("ucache", treshold=1), "unknown option 'treshold'. Did you mean 'threshold'?"),
+        (
+            lambda: method("ucache", max_consecutiv=2),
+            "unknown option 'max_consecutiv'. Did you mean 'max_consecutive'?",
+        ),
+        (lambda: method("static", mask="fast", treshold=1), "unknown option 'treshold'."),
+        (lambda: StepMask("fsat"), "unknown mask preset 'fsat'. Did you mean 'fast'?"),
+        (lambda: StepMask("fast", policy="dynamc"), "unknown policy 'dynamc'. Did you mean 'dynamic'?"),
+        (lambda: UCache(window="step"), "unknown window unit 'step'. Did you mean 'steps'?"),
+        (lambda: UCache(evaluations="secnd"), "unknown evaluations 'secnd'. Did you mean 'second'?"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_one(call, message):
+    with pytest.raises(OptionError, match="^" + re.escape(message)):
+        call()
+
+
+def test_an_unknown_name_near_nothing_gets_the_names_there_are():
+    with pytest.raises(OptionError) as refusal:
+        method("xyz")
+    assert str(refusal.value) == "unknown method 'xyz'. Accepted: ucache, easycache, static, none."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("threshold", "option 'threshold' has no '='. Write options as key=value, separated by commas."),
+        ("0.3,0.1,0.9", "option '0.3' has no '='."),
+        (",threshold=1", "option '' has no '='."),
+        ("threshold=1,,reset=0", "option '' has no '='."),
+        ("threshold=", "threshold='': accepted is a number"),
+        ("threshold=high", "threshold='high': accepted is a number"),
+        ("threshold=-1", "threshold=-1.0: accepted is a number of at least 0"),
+        ("start=-0.1", "start=-0.1: accepted is a number from 0 to 1"),
+        ("end=1.01", "end=1.01: accepted is a number from 0 to 1"),
+        ("start=0.5,end=0.5", "start=0.5, end=0.5: the window is empty; accepted is start < end, from 0 to 1"),
+        ("start=0.96", "start=0.96, end=0.95: the window is empty; accepted is start < end, from 0 to 1"),
+        ("start=0.7,start=0.2", "start='0.2': the option is given twice"),
+        ("reset=2", "reset='2': accepted is 0 or 1"),
+        ("reset=", "reset='': accepted is 0 or 1"),
+    ],
+)
+def test_text_that_cannot_be_accepted_is_named_with_what_can(text, message):
+    with pytest.raises(OptionError, match="^" + re.escape(message)):
+        method("ucache", text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": -0.5}, "threshold=-0.5: accepted is a number of at least 0"),
+        ({"threshold": math.nan}, "threshold=nan: accepted is a number of at least 0"),
+        ({"threshold": "1.5"}, "threshold='1.5': accepted is a number of at least 0"),
+        ({"threshold": None}, "threshold=None: accepted is a number of at least 0"),
+        ({"decay": 1.5}, "decay=1.5: accepted is a number from 0 to 1"),
+        ({"decay": math.nan}, "decay=nan: accepted is a number from 0 to 1"),
+        ({"start": math.nan}, "start=nan: accepted is a number from 0 to 1"),
+        ({"start": 0.5, "end": 0.4}, "start=0.5, end=0.4: the window is empty"),
+        ({"warmup": -1}, "warmup=-1: accepted is a whole number of at least 0"),
+        ({"warmup": 1.5}, "warmup=1.5: accepted is a whole number of at least 0"),
+        ({"max_cached": -2}, "max_cached=-2: accepted is a whole number of at least -1"),
+        ({"max_cached": math.inf}, "max_cached=inf: accepted is a whole number of at least -1"),
+        ({"max_consecutive": 0.5}, "max_consecutive=0.5: accepted is a whole number of at least -1"),
+    ],
+)
+def test_a_keyword_that_cannot_be_accepted_is_named_with_its_value(options, message):
+    with pytest.raises(OptionError, match="^" + re.escape(message)):
+        UCache(**options)
+
+
+def test_easycache_refuses_what_ucache_refuses():
+    with pytest.raises(OptionError, match=r"^threshold=-1: accepted is a number of at least 0$"):
+        EasyCache(threshold=-1)
+    with pytest.raises(OptionError, match=r"^start=1, end=0.95: the window is empty"):
+        EasyCache(start=1)
+
+
+def test_text_and_keywords_combine_but_not_on_one_option():
+    assert method("ucache", "threshold=1.5", mask="fast", reset=False, decay=0.9) == UCache(
+        threshold=1.5, mask="fast", reset=False, decay=0.9
+    )
+    with pytest.raises(OptionError, match=r"^threshold: given both as text and as keyword$"):
+        method("ucache", "threshold=1.5", threshold=1.5)
+
+
+def test_every_published_name_gives_its_method():
+    assert method("ucache") == UCache()
+    assert method("easycache") == EasyCache()
+    assert method("static", mask="1101") == Static([1, 1, 0, 1])
+    assert method("none") == Off()
+
+
+def test_off_takes_no_options():
+    with pytest.raises(OptionError, match=r"^unknown option 'threshold'\."):
+        method("none", "threshold=1")
+    with pytest.raises(OptionError, match=r"^unknown option 'mask'\."):
+        method("none", mask="fast")
+
+
+def test_but_changes_only_what_it_names():
+    assert UCache(threshold=1.5, decay=0.9).but(mask="fast", warmup=3) == UCache(
+        threshold=1.5, decay=0.9, mask="fast", warmup=3
+    )
+
+
+def test_reset_0_with_decay_1_says_so_where_it_was_written():
+    with pytest.warns(UserWarning, match="^UCache with reset=0 and decay=1 ") as said:
+        UCache(reset=False)
+    assert [warning.filename for warning in said] == [__file__]
+
+
+@pytest.mark.parametrize("text", ["reset=0,decay=0.9", "reset=0,decay=0", "decay=1", "reset=0,threshold=0"])
+def test_nothing_is_said_about_a_reset_that_can_act(text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method("ucache", text)
+
+
+SHARES = st.floats(0, 1)
+WINDOWS = st.tuples(SHARES, SHARES).filter(lambda w: w[0] < w[1]).map(lambda w: {"start": w[0], "end": w[1]})
+OWN = {
+    "ucache": {"threshold": st.floats(0), "decay": SHARES, "relative": st.booleans(), "reset": st.booleans()},
+    "easycache": {"threshold": st.floats(0)},
+}
+SPACES = st.sampled_from(["", " ", "  ", "\t"])
+
+
+@st.composite
+def written(draw: st.DrawFn, name: str) -> tuple[dict[str, Any], str]:
+    """Options that the method accepts, and one of the ways to write them."""
+    options = draw(st.fixed_dictionaries({}, optional=OWN[name])) | draw(st.just({}) | WINDOWS)
+    pieces = []
+    for key in draw(st.permutations(list(options))):
+        value = options[key]
+        text = draw(st.sampled_from([str(int(value)), str(value)])) if isinstance(value, bool) else repr(value)
+        spaces = [draw(SPACES) for _ in range(4)]
+        pieces.append(f"{spaces[0]}{key}{spaces[1]}={spaces[2]}{text}{spaces[3]}")
+    return options, ",".join(pieces) + (draw(st.sampled_from(["", ","])) if pieces else "")
+
+
+@settings(deadline=None)
+@given(written("ucache"))
+def test_ucache_options_survive_being_written_as_text(pair):
+    options, text = pair
+    assert method("ucache", text) == UCache(**options)
+
+
+@settings(deadline=None)
+@given(written("easycache"))
+def test_easycache_options_survive_being_written_as_text(pair):
+    options, text = pair
+    assert method("easycache", text) == EasyCache(**options)
+
+
+PIECES = st.sampled_from(
+    [
+        "threshold",
+        "start",
+        "end",
+        "decay",
+        "reset",
+        "mask",
+        "=",
+        ",",
+        "-",
+        "0",
+        "1",
+        ".5",
+        "e",
+        "inf",
+        "nan",
+        "_",
+        "٣",
+        " ",
+    ]
+)
+NOISE = st.text() | st.text(string.printable) | st.lists(PIECES, max_size=12).map("".join)
+
+
+def accepted_or_refused(call: Callable[[], Any]) -> Any:
+    """What the call returns; None where it refuses with a sentence. Any other error passes through."""
+    try:
+        return call()
+    except OptionError as refusal:
+        return None if len(str(refusal).split()) > 3 else refusal
+
+
+@settings(deadline=None)
+@given(NOISE)
+@pytest.mark.parametrize("name", METHODS)
+def test_any_text_is_accepted_or_refused_with_a_sentence(name, text):
+    mask = {"mask": "fast"} if name == "static" else {}
+    accepted = accepted_or_refused(lambda: method(name, text, **mask))
+    assert accepted is None or accepted.name == name
+
+
+@settings(deadline=None)
+@given(NOISE)
+def test_any_method_name_is_known_or_refused_with_a_sentence(name):
+    accepted = accepted_or_refused(lambda: method(name))
+    assert accepted is None or accepted.name == name
+
+
+@settings(deadline=None)
+@given(NOISE)
+def test_any_mask_text_is_accepted_or_refused_with_a_sentence(text):
+    accepted = accepted_or_refused(lambda: StepMask(text))
+    assert accepted is None or accepted.mask in PRESETS or set(accepted.mask) <= {0, 1}

@@ -1,0 +1,1094 @@
+"""The contracts of the design, on toy networks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import json
+import pickle
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import (
+    SIX,
+    Forgetful,
+    LogSigmaLine,
+    SkipOdd,
+    Toy,
+    cached,
+    drive,
+    fates,
+    filled,
+    heun,
+    level,
+    plain,
+    reasons,
+    twice,
+)
+
+from stepcache import (
+    Always,
+    Criterion,
+    EasyCache,
+    Evidence,
+    Method,
+    Off,
+    OptionError,
+    Predictor,
+    Report,
+    Reuse,
+    Session,
+    Static,
+    StepMask,
+    UCache,
+    Verdict,
+)
+from stepcache.criteria import EasyCacheRule
+from stepcache.readings import Readings
+from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn
+
+# Off is off.
+
+NOTHING_TO_SKIP = {
+    "no method": None,
+    "off": Off(),
+    "none": "none",
+    "ucache threshold 0": UCache(0),
+    "easycache threshold 0": EasyCache(0),
+    "threshold 0 with a dynamic mask": UCache(0, mask="110101"),
+    "all-ones mask": UCache(mask="111111"),
+    "all-ones static mask": Static("111111"),
+    "max_cached 0": Method(max_cached=0),
+    "max_consecutive 0": UCache(max_consecutive=0),
+}
+
+
+@pytest.mark.parametrize("method", NOTHING_TO_SKIP.values(), ids=NOTHING_TO_SKIP)
+@pytest.mark.parametrize("known", [True, False])
+def test_off_makes_the_same_calls_and_returns_the_models_own_tensors(method, known):
+    network = Toy()
+    model = cached(network, method, sigmas=SIX if known else None)
+    mark = object()
+    asked = [(torch.randn(2, 1, 2, 2), level(sigma, rows=2)) for sigma in SIX[:-1]]
+    answers = [model(x, sigma, extra=mark) for x, sigma in asked]
+    assert all(a is b for a, b in zip(answers, network.returned, strict=True))
+    assert all(
+        x is seen_x and sigma is seen_sigma and extra == {"extra": mark}
+        for (x, sigma), (seen_x, seen_sigma, extra) in zip(asked, network.seen, strict=True)
+    )
+    assert set(reasons(model)) == {"off"}
+    assert (model.report.calls, model.report.skipped, model.report.speedup) == (6, 0, 1.0)
+
+
+def test_off_keeps_autograd():
+    model = cached(twice, None)
+    x = filled(3.0).requires_grad_()
+    model(x, level(5.0)).sum().backward()
+    assert (x.grad == 2).all()
+
+
+def test_what_is_computed_is_the_models_own_tensor_and_sees_the_callers_own():
+    network = Toy()
+    model = cached(network, Method(criterion=SkipOdd()), sigmas=SIX)
+    asked = [(filled(k), level(sigma)) for k, sigma in enumerate(SIX[:-1])]
+    answers = [model(x, sigma) for x, sigma in asked]
+    assert fates(model) == "CSCSCS"
+    for k in (0, 2, 4):
+        assert answers[k] is network.returned[k // 2]
+        assert asked[k][0] is network.seen[k // 2][0]
+        assert asked[k][1] is network.seen[k // 2][1]
+
+
+def test_what_is_remembered_does_not_change_with_the_samplers_own_tensors():
+    """Samplers and hosts write into x and into what they were given."""
+    kept = []
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        kept.append(x * 1 + 7)
+        return kept[-1]
+
+    model = CachedDenoiser(Toy(network), Static("100"), scalings=plain, sigmas=(3.0, 2.0, 1.0, 0.0))
+    x = filled(5.0)
+    model(x, level(3.0)).mul_(100)
+    x.zero_()
+    skipped = model(filled(6.0), level(2.0))
+    assert (skipped == 13).all()
+    skipped.mul_(100)
+    assert (model(filled(6.0), level(1.0)) == 13).all()
+
+
+# State ends with the run.
+
+
+def begun(method: Method | None = None, **keywords) -> CachedDenoiser:
+    """Two evaluations into a run of six; the next one, at sigma 6, would be skipped."""
+    model = cached(twice, method or Method(), sigmas=SIX, **keywords)
+    drive(model, (10, 8), (1, 2))
+    assert fates(model) == "CS"
+    return model
+
+
+def assert_clean(model: CachedDenoiser, run: int = 1) -> None:
+    """The run in progress is another one, and its first evaluation was computed."""
+    assert model.report.run == run
+    assert model.report.events[0].where.evaluation == 0
+    assert reasons(model)[0] == "no memory yet"
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (torch.ones(1, 1, 4, 4), 2),
+        (torch.ones(1, 2, 2, 2), 2),
+        (torch.ones(3, 1, 2, 2), 2),
+        (torch.ones(1, 1, 2, 2, dtype=torch.float16), 2),
+        (torch.ones(1, 1, 2, 2, dtype=torch.float64), 2),
+    ],
+    ids=["size", "channels", "batch", "half", "double"],
+)
+def test_another_shape_batch_or_dtype_begins_a_new_run(x, expected):
+    model = begun()
+    answer = model(x, level(6, rows=x.shape[0]))
+    assert (answer == expected).all()
+    assert answer.dtype == x.dtype
+    assert_clean(model)
+    assert model.report.events[0].where.step == 2
+
+
+def test_another_device_begins_a_new_run():
+    model = begun()
+    model(filled(1.0).to("meta"), level(6))
+    assert_clean(model)
+
+
+def test_an_exception_in_the_model_ends_the_run():
+    def breaks_at_6(x: Tensor, sigma: Tensor) -> Tensor:
+        if sigma.max() == 6:
+            raise RuntimeError("out of memory")
+        return 2 * x
+
+    model = cached(breaks_at_6, Static("111000"), sigmas=SIX)
+    drive(model, (10, 8), 1.0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(filled(1.0), level(6))
+    assert drive(model, (4, 2), (3, 5)) == [6, 5 + 3]
+    assert_clean(model)
+
+
+def test_an_exception_in_the_predictor_ends_the_run():
+    class Breaks(Reuse):
+        def predict(self, history, x, where):
+            if where.sigma == 6:
+                raise ZeroDivisionError
+            return super().predict(history, x, where)
+
+    model = begun(Method(predictor=Breaks()))
+    with pytest.raises(ZeroDivisionError):
+        model(filled(1.0), level(6))
+    assert drive(model, (4, 2), (3, 5)) == [6, 5 + 3]
+    assert_clean(model)
+
+
+def test_an_exception_in_the_criterion_ends_the_run():
+    class Breaks(Always):
+        def decide(self, evidence: Evidence) -> Verdict:
+            if evidence.where.sigma == 6:
+                raise KeyboardInterrupt
+            return Verdict(True)
+
+    model = begun(Method(criterion=Breaks()))
+    with pytest.raises(KeyboardInterrupt):
+        model(filled(1.0), level(6))
+    assert drive(model, (4, 2), (3, 5)) == [6, 5 + 3]
+    assert_clean(model)
+
+
+def test_an_exception_lets_the_next_run_begin_with_the_first_condition_in_turn():
+    broken = []
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        if len(broken) < 1 and sigma.max() == 8:
+            broken.append(1)
+            raise RuntimeError
+        return 2 * x
+
+    model = cached(network, Off(), sigmas=SIX, conditions=InTurn("cond", "uncond"))
+    drive(model, (10, 10), 1.0)
+    with pytest.raises(RuntimeError):
+        model(filled(1.0), level(8))
+    drive(model, (10, 10), 1.0)
+    assert model.report.conditions == ["cond", "uncond"]
+
+
+def test_another_thread_begins_a_new_run():
+    model = begun()
+    thread = threading.Thread(target=drive, args=(model, (6,), (3,)))
+    thread.start()
+    thread.join()
+    assert_clean(model)
+    assert drive(model, (4,), (3,)) == [6]
+    assert_clean(model, run=2)
+
+
+def test_an_interrupted_run_does_not_reach_the_next():
+    model = begun()
+    assert drive(model, SIX[:2], (5, 6)) == [10, 6 + 5]
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("start", [9.0, 40.0])
+def test_an_interrupted_run_does_not_reach_one_on_another_schedule_that_starts_higher(start):
+    model = begun()
+    drive(model, (6, 4), (2, 2))
+    with pytest.warns(UserWarning, match=f"lacks the run's first sigma, {start:g}"):
+        assert drive(model, (start,), (7,)) == [14]
+    assert_clean(model)
+
+
+def test_an_interrupted_run_does_not_reach_one_that_begins_with_churn():
+    model = begun()
+    assert drive(model, (13,), (7,)) == [14]
+    assert_clean(model)
+
+
+def test_an_interrupted_img2img_run_does_not_reach_the_next():
+    model = cached(twice, Method(), sigmas=SIX)
+    drive(model, (8, 6, 4), 1.0)
+    assert drive(model, (8, 6), (5, 6)) == [10, 6 + 5]
+    assert_clean(model)
+
+
+def test_reset_forgets_the_run():
+    model = begun()
+    model.reset()
+    assert drive(model, (6, 4), (5, 6)) == [10, 6 + 5]
+    assert_clean(model)
+
+
+def test_announced_runs_do_not_reach_each_other():
+    model = cached(twice, Method())
+    for run in range(2):
+        with model.run((6.0, 4.0, 2.0, 0.0)):
+            assert drive(model, (6, 4), (1, 2)) == [2, 2 + 1]
+        assert_clean(model, run)
+    assert drive(model, (2,), (3,)) == [6]
+    assert_clean(model, 2)
+
+
+def test_a_refused_announcement_leaves_the_session_as_it_was():
+    model = cached(twice, Static("101010"), sigmas=SIX)
+    with pytest.raises(OptionError, match="6 entries, the run has 2 steps"), model.run((5.0, 1.0, 0.0)):
+        pass
+    drive(model, SIX[:-1], 1.0)
+    assert fates(model) == "CSCSCS"
+    drive(model, SIX[:-1], 1.0)
+    assert model.report.run == 1
+    assert fates(model) == "CSCSCS"
+
+
+def test_a_run_whose_first_sigma_is_not_on_the_schedule_is_taken_without_one_and_says_so():
+    model = cached(twice, Method(last_step=True), sigmas=SIX)
+    lacks, last = "the schedule given lacks the run's first sigma, 9", "the last step cannot be protected"
+    with pytest.warns(UserWarning, match=lacks), pytest.warns(UserWarning, match=last):
+        drive(model, (9, 7, 5), 1.0)
+    assert fates(model) == "CSS"
+    assert model.report.scheduled_steps is None
+
+
+# Nothing is kept alive after the run but its report.
+
+ODD = (1, 1, 7, 111)
+"""A latent of 777 elements, which nothing else here has."""
+
+
+def alive() -> int:
+    gc.collect()
+    return sum(type(thing) is Tensor and thing.numel() == 777 for thing in gc.get_objects())
+
+
+def evaluate_odd(model: CachedDenoiser, sigmas, **extra) -> None:
+    for sigma in sigmas:
+        model(torch.ones(ODD), level(sigma), **extra)
+
+
+def test_latents_are_remembered_during_a_run():
+    """The control of the tests below: what they find gone is found while it is there."""
+    model = cached(Forgetful(), Method(), sigmas=SIX)
+    evaluate_odd(model, SIX[:-2])
+    one = alive()
+    assert one > 0
+    model = cached(Forgetful(), Method(predictor=LogSigmaLine(), warmup=4), sigmas=SIX)
+    evaluate_odd(model, SIX[:-2])
+    assert alive() == 2 * one
+    del model
+    assert alive() == 0
+
+
+@pytest.mark.parametrize("method", [Method(), UCache(), EasyCache(), Static("110101"), Method(warmup=6)])
+def test_latents_are_freed_after_the_last_step_of_a_known_schedule(method):
+    model = cached(Forgetful(), method, sigmas=SIX)
+    evaluate_odd(model, SIX[:-1])
+    assert alive() == 0
+    assert model.report.evaluations == 6
+
+
+def test_latents_are_freed_after_the_last_step_under_heun():
+    model = cached(Forgetful(), Method())
+    with model.run(SIX, stages=2):
+        evaluate_odd(model, heun(SIX))
+        assert alive() == 0
+    with model.run(SIX[:-1], stages=2):
+        evaluate_odd(model, heun(SIX[:-1])[:-1])
+        assert alive() > 0
+        evaluate_odd(model, heun(SIX[:-1])[-1:])
+        assert alive() == 0
+
+
+def test_latents_are_freed_when_an_announced_run_ends_before_its_last_step():
+    model = cached(Forgetful(), Method())
+    with model.run(SIX):
+        evaluate_odd(model, SIX[:2])
+        assert alive() > 0
+    assert alive() == 0
+    with contextlib.suppress(KeyboardInterrupt), model.run(SIX):
+        evaluate_odd(model, SIX[:2])
+        raise KeyboardInterrupt
+    assert alive() == 0
+
+
+def test_latents_are_freed_at_the_models_lowest_sigma_without_a_schedule():
+    model = cached(Forgetful(sigma_min=torch.tensor(1.0)), Method())
+    evaluate_odd(model, SIX[:-2])
+    assert alive() > 0
+    evaluate_odd(model, SIX[-2:-1])
+    assert alive() == 0
+
+
+def test_latents_are_freed_after_an_exception():
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        if sigma.max() == 6:
+            raise RuntimeError
+        return 2 * x
+
+    model = cached(Forgetful(network), Method(warmup=3), sigmas=SIX)
+    with pytest.raises(RuntimeError):
+        evaluate_odd(model, SIX[:-1])
+    assert alive() == 0
+
+
+def test_latents_are_freed_after_the_last_step_of_every_condition_in_turn():
+    model = cached(Forgetful(), Method(), sigmas=SIX, conditions=InTurn("cond", "uncond"))
+    evaluate_odd(model, [sigma for sigma in SIX[:-1] for _ in range(2)][:-1])
+    assert alive() > 0
+    evaluate_odd(model, SIX[-2:-1])
+    assert alive() == 0
+    assert fates(model, "cond") == fates(model, "uncond") == "CSSSSS"
+
+
+def test_latents_of_a_condition_that_was_dropped_on_the_way_are_freed_with_the_run():
+    """Hosts drop uncond in the last steps."""
+    model = cached(Forgetful(lambda x, sigma, name: 2 * x), Static("110101"), sigmas=SIX, conditions=by_name)
+    for name in ("cond", "uncond"):
+        evaluate_odd(model, SIX[:1], name=name)
+    evaluate_odd(model, SIX[1:-1], name="cond")
+    assert fates(model, "cond") == "CCSCSC"
+    assert alive() == 0
+
+
+def test_latents_are_freed_when_the_last_step_is_taken_with_gradients():
+    model = cached(Forgetful(), Method(), sigmas=SIX)
+    evaluate_odd(model, SIX[:-2])
+    model(torch.ones(ODD, requires_grad=True), level(SIX[-2]))
+    assert alive() == 0
+
+
+def test_a_session_that_is_off_remembers_nothing():
+    model = cached(Forgetful(), None, sigmas=SIX)
+    evaluate_odd(model, SIX[:3])
+    assert alive() == 0
+
+
+def test_the_report_holds_no_tensor_with_more_than_one_element():
+    model = cached(twice, UCache(2.0, window=None, start=0, end=1), sigmas=SIX, conditions=("cond", "uncond"))
+    for k, sigma in enumerate(SIX[:-1]):
+        model(filled(10.0 - k, rows=2), level(sigma, rows=2))
+    seen, todo = set(), [model.report]
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, type):
+            continue
+        seen.add(id(thing))
+        assert not isinstance(thing, Tensor) or thing.numel() == 1
+        assert not isinstance(thing, torch.nn.Module)
+        todo += gc.get_referents(thing)
+    assert len(seen) > 20
+
+
+# One decision an evaluation.
+
+
+def by_name(x: Tensor, sigma: Tensor, name: str, **extra) -> str:
+    return name
+
+
+@dataclass
+class Near(Criterion):
+    """Skips where the input moved by less than 1 since the last computed evaluation."""
+
+    def decide(self, evidence: Evidence) -> Verdict:
+        moved = float(evidence.input_change)
+        return Verdict(moved < 1, moved, 1.0)
+
+
+COND = [1.0, 1.5, 9.0, 9.5, 9.6, 9.7]
+"""Moves by 1 or more at evaluations 2: alone CSCSSS."""
+UNCOND = [1.0, 1.5, 1.6, 1.7, 5.0, 5.1]
+"""Moves by 1 or more at evaluation 4: alone CSSSCS."""
+
+
+HOW = ["batched", "separate"]
+
+
+def guide(how: str, method: Method, network=None, cond=COND, uncond=UNCOND, sigmas=SIX, **keywords):
+    """A run with two conditions, batched in one call or in separate ones; the model and the answers of both."""
+    names = ("cond", "uncond")
+    conditions = names if how == "batched" else by_name
+    model = cached(network or Toy(twice_named), method, sigmas=sigmas, conditions=conditions, **keywords)
+    answers: dict[str, list[float]] = {name: [] for name in names}
+    for a, b, sigma in zip(cond, uncond, SIX[:-1], strict=True):
+        if how == "batched":
+            both = model(torch.cat([filled(a), filled(b)]), level(sigma, rows=2), name=names)
+            for name, one in zip(names, both, strict=True):
+                answers[name].append(float(one.flatten()[0]))
+        else:
+            for name, x in (("cond", a), ("uncond", b)):
+                answers[name].append(float(model(filled(x), level(sigma), name=name).flatten()[0]))
+    return model, answers
+
+
+def twice_named(x: Tensor, sigma: Tensor, name: str | tuple[str, ...]) -> Tensor:
+    return 2 * x
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_anchor_decides_for_all_conditions(how):
+    model, answers = guide(how, Method(criterion=Near()))
+    assert fates(model, "cond") == fates(model, "uncond") == "CSCSSS"
+    assert answers["cond"] == pytest.approx([2, 1.5 + 1, 18, 9.5 + 9, 9.6 + 9, 9.7 + 9])
+    assert answers["uncond"] == pytest.approx([2, 1.5 + 1, 3.2, 1.7 + 1.6, 5 + 1.6, 5.1 + 1.6])
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_every_condition_is_told_the_same_reason(how):
+    model, _ = guide(how, Method(criterion=Near(), max_cached=2))
+    expected = ["no memory yet", "criterion", "criterion", "criterion", "max_cached", "max_cached"]
+    assert reasons(model, "cond") == expected
+    assert reasons(model, "uncond") == expected
+
+
+@pytest.mark.parametrize("method", [UCache(1.0), EasyCache(0.3), Static("110100"), Method(max_consecutive=2)])
+def test_batched_and_separate_calls_agree(method):
+    (a, first), (b, second) = guide("batched", method), guide("separate", method)
+    assert fates(a, "cond") == fates(b, "cond")
+    assert fates(a, "uncond") == fates(b, "uncond")
+    assert first == second
+    assert [event.estimate for event in a.report.events] == [event.estimate for event in b.report.events]
+    assert str(a.report) == str(b.report)
+
+
+def test_estimates_stand_with_the_anchor_alone():
+    model, _ = guide("batched", Method(criterion=Near()))
+    assert [e.estimate for e in model.report.events if e.condition == "cond"][1:] == pytest.approx(
+        [0.5, 8, 0.5, 0.6, 0.7]
+    )
+    assert {e.estimate for e in model.report.events if e.condition == "uncond"} == {None}
+
+
+def test_cond_is_the_anchor_of_a_batch_unless_named_otherwise():
+    for names, expected in ((("uncond", "cond"), "CSCSSS"), (("a", "b"), "CSSSCS")):
+        model = cached(twice, Method(criterion=Near()), sigmas=SIX, conditions=names)
+        for first, second, sigma in zip(UNCOND, COND, SIX[:-1], strict=True):
+            model(torch.cat([filled(first), filled(second)]), level(sigma, rows=2))
+        assert fates(model, names[0]) == fates(model, names[1]) == expected
+
+
+def test_a_named_anchor_decides():
+    model, _ = guide("batched", Method(criterion=Near()), anchor="uncond")
+    assert fates(model, "cond") == fates(model, "uncond") == "CSSSCS"
+
+
+def test_an_unknown_anchor_is_an_error_with_the_nearest_name():
+    with pytest.raises(OptionError, match=r"unknown anchor 'unconf'. Did you mean 'uncond'\? Accepted: cond, uncond"):
+        cached(twice, Method(), conditions=("cond", "uncond"), anchor="unconf")
+    with pytest.raises(OptionError, match=r"unknown value of decide 'eech'. Did you mean 'each'"):
+        cached(twice, Method(), decide="eech")
+
+
+def test_an_anchor_that_is_called_second_warns_once_and_what_comes_before_it_computes():
+    method = Method(criterion=Near())
+    with pytest.warns(UserWarning, match="'cond' is evaluated before the anchor 'uncond'") as caught:
+        model, answers = guide("separate", method, anchor="uncond")
+    assert len(caught) == 1
+    assert fates(model, "cond") == "CCCCCC"
+    assert fates(model, "uncond") == "CSSSCS"
+    assert answers["cond"] == pytest.approx([2 * x for x in COND])
+    assert answers["uncond"] == pytest.approx([2, 2.5, 2.6, 2.7, 10, 10.1])
+
+
+def test_an_anchor_that_never_comes_computes_everything():
+    said = "evaluated before the anchor 'nobody'"
+    with pytest.warns(UserWarning, match=f"'cond' is {said}"), pytest.warns(UserWarning, match=f"'uncond' is {said}"):
+        model, answers = guide("separate", Method(), anchor="nobody")
+    assert fates(model, "cond") == fates(model, "uncond") == "CCCCCC"
+    assert answers["uncond"] == pytest.approx([2 * x for x in UNCOND])
+
+
+def test_each_condition_can_decide_for_itself():
+    model, answers = guide("separate", Method(criterion=Near()), decide="each")
+    assert fates(model, "cond") == "CSCSSS"
+    assert fates(model, "uncond") == "CSSSCS"
+    assert answers["cond"][2] == 18
+    assert answers["uncond"][2] == pytest.approx(1.6 + 1)
+
+
+def test_conditions_that_decide_for_themselves_in_one_batch_are_skipped_when_all_agree():
+    """Moved by 1 or more: cond at 2, uncond (from 1.6, computed with it at 2) at 4, cond (from 9.6) then nowhere."""
+    model, _ = guide("batched", Method(criterion=Near()), decide="each")
+    assert fates(model, "cond") == fates(model, "uncond") == "CSCSCS"
+
+
+def test_a_condition_without_memory_computes_on_a_skipped_evaluation_and_is_then_remembered():
+    model = cached(Toy(twice_named), Method(), sigmas=SIX, conditions=by_name)
+    answers = []
+    for k, sigma in enumerate(SIX[:4]):
+        model(filled(1.0), level(sigma), name="cond")
+        if k >= 2:
+            answers.append(float(model(filled(k), level(sigma), name="uncond").flatten()[0]))
+    assert fates(model, "cond") == "CSSS"
+    assert fates(model, "uncond") == "CS"
+    assert reasons(model, "uncond") == ["no memory yet", "criterion"]
+    assert answers == [4, 3 + 2]
+
+
+def test_a_condition_that_missed_a_computed_evaluation_computes_before_it_follows_again():
+    """uncond stays away at 1 and 2; cond is computed at 2: what uncond knows is older than what the decision saw."""
+    model = cached(Toy(twice_named), Static("101000"), sigmas=SIX, conditions=by_name)
+    for k, sigma in enumerate(SIX[:5]):
+        model(filled(1.0), level(sigma), name="cond")
+        if k not in (1, 2):
+            model(filled(1.0), level(sigma), name="uncond")
+    assert fates(model, "cond") == "CSCSS"
+    assert fates(model, "uncond") == "CCS"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.floats(0, 8), st.floats(0, 8)), min_size=6, max_size=6),
+    st.sampled_from([UCache(1.0, window=None, start=0, end=1), EasyCache(0.3), Method(criterion=Near(), warmup=1)]),
+    st.sampled_from(["cond", None]),
+)
+def test_batched_and_separate_calls_agree_on_any_path(path, method, anchor):
+    cond, uncond = zip(*path, strict=True)
+    (a, first), (b, second) = (guide(how, method, cond=cond, uncond=uncond, anchor=anchor) for how in HOW)
+    assert first == second
+    assert (fates(a, "cond"), fates(a, "uncond")) == (fates(b, "cond"), fates(b, "uncond"))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(0, 1), min_size=6, max_size=6).filter(lambda mask: 0 in mask),
+    st.lists(st.lists(st.sampled_from(["a", "b", "c"]), unique=True), min_size=5, max_size=5),
+)
+def test_followers_come_and_go_and_never_answer_from_before_the_anchors_last_computed_evaluation(mask, present):
+    """A plain model of the rule: x = evaluation + 1, a skipped answer is x + x' of the condition's own last one."""
+    model = cached(Toy(twice_named), Static(mask), sigmas=SIX, conditions=by_name)
+    last: dict[str, int] = {}
+    for k, (digit, others) in enumerate(zip(mask[:5], present, strict=True)):
+        skips = not digit and "anchor" in last
+        for name in ("anchor", *others):
+            sound = last.get(name, -1) >= last.get("anchor", 0)
+            answer = float(model(filled(k + 1), level(SIX[k]), name=name).flatten()[0])
+            if skips and sound:
+                assert answer == (k + 1) + (last[name] + 1)
+            else:
+                assert answer == 2 * (k + 1)
+                last[name] = k
+    assert model.report.evaluations == 5
+
+
+def test_a_condition_that_stays_away_leaves_the_other_ones_decisions_alone():
+    model = cached(Toy(twice_named), Method(criterion=Near()), sigmas=SIX, conditions=by_name)
+    for k, (x, sigma) in enumerate(zip(COND, SIX[:-1], strict=True)):
+        model(filled(x), level(sigma), name="cond")
+        if k < 2:
+            model(filled(x), level(sigma), name="uncond")
+    assert fates(model, "cond") == "CSCSSS"
+
+
+def test_one_condition_may_pass_sigma_per_row_and_the_other_as_a_number():
+    model = cached(Toy(twice_named), Method(criterion=Near()), sigmas=SIX, conditions=by_name)
+    for x, sigma in zip(COND, SIX[:-1], strict=True):
+        model(filled(x), level(sigma), name="cond")
+        model(filled(x), torch.tensor(sigma), name="uncond")
+    assert model.report.evaluations == 6
+    assert fates(model, "cond") == fates(model, "uncond") == "CSCSSS"
+
+
+def test_a_batch_that_does_not_divide_into_its_conditions_is_an_error():
+    model = cached(twice, Method(), conditions=("cond", "uncond"))
+    with pytest.raises(OptionError, match="a batch of 3 does not divide into the 2 conditions cond, uncond"):
+        model(filled(1.0, rows=3), level(5.0, rows=3))
+
+
+@pytest.mark.parametrize("names", [("cond", "cond"), ()])
+def test_conditions_of_one_call_must_be_one_or_more_different_names(names):
+    model = cached(twice, Method(), conditions=lambda x, sigma: names)
+    with pytest.raises(OptionError):
+        model(filled(1.0, rows=2), level(5.0, rows=2))
+
+
+# NaN and Inf.
+
+BROKEN = [float("nan"), float("inf"), -float("inf")]
+
+
+def broken_at_8(value: float):
+    def network(x: Tensor, sigma: Tensor, name: str = "") -> Tensor:
+        return x * value if sigma.max() == 8 else 2 * x
+
+    return network
+
+
+@pytest.mark.parametrize("value", BROKEN)
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [(Static("110000"), "CCCSSS"), (Method(warmup=2), "CCCSSS"), (UCache(9, window=None, start=0, end=1), "CCCCSS")],
+    ids=["static", "always", "ucache"],
+)
+def test_an_output_that_is_not_finite_is_never_reused(method, expected, value):
+    """UCache needs one more computed evaluation: the changes to and from the broken output say nothing."""
+    model = cached(broken_at_8(value), method, sigmas=SIX)
+    answers = drive(model, SIX[:-1], [10, 8, 7, 6, 5, 4])
+    assert fates(model) == expected
+    assert reasons(model)[2] == "prediction not finite"
+    assert not torch.isfinite(torch.tensor(answers[1]))
+    assert torch.isfinite(torch.tensor(answers[2:])).all()
+
+
+@pytest.mark.parametrize("value", BROKEN)
+@pytest.mark.parametrize("method", [Static("110000"), UCache(9, window=None, start=0, end=1)], ids=["static", "ucache"])
+def test_a_prediction_that_is_not_finite_is_computed_instead(method, value):
+    class Breaks(Reuse):
+        def predict(self, history, x, where):
+            out = super().predict(history, x, where)
+            return torch.where(torch.arange(4).reshape(1, 1, 2, 2) == 1, value, out) if where.step == 3 else out
+
+    model = cached(twice, method.but(predictor=Breaks()), sigmas=SIX)
+    answers = drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
+    assert fates(model) == "CCSCSS"
+    assert reasons(model)[3] == "prediction not finite"
+    assert answers[3] == 14
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_followers_output_that_is_not_finite_is_not_reused(how):
+    def network(x: Tensor, sigma: Tensor, name) -> Tensor:
+        out = 2 * x
+        if sigma.max() == 8 and "uncond" in name and name != "cond":
+            out[-1] = float("nan")
+        return out
+
+    model, answers = guide(how, Static("110000"), Toy(network))
+    assert fates(model, "uncond") == "CCCSSS"
+    assert reasons(model, "uncond")[2] == "prediction not finite"
+    assert torch.isfinite(torch.tensor(answers["uncond"][2:])).all()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_no_node_of_a_longer_memory_may_be_broken_either(how):
+    """uncond is NaN at sigma 10 alone; a line through it and a sound one is NaN still."""
+
+    def network(x: Tensor, sigma: Tensor, name) -> Tensor:
+        out = 2 * x
+        if sigma.max() == 10 and name != "cond":
+            out[-1] = float("nan")
+        return out
+
+    model, answers = guide(how, Static("110000", predictor=LogSigmaLine()), Toy(network))
+    assert torch.isfinite(torch.tensor(answers["uncond"][1:])).all()
+    assert torch.isfinite(torch.tensor(answers["cond"])).all()
+    assert fates(model, "uncond").startswith("CCC")
+
+
+def test_off_by_is_none_in_the_report_where_it_is_not_finite():
+    model = cached(broken_at_8(float("nan")), Method(warmup=3), sigmas=SIX)
+    drive(model, SIX[:3], 1.0)
+    assert [event["off"] for event in model.report.to_dict()["events"]] == [None, None, None]
+    json.loads(model.report.to_json(), parse_constant=lambda constant: pytest.fail(constant))
+
+
+def test_rows_at_different_sigmas_are_computed_and_said():
+    network = Toy()
+    model = cached(network, Method(), sigmas=SIX)
+    model(filled(1.0, rows=2), level(10, rows=2))
+    with pytest.warns(UserWarning, match="different sigmas: such evaluations are always computed") as caught:
+        answers = [model(filled(1.0, rows=2), torch.tensor([high, 0.5])) for high in (8.0, 6.0)]
+    assert len(caught) == 1
+    model(filled(1.0, rows=2), level(4, rows=2))
+    assert all(a is b for a, b in zip(answers, network.returned[1:], strict=True))
+    assert fates(model) == "CCCS"
+    assert reasons(model)[1:3] == ["sigmas differ in the batch"] * 2
+    assert model.report.run == 0
+
+
+def test_a_run_that_begins_with_rows_at_different_sigmas_does_not_blame_the_schedule():
+    model = cached(twice, Method(), sigmas=SIX)
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030
+        model(filled(1.0, rows=2), torch.tensor([10.0, 8.0]))
+    assert ["different sigmas" in str(warning.message) for warning in caught] == [True]
+
+
+def test_an_x_that_requires_grad_is_computed():
+    model = begun()
+    x = filled(3.0).requires_grad_()
+    answer = model(x, level(6))
+    answer.sum().backward()
+    assert (x.grad == 2).all()
+    assert reasons(model)[2] == "x requires grad"
+    with torch.no_grad():
+        assert (model(filled(3.0).requires_grad_(), level(4)) == 3 + 1).all()
+    assert fates(model) == "CSCS"
+
+
+def test_what_is_remembered_holds_no_graph():
+    weight = torch.tensor(2.0, requires_grad=True)
+    model = cached(lambda x, sigma: weight * x, Method(), sigmas=SIX)
+    computed = model(filled(3.0), level(10))
+    skipped = model(filled(4.0), level(8))
+    assert computed.requires_grad
+    assert not skipped.requires_grad
+    assert (skipped == 7).all()
+
+
+# At most one transfer a decision.
+
+
+class Reads(TorchDispatchMode):
+    """Counts single numbers brought to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("decide", ["anchor", "each"])
+@pytest.mark.parametrize("method", [UCache(1.0), EasyCache(0.3), Static("110100"), Method(predictor=LogSigmaLine())])
+def test_a_decided_evaluation_costs_at_most_one_transfer(method, how, decide, monkeypatch):
+    """Sigma lies on the CPU here and is read in rows of two; the first evaluation also begins the run."""
+    fetches, fetch = [], Readings.fetch
+
+    def counting(self) -> None:
+        fetches.append(1)
+        fetch(self)
+
+    monkeypatch.setattr(Readings, "fetch", counting)
+    names = ("cond", "uncond")
+    model = cached(Forgetful(twice_named), method, conditions=names if how == "batched" else by_name, decide=decide)
+    counts = []
+    with model.run(SIX, stages=1):
+        for k, sigma in enumerate(SIX[:-1]):
+            at, before = level(sigma, rows=2), len(fetches)
+            with Reads() as reads:
+                if how == "batched":
+                    model(filled(10 - k, rows=2), at, name="")
+                else:
+                    for name in names:
+                        model(filled(10 - k, rows=2), at, name=name)
+            assert reads.count == 0 or k == 0
+            counts.append(len(fetches) - before)
+    limit = 2 if (how, decide) == ("separate", "each") else 1
+    assert max(counts) <= limit
+    assert sum(counts) > 0
+    assert counts[0] == 0
+
+
+def test_evaluations_held_by_a_gate_read_nothing():
+    """On the meta device, where nothing can be read: anything that tried would raise."""
+    holds = [
+        Method(warmup=6),
+        UCache(mask="111110", warmup=5, last_step=True),
+        EasyCache(start=0.9, window="steps"),
+        Method(criterion=EasyCacheRule(), evaluations="second", warmup=6),
+        Off(),
+    ]
+    for method in holds:
+        model = cached(Forgetful(), method, conditions=("cond", "uncond"))
+        with model.run(SIX, stages=1):
+            for sigma in SIX[:-1]:
+                model(filled(1.0, rows=2).to("meta"), level(sigma, rows=2).to("meta"))
+        assert fates(model, "cond") == "CCCCCC"
+
+
+def test_the_readings_of_a_run_come_over_together(monkeypatch):
+    """Five computed evaluations wait; the decision at the sixth and the report need one transfer each."""
+    fetches, fetch = [], Readings.fetch
+    monkeypatch.setattr(Readings, "fetch", lambda self: (fetches.append(1), fetch(self))[1])
+    model = cached(twice, EasyCache(0.3, window=None, start=0, end=1, warmup=5), sigmas=SIX)
+    drive(model, SIX[:5], [10, 9, 8, 7, 6])
+    assert len(fetches) == 0
+    drive(model, SIX[5:6], [5])
+    assert len(fetches) == 1
+    assert "off by" in str(model.report)
+    assert len(fetches) <= 2
+    model.report.to_json()
+    assert len(fetches) <= 2
+
+
+# Ranks agree.
+
+
+def rank_run(rank: int, group) -> dict[str, str]:
+    """Rank 0 would skip all but 0; rank 1 moves too far at 3; rank 1's uncond is NaN at the end of that."""
+
+    def network(x: Tensor, sigma: Tensor, name: str) -> Tensor:
+        return x * (float("nan") if (rank, name, float(sigma.max())) == (1, "uncond", 4.0) else 2)
+
+    xs = [1, 1.1, 1.2, 9, 9.1, 9.2] if rank else [1, 1.1, 1.2, 1.3, 1.4, 1.5]
+    method = Method(criterion=Near())
+    model = cached(Toy(network), method, sigmas=SIX, conditions=by_name, group=group)
+    for x, sigma in zip(xs, SIX[:-1], strict=True):
+        for name in ("cond", "uncond"):
+            model(filled(x), level(sigma), name=name)
+    return {name: fates(model, name) for name in ("cond", "uncond")}
+
+
+def rank_main(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        found = rank_run(rank, torch.distributed.group.WORLD)
+    finally:
+        torch.distributed.destroy_process_group()
+    Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(rank_main, args=(str(folder),), nprocs=2)
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+def test_without_a_group_these_ranks_would_disagree():
+    assert rank_run(0, None)["cond"] == "CSSSSS"
+    assert rank_run(1, None)["cond"] == "CSSCSS"
+
+
+def test_ranks_take_the_same_decision_though_their_inputs_differ(ranks):
+    assert ranks[0]["cond"] == ranks[1]["cond"] == "CSSCSS"
+
+
+def test_ranks_agree_about_followers_too_when_one_of_them_is_not_finite(ranks):
+    assert ranks[0]["uncond"] == ranks[1]["uncond"]
+    assert ranks[0]["uncond"].startswith("CSSCC")
+
+
+# The report.
+
+
+def test_heun_counts_steps_not_evaluations_not_calls():
+    model = cached(twice, Static("110101"), conditions=("cond", "uncond"))
+    with model.run(SIX, stages=2):
+        for sigma in heun(SIX):
+            model(filled(1.0, rows=2), level(sigma, rows=2))
+    report = model.report
+    assert (report.scheduled_steps, report.steps, report.evaluations, len(report.events)) == (6, 6, 11, 22)
+    assert (report.calls, report.skipped) == (2 * 7, 2 * 4)
+    assert report.speedup == 22 / 14
+    assert report.conditions == ["cond", "uncond"]
+    assert report.fates("uncond") == "CCCCSSCCSSC"
+    assert str(report).splitlines()[:2] == [
+        "method    static: 6 steps, 11 evaluations, 22 calls asked for",
+        "calls     14 made, 8 skipped: 1.57x fewer calls",
+    ]
+
+
+def test_heun_without_announcement_is_counted_in_steps_too():
+    model = cached(twice, Method(), sigmas=SIX)
+    drive(model, heun(SIX), 1.0)
+    report = model.report
+    assert (report.scheduled_steps, report.steps, report.evaluations) == (6, 6, 11)
+    assert [(e.where.step, e.where.stage) for e in report.events][:5] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+
+
+def test_without_a_schedule_steps_are_unknown_and_said_to_be():
+    model = cached(twice, Method())
+    drive(model, SIX[:-1], 1.0)
+    assert model.report.steps is None
+    assert "steps unknown, 6 evaluations, 6 calls asked for" in str(model.report)
+    assert any("the schedule is not known" in note for note in model.report.notes)
+
+
+def walked() -> Report:
+    model = cached(twice, EasyCache(0.2, window=None, start=0, end=1), sigmas=SIX)
+    drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
+    return model.report
+
+
+def test_the_summary_holds_fates_reasons_and_how_far_off():
+    assert str(walked()).splitlines() == [
+        "method    easycache: 6 steps, 6 evaluations, 6 calls asked for",
+        "calls     3 made, 3 skipped: 2.00x fewer calls",
+        "guided    CCSSCS",
+        "computed  no memory yet 1, criterion 2",
+        "skipped   criterion 3",
+        "off by    12.0% of the output (median of 2 checks, worst 12.5%)",
+    ]
+
+
+def test_the_table_has_a_row_for_every_evaluation():
+    rows = [row.split() for row in walked().table().splitlines()]
+    assert rows[0] == ["eval", "step", "sigma", "condition", "fate", "reason", "estimate", "threshold", "off", "by"]
+    assert rows[3] == ["2", "2", "6", "guided", "skipped", "criterion", "0.0625", "0.2000"]
+    assert rows[5] == ["4", "4", "2", "guided", "computed", "criterion", "0.3750", "0.2000", "11.5%"]
+    assert len(rows) == 7
+
+
+def test_json_round_trips(tmp_path):
+    report = walked()
+    text = report.to_json(tmp_path / "report.json")
+    assert (tmp_path / "report.json").read_text(encoding="utf-8") == text
+    found = json.loads(text)
+    assert found == report.to_dict()
+    assert (found["steps"], found["evaluations"], found["calls"], found["skipped"]) == (6, 6, 3, 3)
+    assert found["speedup_in_calls"] == 2.0
+    assert found["events"][2] == {
+        "evaluation": 2,
+        "step": 2,
+        "stage": 0,
+        "sigma": 6.0,
+        "condition": "guided",
+        "computed": False,
+        "reason": "criterion",
+        "estimate": 0.0625,
+        "threshold": 0.2,
+        "off": None,
+    }
+
+
+@pytest.mark.parametrize("report", [walked, lambda: Report("none")], ids=["walked", "empty"])
+def test_plot_writes_a_picture(report, tmp_path):
+    path = report().plot(tmp_path / "run.png")
+    content = path.read_bytes()
+    assert path == tmp_path / "run.png"
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(content) > 5000
+
+
+def test_a_report_can_be_kept_while_the_next_run_goes_on():
+    model = cached(twice, Method(max_cached=1), sigmas=SIX)
+    drive(model, SIX[:-1], 1.0)
+    first = model.report
+    drive(model, SIX[:2], 1.0)
+    assert first.evaluations == 6
+    assert model.report.evaluations == 2
+    assert (first.run, model.report.run) == (0, 1)
+
+
+def test_a_report_can_be_pickled_and_copied():
+    report = walked()
+    for other in (pickle.loads(pickle.dumps(report)), copy.deepcopy(report)):
+        assert other.to_dict() == report.to_dict()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        UCache(1.5, mask="fast", max_consecutive=2),
+        EasyCache(),
+        Static(StepMask.bins([3, 1], [4])),
+        Off(),
+        Method(criterion=Near(), predictor=LogSigmaLine(), warmup=1),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_method_can_be_pickled_and_copied_and_decides_alike(method):
+    expected = None
+    for other in (method, pickle.loads(pickle.dumps(method)), copy.deepcopy(method)):
+        model = cached(twice, other, sigmas=(*range(9, 0, -1), 0)[:9] if other.name == "static" else SIX)
+        drive(model, SIX[:-1], COND)
+        expected = expected or fates(model)
+        assert fates(model) == expected
+    assert pickle.loads(pickle.dumps(method)).name == method.name
+
+
+def test_two_models_share_a_method_without_sharing_what_it_learns():
+    method = EasyCache(0.2, window=None, start=0, end=1)
+    one, two = (cached(twice, method, sigmas=SIX) for _ in range(2))
+    for sigma, x in zip(SIX[:-1], [10, 8, 7.5, 7, 6.5, 6], strict=True):
+        drive(one, (sigma,), x)
+        drive(two, (sigma,), 3.0)
+    assert fates(one) == "CCSSCS"
+    assert fates(two) == "CCCCCC"
+
+
+def test_a_session_without_a_host_answers_requests():
+    """The seam below every adapter: four methods of a Request."""
+
+    class Plain:
+        names, sigma = ("cond",), None
+
+        def __init__(self, x: float, sigma: float) -> None:
+            self.latent, self.sigma = filled(x), level(sigma)
+
+        def inputs(self):
+            return (self.latent.clone(),)
+
+        def compute(self):
+            return [2 * self.latent, "aux"]
+
+        def outputs(self, answer):
+            return (answer[0].clone(),)
+
+        def restore(self, outputs):
+            return [outputs[0], None]
+
+    session = Session(Method(), sigmas=SIX)
+    computed, aux = session.answer(Plain(3, 10))
+    skipped, nothing = session.answer(Plain(4, 8))
+    assert ((computed == 6).all(), aux) == (True, "aux")
+    assert ((skipped == 4 + 3).all(), nothing) == (True, None)
+
+
+def test_quiet_runs_warn_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for method in (None, UCache(), EasyCache(window="steps"), Static("fast"), Method(last_step=True, warmup=1)):
+            model = cached(twice, method, sigmas=SIX)
+            drive(model, SIX[:-1], 1.0)
+
+
+class Unhelpful(Predictor):
+    """Never can tell."""
+
+    def predict(self, history, x, where):
+        return None
+
+
+def test_a_predictor_that_cannot_tell_computes():
+    model = cached(twice, Method(predictor=Unhelpful()), sigmas=SIX)
+    assert drive(model, SIX[:-1], COND) == pytest.approx([2 * x for x in COND])
+    assert fates(model) == "CCCCCC"
