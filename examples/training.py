@@ -30,6 +30,7 @@ def images() -> tuple[Tensor, Tensor]:
 def arguments(description: str, steps: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps (default %(default)s)")
+    parser.add_argument("--until", type=int, default=None, help="stop here; the same command without it goes on")
     parser.add_argument("--batch", type=int, default=64, help="images a step (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
@@ -74,8 +75,8 @@ def train(
         generator.set_state(saved["generator"])
         torch.set_rng_state(saved["torch"])
 
-    running = None
-    with tqdm(range(done, options.steps), initial=done, total=options.steps, desc=name) as bar:
+    running, last = None, min(options.steps, options.until or options.steps)
+    with tqdm(range(done, last), initial=done, total=options.steps, desc=name) as bar:
         for step in bar:
             rows = torch.randint(len(pixels), (options.batch,), generator=generator)
             value = loss(network, pixels[rows], labels[rows], generator)
@@ -90,12 +91,13 @@ def train(
                     a.lerp_(p, 1 - keep)
             running = value.item() if running is None else 0.98 * running + 0.02 * value.item()
             bar.set_postfix(loss=f"{running:.4f}")
-            if (step + 1) % 200 == 0 or step + 1 == options.steps:
+            if (step + 1) % 200 == 0 or step + 1 == last:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 saved = {key: part.state_dict() for key, part in state.items()}
                 random = {"generator": generator.get_state(), "torch": torch.get_rng_state()}
                 torch.save({**saved, **random, "done": step + 1}, path)
-    print("saved", networks.save(name, averaged.state_dict(), options.out))
+    if last == options.steps:
+        print("saved", networks.save(name, averaged.state_dict(), options.out))
     return averaged
 
 

@@ -7,6 +7,7 @@ options are its fields; fields made with `state()` hold what it learns in one ru
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from copy import deepcopy
@@ -31,6 +32,14 @@ def state(default: Any = None, factory: Any = None) -> Any:
     """A dataclass field that belongs to a run and not to the options."""
     kind = {"default_factory": factory} if factory else {"default": default}
     return field(init=False, repr=False, compare=False, **kind)
+
+
+def _outside() -> int:
+    """The `stacklevel` at which a warning given by the caller points out of this package, at what the user wrote."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class Criterion(ABC):
@@ -191,7 +200,7 @@ class UCacheRule(Criterion):
             warnings.warn(
                 "UCache with reset=0 and decay=1: the error only grows, so after the first failed test little or "
                 "nothing is skipped. Set decay below 1 (0.9, say), or keep reset=1.",
-                stacklevel=4,
+                stacklevel=_outside(),
             )
 
     @property

@@ -142,8 +142,9 @@ def UCache(
             skipped after the first failed test, which is published so and kept, with a warning.
         **common: every option of `Method`: mask, warmup, last_step, max_cached, max_consecutive, predictor, ...
 
-    For ancestral and SDE samplers the published advice is reset=0; see docs/measurements.md for what it does, and what
-    does better.
+    For ancestral and SDE samplers the published advice is reset=0. Measured on two networks, 20 steps of Euler a, it never
+    skips at the default threshold; reset=1 with threshold 0.5 to 1 makes 18 to 14 of 20 calls on the U-Net, 47 to 30 dB
+    from the full run (14 to 13 calls and 34 dB on the DiT). Keep reset=1 and lower the threshold (docs/measurements.md).
     """
     rule = UCacheRule(threshold, decay, relative, reset)
     return Method(**{"criterion": rule, "start": start, "end": end, "window": "steps", "name": "ucache", **common})

@@ -487,7 +487,7 @@ def test_ucache_decay_forgets_a_share_of_the_error_at_every_evaluation():
 
 def test_ucache_without_reset_and_without_decay_never_skips_again_after_a_failed_test():
     """From E = 1.125 on it can only grow, however little the input moves."""
-    with pytest.warns(UserWarning, match="UCache with reset=0 and decay=1 never skips again"):
+    with pytest.warns(UserWarning, match="^UCache with reset=0 and decay=1: the error only grows, so after the first failed test"):
         method = ucache(1.0, reset=False)
     model = cached(twice, method)
     drive(model, TEN[:-1], [*FIRST_TWO, 7, 6, 5.5, 5.49, 5.48, 5.47, 5.46, 5.45])
@@ -629,8 +629,8 @@ class Last(Predictor):
 
     factor: float = 1.0
 
-    def predict(self, history, x, where):
-        return history[-1].out * self.factor
+    def predict(self, evidence):
+        return evidence.history[-1].out * self.factor
 
 
 def test_every_criterion_goes_with_every_predictor():
@@ -648,9 +648,9 @@ def test_a_predictor_is_given_at_most_the_memory_it_asks_for_oldest_first():
     class Listening(LogSigmaLine):
         memory = 3
 
-        def predict(self, history, x, where):
-            given.append([node.where.sigma for node in history])
-            return super().predict(list(history)[-2:], x, where)
+        def predict(self, evidence):
+            given.append([node.where.sigma for node in evidence.history])
+            return super().predict(evidence)
 
     model = cached(twice, Method(predictor=Listening(), warmup=5), sigmas=SIX)
     drive(model, SIX[:-1], 1.0)
@@ -662,13 +662,14 @@ def test_a_predictor_sees_the_networks_input_in_float32_whatever_the_latents_are
     dtypes = []
 
     class Listening(Last):
-        def predict(self, history, x, where):
-            dtypes.append((x.dtype, history[-1].x.dtype, history[-1].out.dtype))
-            return history[-1].out.to(x.dtype)
+        def predict(self, evidence):
+            node = evidence.history[-1]
+            dtypes.append((evidence.x.dtype, evidence.moved.dtype, node.x.dtype, node.out.dtype))
+            return node.out.to(evidence.x.dtype)
 
     network = Toy()
     model = cached(network, Method(predictor=Listening()), sigmas=SIX)
     for sigma in SIX[:2]:
         answer = model(filled(3.0).half(), level(sigma))
     assert answer.dtype == torch.float16
-    assert dtypes == [(torch.float32, torch.float16, torch.float16)]
+    assert dtypes == [(torch.float32, torch.float32, torch.float16, torch.float16)]

@@ -186,10 +186,10 @@ def test_an_exception_in_the_model_ends_the_run():
 
 def test_an_exception_in_the_predictor_ends_the_run():
     class Breaks(Reuse):
-        def predict(self, history, x, where):
-            if where.sigma == 6:
+        def predict(self, evidence):
+            if evidence.where.sigma == 6:
                 raise ZeroDivisionError
-            return super().predict(history, x, where)
+            return super().predict(evidence)
 
     model = begun(Method(predictor=Breaks()))
     with pytest.raises(ZeroDivisionError):
@@ -688,9 +688,10 @@ def test_an_output_that_is_not_finite_is_never_reused(method, expected, value):
 @pytest.mark.parametrize("method", [Static("110000"), UCache(9, window=None, start=0, end=1)], ids=["static", "ucache"])
 def test_a_prediction_that_is_not_finite_is_computed_instead(method, value):
     class Breaks(Reuse):
-        def predict(self, history, x, where):
-            out = super().predict(history, x, where)
-            return torch.where(torch.arange(4).reshape(1, 1, 2, 2) == 1, value, out) if where.step == 3 else out
+        def predict(self, evidence):
+            out = super().predict(evidence)
+            broken = torch.where(torch.arange(4).reshape(1, 1, 2, 2) == 1, value, out)
+            return broken if evidence.where.step == 3 else out
 
     model = cached(twice, method.but(predictor=Breaks()), sigmas=SIX)
     answers = drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
@@ -1084,7 +1085,7 @@ def test_quiet_runs_warn_of_nothing():
 class Unhelpful(Predictor):
     """Never can tell."""
 
-    def predict(self, history, x, where):
+    def predict(self, evidence):
         return None
 
 

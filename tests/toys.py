@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepcache import Criterion, Evidence, Method, Node, Predictor, Verdict, Where
+from stepcache import Criterion, Evidence, Method, Predictor, Verdict
 from stepcache.samplers.k_diffusion import CachedDenoiser
 
 SIX = (10.0, 8.0, 6.0, 4.0, 2.0, 1.0, 0.0)
@@ -69,11 +69,11 @@ class LogSigmaLine(Predictor):
 
     memory = 2
 
-    def predict(self, history: Sequence[Node], x: Tensor, where: Where) -> Tensor | None:
-        if len(history) < 2:
+    def predict(self, evidence: Evidence) -> Tensor | None:
+        if len(evidence.history) < 2:
             return None
-        (s0, a), (s1, b) = ((math.log2(node.where.sigma), node.out) for node in history)
-        return b + (b - a) * ((math.log2(where.sigma) - s1) / (s1 - s0))
+        (s0, a), (s1, b) = ((math.log2(node.where.sigma), node.out) for node in list(evidence.history)[-2:])
+        return b + (b - a) * ((math.log2(evidence.where.sigma) - s1) / (s1 - s0))
 
 
 def level(sigma: float, rows: int = 1) -> Tensor:
