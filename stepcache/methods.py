@@ -57,6 +57,7 @@ class Method:
             object.__setattr__(self, "mask", StepMask(self.mask))
         if self.evaluations not in ("all", "second"):
             raise options.unknown("evaluations", str(self.evaluations), ("all", "second"))
+        object.__setattr__(self, "last_step", options.flag("last_step", self.last_step))
         object.__setattr__(self, "gates", tuple(self.gates))
         self.all_gates()
 
@@ -78,7 +79,7 @@ class Method:
         if self.evaluations == "second":
             chosen.append(SecondOfTwo())
         if self.window is not None or (self.start, self.end) != (0.0, 1.0):
-            chosen.append(Window(self.start, self.end, self.window or "steps"))
+            chosen.append(Window(self.start, self.end, "steps" if self.window is None else self.window))
         if self.warmup:
             chosen.append(Warmup(self.warmup))
         if self.mask is not None:
@@ -102,6 +103,10 @@ def _known(function: Callable[..., Method]) -> Callable[..., Method]:
         for key in keywords:
             if key not in accepted:
                 raise options.unknown("option", key, accepted)
+        try:
+            inspect.signature(function).bind(*positional, **keywords)
+        except TypeError as error:
+            raise options.OptionError(f"{function.__name__}: {error}") from None
         return function(*positional, **keywords)
 
     return checked
@@ -142,9 +147,10 @@ def UCache(
             skipped after the first failed test, which is published so and kept, with a warning.
         **common: every option of `Method`: mask, warmup, last_step, max_cached, max_consecutive, predictor, ...
 
-    For ancestral and SDE samplers the published advice is reset=0. Measured on two networks, 20 steps of Euler a, it never
-    skips at the default threshold; reset=1 with threshold 0.5 to 1 makes 18 to 14 of 20 calls on the U-Net, 47 to 30 dB
-    from the full run (14 to 13 calls and 34 dB on the DiT). Keep reset=1 and lower the threshold (docs/measurements.md).
+    For ancestral and SDE samplers the published advice is reset=0. Measured on two networks, 20 steps of Euler a, it
+    never skips at the default threshold; reset=1 with threshold 0.5 to 1 makes 18 to 14 of 20 calls on the U-Net, 47 to
+    30 dB from the full run (14 to 13 calls and 34 dB on the DiT). Keep reset=1 and lower the threshold; the whole table
+    is in docs/measurements.md.
     """
     rule = UCacheRule(threshold, decay, relative, reset)
     return Method(**{"criterion": rule, "start": start, "end": end, "window": "steps", "name": "ucache", **common})

@@ -17,7 +17,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
     known = list(known)
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return OptionError(f"unknown {kind} {name!r}.{hint} Accepted: {', '.join(known)}.")
+    return OptionError(f"unknown {kind} {name!r}.{hint} Accepted: {', '.join(known) or 'none'}.")
 
 
 def number(

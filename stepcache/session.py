@@ -248,17 +248,17 @@ class Session:
         if not self.timeline.bounded:
             self.reset()
             return
-        run, number = self._state.run, self._state.number
-        sentence = "shape, dtype, device or thread changed within the run: the memory was dropped"
-        if sentence not in run.notes:
-            run.notes.append(sentence)
-        self._state = RunState(self.method, run, signature, number)
-        self.report.notes = run.notes
+        state, sentence = self._state, "shape, dtype, device or thread changed within the run: the memory was dropped"
+        if sentence not in state.run.notes:
+            state.run.notes.append(sentence)
+        state.signature = signature
+        state.histories.clear()
+        state.rules.clear()
 
     def _same_sigma(self, current: Evaluation, request: Request) -> bool:
         if current.sigma is request.sigma or (self.timeline.bounded and request.sigma.device.type != "cpu"):
             return True
-        if current.sigma.shape != request.sigma.shape:
+        if current.sigma.shape != request.sigma.shape or current.sigma.device != request.sigma.device:
             return bool(current.sigma.flatten()[0] == request.sigma.flatten()[0])
         return torch.equal(current.sigma, request.sigma)
 

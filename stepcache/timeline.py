@@ -102,6 +102,8 @@ class Timeline:
             value, tolerance, mixed = _read(sigma)
             if self._last is not None and self._begins_run(value, tolerance) and (not self.bounded or self._over()):
                 self.restart()
+                self._on_plan = self.bounded  # another loop over the same plan begins with its first evaluation
+                planned = self._planned()
             value, place = (value, (None, 0)) if mixed else self._place(value, tolerance, planned)
 
         if self._last is None:

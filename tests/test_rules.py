@@ -175,6 +175,27 @@ def test_a_static_mask_skips_all_its_zeros_without_asking():
     assert reasons(model) == ["mask"] * 6
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (UCache(mask=StepMask("110001", "static")), True),
+        (EasyCache(mask=StepMask("fast", "static")), True),
+        (Method(criterion=SkipOdd(), mask=StepMask("110001", "static"), name="mine"), True),
+        (UCache(mask="110001"), False),
+        (Static("110001"), False),
+        (Method(mask=StepMask("110001", "static")), False),
+    ],
+)
+def test_a_criterion_that_a_static_mask_silences_is_named_in_the_report(method, said):
+    model = cached(twice, method, sigmas=SIX)
+    for run in range(2):
+        drive(model, SIX[:-1], 1.0)
+        sentence = f"mask policy static: {method.name}'s own criterion is not asked"
+        assert model.report.run == run
+        assert model.report.notes.count(sentence) == said
+        assert any("is not asked" in note for note in model.report.notes) == said
+
+
 def test_a_static_mask_computes_a_zero_that_has_no_memory():
     model = cached(twice, Static("001001"), sigmas=SIX)
     drive(model, SIX[:-1], 1.0)
@@ -389,6 +410,10 @@ def offs(model) -> list[float | None]:
     return [None if event.off is None else float(event.off) for event in model.report.events]
 
 
+def sizes(model) -> list[float | None]:
+    return [None if event.size is None else float(event.size) for event in model.report.events]
+
+
 def test_easycache_accumulates_the_relative_change_until_the_threshold():
     """k = |16 - 20| / |8 - 10| = 2, norm 16: the estimates grow by 2 |x - 8| / 16.
 
@@ -469,12 +494,15 @@ def test_ucache_average_is_smoothed_over_the_computed_changes():
 
 
 def test_ucache_not_relative_compares_with_a_share_of_the_output():
-    """a = 2 |x - 8|: 2, then 2 + 4 * 1.5 = 8, then 8 + 5 * 2 = 18, against 0.75 * 16 = 12."""
+    """a = 2 |x - 8|: 2, then 2 + 4 * 1.5 = 8, then 8 + 5 * 2 = 18, against 0.75 * 16 = 12.
+
+    At x = 8 there is no rate yet and so no estimate, but a threshold all the same: 0.75 * 26.
+    """
     model = cached(twice, ucache(0.75, relative=False))
     drive(model, SIX[:-2], [*FIRST_TWO, 7, 6, 5.5])
     assert fates(model) == "CCSSC"
     assert estimates(model) == pytest.approx([None, None, 2, 8, 18])
-    assert thresholds(model)[2:] == pytest.approx([12, 12, 12])
+    assert thresholds(model) == pytest.approx([None, 19.5, 12, 12, 12])
 
 
 def test_ucache_decay_forgets_a_share_of_the_error_at_every_evaluation():
@@ -487,7 +515,9 @@ def test_ucache_decay_forgets_a_share_of_the_error_at_every_evaluation():
 
 def test_ucache_without_reset_and_without_decay_never_skips_again_after_a_failed_test():
     """From E = 1.125 on it can only grow, however little the input moves."""
-    with pytest.warns(UserWarning, match="^UCache with reset=0 and decay=1: the error only grows, so after the first failed test"):
+    with pytest.warns(
+        UserWarning, match="^UCache with reset=0 and decay=1: the error only grows, so after the first failed test"
+    ):
         method = ucache(1.0, reset=False)
     model = cached(twice, method)
     drive(model, TEN[:-1], [*FIRST_TWO, 7, 6, 5.5, 5.49, 5.48, 5.47, 5.46, 5.45])
@@ -533,6 +563,28 @@ def test_ucache_progress_counts_computed_evaluations_inside_the_window_only():
     assert reasons(model)[:4] == ["before window"] * 4
 
 
+def progress(schedule, stages, evaluations="all") -> list[float]:
+    """UCache's factor at every evaluation that it is asked about. Everything moves too much to be skipped."""
+    model = cached(twice, ucache(1.0, evaluations=evaluations))
+    asked = heun(schedule) if stages == 2 else schedule[:-1]
+    with model.run(schedule, stages):
+        drive(model, asked, [2.0**k for k in range(len(asked))])
+    assert fates(model) == "C" * len(asked)
+    return [threshold for threshold in thresholds(model) if threshold is not None]
+
+
+def test_ucache_progress_is_a_share_of_all_evaluations_that_the_method_sees():
+    """After k of n: 0.5 below n / 5, 1.5 above 4 n / 5. k counts from 1: the very first evaluation has no memory.
+
+    Euler: n = 10. Heun: n = 19, one evaluation in the last step, which ends at 0; 20 where it ends above. The seconds
+    alone, as published: there are 9, and n is 10, the number of steps.
+    """
+    assert progress(TEN, stages=1) == [0.5] * 1 + [1] * 7 + [1.5] * 1
+    assert progress(TEN, stages=2) == [0.5] * 3 + [1] * 12 + [1.5] * 3
+    assert progress((*TEN[:-1], 0.5), stages=2) == [0.5] * 3 + [1] * 13 + [1.5] * 3
+    assert progress(TEN, stages=2, evaluations="second") == [0.5] * 1 + [1] * 7
+
+
 def test_a_criterion_learns_nothing_outside_its_window():
     """x 100 and 13 lie before the window, so 13 -> 8 is no change yet: the first change is 8 -> 3 (k 2, norm 6)."""
     model = cached(twice, EasyCache(0.5, start=0.34, window="steps"), sigmas=SIX)
@@ -549,10 +601,39 @@ def test_thresholds_are_numbers_of_at_least_0(rule, bad):
 
 
 def test_computed_evaluations_say_how_far_a_skip_would_have_been_off():
-    """|x + x' - 2 x| / |2 x| = |x' - x| / (2 x)."""
+    """|x + x' - 2 x| = |x' - x|, of |2 x|."""
     model = cached(twice, EasyCache(0.2, window=None, start=0, end=1), sigmas=SIX)
     drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
-    assert offs(model) == [None, 2 / 16, None, None, pytest.approx(1.5 / 13), None]
+    assert offs(model) == [None, 2, None, None, 1.5, None]
+    assert sizes(model) == [20, 16, None, None, 13, None]
+    shares = [None, 2 / 16, None, None, pytest.approx(1.5 / 13), None]
+    assert [event.off_share for event in model.report.events] == shares
+    assert [event["off"] for event in model.report.to_dict()["events"]] == shares
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((1, 1, 9, 2), (0, 4, 8)), ((2, 9, 3), (0, 4, 8)), ((1, 9), range(9)), ((9,), range(9))]
+)
+def test_how_far_a_skip_would_have_been_off_is_measured_on_every_fourth_row_of_images(shape, rows):
+    """x' = 0: a prediction is x, the output 2 x, so off by |x|. Rows hold 1, 2, 4, ... to tell which are measured."""
+    powers = 2.0 ** torch.arange(9)
+    x = (powers[:, None] if len(shape) > 2 else powers).expand(shape).contiguous()
+    model = cached(twice, Method(warmup=2), sigmas=SIX)
+    model(torch.zeros(shape), torch.tensor(10.0))
+    model(x, torch.tensor(8.0))
+    assert offs(model)[1] == pytest.approx(sum(2.0**row for row in rows) / len(rows), rel=1e-6)
+    assert sizes(model)[1] == pytest.approx(2 * 511 / 9, rel=1e-6)
+
+
+def test_how_far_off_is_told_of_the_deciding_condition_on_every_computed_evaluation():
+    """Also where a gate computed and the predictor was not needed; not of conditions that follow."""
+    model = cached(twice, Method(mask="101010"), sigmas=SIX, conditions=("cond", "uncond"))
+    for x, sigma in zip([10, 9, 7, 6, 5, 5], SIX[:-1], strict=True):
+        model(filled(x, rows=2), level(sigma, rows=2))
+    assert fates(model, "cond") == "CSCSCS"
+    assert offs(model)[0::2] == [None, None, 3, None, 2, None]
+    assert sizes(model)[0::2] == [20, None, 14, None, 10, None]
+    assert {*offs(model)[1::2], *sizes(model)[1::2]} == {None}
 
 
 def test_what_a_criterion_learned_in_one_run_does_not_reach_the_next():
@@ -656,6 +737,41 @@ def test_a_predictor_is_given_at_most_the_memory_it_asks_for_oldest_first():
     drive(model, SIX[:-1], 1.0)
     assert given[-1] == [6.0, 4.0, 2.0]
     assert max(map(len, given)) == 3
+
+
+def test_a_predictor_is_told_the_place_the_input_and_how_far_it_moved():
+    """x' is the input of the last computed evaluation, here 3 and 4, not of the one before."""
+    told = []
+
+    class Listening(Last):
+        def predict(self, evidence):
+            places = [node.where.sigma for node in evidence.history]
+            values = [float(t.flatten()[0]) for t in (evidence.x, evidence.moved, *(n.x for n in evidence.history))]
+            told.append((evidence.where.sigma, evidence.where.step, places, values))
+            return super().predict(evidence) + evidence.moved / 2
+
+    model = cached(twice, Method(predictor=Listening(), max_consecutive=2), sigmas=SIX)
+    assert drive(model, SIX[:-1], [3, 5, 6, 4, 9, 1]) == [6, 6 + 1, 6 + 1.5, 8, 8 + 2.5, 8 - 1.5]
+    assert told == [
+        (8, 1, [10], [5, 2, 3]),
+        (6, 2, [10], [6, 3, 3]),
+        (4, 3, [10], [4, 1, 3]),
+        (2, 4, [4], [9, 5, 4]),
+        (1, 5, [4], [1, -3, 4]),
+    ]
+
+
+def test_a_criterion_may_look_at_the_prediction_and_its_sum():
+    told = []
+
+    class Listening(Criterion):
+        def decide(self, evidence: Evidence) -> Verdict:
+            told.append((float(evidence.prediction.flatten()[0]), float(evidence.total), float(evidence.input_change)))
+            return Verdict(True)
+
+    model = cached(twice, Method(criterion=Listening()), sigmas=SIX)
+    drive(model, SIX[:2], [3, 5])
+    assert told == [(5 + 3, 4 * 8, 2)]
 
 
 def test_a_predictor_sees_the_networks_input_in_float32_whatever_the_latents_are():

@@ -54,7 +54,7 @@ from stepcache import (
 )
 from stepcache.criteria import EasyCacheRule
 from stepcache.readings import Readings
-from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn
+from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
 
 # Off is off.
 
@@ -168,6 +168,166 @@ def test_another_device_begins_a_new_run():
     model = begun()
     model(filled(1.0).to("meta"), level(6))
     assert_clean(model)
+
+
+# In a run that the host announced, such a change costs the memory alone.
+
+DROPPED = "shape, dtype, device or thread changed within the run: the memory was dropped"
+
+
+@pytest.mark.parametrize("stages", [None, 1])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.full((1, 1, 4, 4), 3.0),
+        torch.full((1, 2, 2, 2), 3.0),
+        torch.full((3, 1, 2, 2), 3.0),
+        torch.full((1, 1, 2, 2), 3.0, dtype=torch.float16),
+        torch.full((1, 1, 2, 2), 3.0, dtype=torch.float64),
+    ],
+    ids=["size", "channels", "batch", "half", "double"],
+)
+def test_another_shape_batch_or_dtype_within_an_announced_run_begins_with_a_clean_memory(x, stages):
+    model = cached(twice, Method(last_step=True))
+    with model.run(SIX, stages):
+        drive(model, (10, 8), (1, 2))
+        answers = [model(x + k, level(sigma, rows=len(x))) for k, sigma in enumerate(SIX[2:-1])]
+    report = model.report
+    assert [float(answer.flatten()[0]) for answer in answers] == [6, 4 + 3, 5 + 3, 12]
+    assert {(answer.shape, answer.dtype) for answer in answers} == {(x.shape, x.dtype)}
+    assert fates(model) == "CSCSSC"
+    assert reasons(model) == ["no memory yet", "criterion"] * 2 + ["criterion", "last step"]
+    assert [(e.where.run, e.where.evaluation, e.where.step) for e in report.events] == [(0, k, k) for k in range(6)]
+    assert (report.run, report.scheduled_steps, report.steps, report.evaluations) == (0, 6, 6, 6)
+    assert report.notes.count(DROPPED) == 1
+
+
+def test_a_change_within_an_announced_run_is_noted_once_and_nothing_else_twice():
+    model = cached(twice, UCache())
+    with model.run(SIX, 1):
+        for x, sigma in zip((filled(1.0).half(), filled(1.0)) * 3, SIX[:-1], strict=True):
+            model(x, level(sigma))
+    assert fates(model) == "CCCCCC"
+    assert model.report.notes == ["window 0.15 to 0.95 as shares of this run's 6 steps: 10 >= sigma > 1", DROPPED]
+
+
+def test_another_thread_or_device_within_an_announced_run_begins_with_a_clean_memory():
+    model = cached(twice, Method())
+    with model.run(SIX):
+        drive(model, (10, 8), 1.0)
+        thread = threading.Thread(target=drive, args=(model, (6, 4), 1.0))
+        thread.start()
+        thread.join()
+        drive(model, (2,), 1.0)
+        model(filled(1.0).to("meta"), level(1))
+    assert fates(model) == "CSCSCC"
+    assert reasons(model)[0::2] == ["no memory yet"] * 3
+    assert reasons(model)[5] == "no memory yet"
+    assert [event.where.step for event in model.report.events] == [0, 1, 2, 3, 4, 5]
+    assert model.report.notes == [DROPPED]
+
+
+def test_a_criterion_learns_anew_after_a_change_within_an_announced_run():
+    """The walk of `walked`, in float64, then in float32: the same fates and estimates again, two steps later."""
+    eight = (12.0, 11.0, *SIX)
+    model = cached(twice, EasyCache(0.2, window=None, start=0, end=1))
+    with model.run(eight, 1):
+        for k, sigma in enumerate(eight[:2]):
+            model(filled(100.0 / (k + 1)).double(), level(sigma))
+        drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
+    assert fates(model) == "CC" + "CCSSCS"
+    assert [e.estimate for e in model.report.events][2:] == [None, None, 0.0625, 0.1875, 0.375, 1 / 13]
+
+
+def test_caps_count_on_through_a_change_within_an_announced_run():
+    model = cached(twice, Method(max_cached=2))
+    with model.run(SIX):
+        for k, sigma in enumerate(SIX[:-1]):
+            model(filled(1.0).half() if k < 2 else filled(1.0), level(sigma))
+    assert fates(model) == "CSCSCC"
+    assert reasons(model)[4:] == ["max_cached"] * 2
+
+
+@pytest.mark.parametrize("stages", [None, 1])
+def test_conditions_of_two_sizes_keep_the_steps_of_an_announced_run(stages):
+    """One evaluation is asked for both, in separate calls. Nothing is remembered, nothing skipped, nothing lost."""
+    close = (10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 0.0)
+    model = cached(Toy(twice_named), Static("101010"), conditions=by_name)
+    with model.run(close, stages):
+        for sigma in close[:-1]:
+            model(filled(1.0), level(sigma), name="cond")
+            answer = model(torch.ones(1, 1, 4, 4), level(sigma), name="uncond")
+            assert (answer == torch.full((1, 1, 4, 4), 2.0)).all()
+    places = [(event.where.step, event.condition) for event in model.report.events]
+    assert places == [(step, name) for step in range(6) for name in ("cond", "uncond")]
+    assert (model.report.run, model.report.evaluations) == (0, 6)
+    assert reasons(model, "cond") == reasons(model, "uncond") == ["mask", "no memory yet"] * 3
+
+
+KARRAS = (*((14.6 ** (1 / 7) + k / 19 * (0.03 ** (1 / 7) - 14.6 ** (1 / 7))) ** 7 for k in range(20)), 0.0)
+
+
+@pytest.mark.parametrize(("sampler", "stages"), [("euler", 1), ("dpm_2", 2), ("heun", 2)])
+@pytest.mark.parametrize("method", [Method(), Static("fast")], ids=lambda method: method.name)
+def test_latents_that_a_sampler_widens_keep_their_run(sampler, stages, method):
+    """These samplers divide by sigma, (1, 1, 1, 1) in float32: given x in half, every x but the first is float32."""
+    network, reports = Toy(lambda x, sigma: (reports.append(model.report), x / 2)[1]), []
+    model = cached(network, method)
+    x = sample(sampler, model, torch.ones(2, 1, 4, 4).half() * KARRAS[0], torch.tensor(KARRAS), disable=True)
+    assert [seen.dtype for seen, _, _ in network.seen] == [torch.float16] + [torch.float32] * (len(network.seen) - 1)
+    assert x.dtype == torch.float32
+    places = [(step, stage) for step in range(20) for stage in range(stages)][: 20 * stages - (stages - 1)]
+    report = model.report
+    assert {id(one) for one in reports} == {id(report)}
+    assert [(event.where.step, event.where.stage) for event in report.events] == places
+    assert (report.run, report.scheduled_steps, report.steps, report.evaluations) == (0, 20, 20, len(places))
+    assert report.notes == [DROPPED]
+    ones = StepMask("fast").for_steps(20) if method.static else (0,) * 20
+    assert [event.computed for event in report.events] == [True, True] + [bool(ones[step]) for step, _ in places[2:]]
+    if not method.static:
+        assert reasons(model)[:2] == ["no memory yet"] * 2
+
+
+# Two loops in one announced run are two runs.
+
+
+@pytest.mark.parametrize("stages", [None, 1, 2])
+def test_two_loops_within_one_announced_run_are_two_runs(stages):
+    asked, expected = (heun(SIX), "CSCCCCSSSSC") if stages == 2 else (SIX[:-1], "CCCSSC")
+    model = cached(twice, Static("011001", max_cached=expected.count("S")))
+    reports = []
+    with model.run(SIX, stages):
+        for run in range(2):
+            answers = drive(model, asked, [run + 1.0 + k for k in range(len(asked))])
+            assert answers[0] == 2 * (run + 1)
+            assert_clean(model, run)
+            assert fates(model) == expected
+            assert [event.where.evaluation for event in model.report.events] == list(range(len(asked)))
+            assert (model.report.scheduled_steps, model.report.steps) == (6, 6)
+            reports.append(model.report)
+    assert [report.run for report in reports] == [0, 1]
+    assert reports[0] is not reports[1]
+    assert [report.fates("guided") for report in reports] == [expected] * 2
+
+
+def test_nothing_a_criterion_learned_reaches_the_second_loop_of_an_announced_run():
+    model = cached(twice, EasyCache(0.2, window=None, start=0, end=1))
+    with model.run(SIX, 1):
+        for run in range(2):
+            drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
+            assert_clean(model, run)
+            assert fates(model) == "CCSSCS"
+            assert [e.estimate for e in model.report.events] == [None, None, 0.0625, 0.1875, 0.375, 1 / 13]
+
+
+def test_two_loops_of_conditions_in_turn_within_one_announced_run_are_two_runs():
+    model = cached(twice, Method(), conditions=InTurn("cond", "uncond"))
+    with model.run(SIX, 1):
+        for run in range(2):
+            drive(model, [sigma for sigma in SIX[:-1] for _ in range(2)], 1.0)
+            assert model.report.run == run
+            assert fates(model, "cond") == fates(model, "uncond") == "CSSSSS"
+            assert reasons(model, "cond")[0] == reasons(model, "uncond")[0] == "no memory yet"
 
 
 def test_an_exception_in_the_model_ends_the_run():

@@ -330,6 +330,64 @@ def test_an_announced_run_ends_with_its_announcement():
     assert steps(places) == [(0, 0), (1, 0), (None, 0), (None, 0)]
 
 
+@pytest.mark.parametrize(("stages", "again"), [(None, SIX[:-1]), (1, SIX[:-1]), (None, heun(SIX)), (2, heun(SIX))])
+def test_a_second_loop_within_an_announced_run_is_another_run(stages, again):
+    timeline = Timeline()
+    timeline.begin(SIX, stages)
+    places = walk(timeline, [*again, *again])
+    assert runs(places) == [0] * len(again) + [1] * len(again)
+    assert evaluations(places) == [*range(len(again))] * 2
+    assert steps(places) == (PLAIN_STEPS if len(again) == 6 else TWO_A_STEP) * 2
+    timeline.end()
+    assert timeline.steps is None
+
+
+@pytest.mark.parametrize("stages", [None, 1])
+def test_a_second_loop_within_an_announced_run_may_begin_inside_the_schedule(stages):
+    timeline = Timeline()
+    timeline.begin(SIX, stages)
+    places = walk(timeline, [*SIX[:-1], *SIX[2:-1], *SIX[2:-1]])
+    assert runs(places) == [0] * 6 + [1] * 4 + [2] * 4
+    assert steps(places)[6:] == PLAIN_STEPS[2:] * 2
+
+
+def test_the_plan_holds_for_the_second_loop_at_once():
+    """Heun's first corrector is named before its sigma comes again, in either loop."""
+    timeline = Timeline()
+    timeline.begin(SIX, stages=2)
+    seen = []
+    for sigma in heun(SIX) * 2:
+        where = timeline.locate(level(sigma))
+        seen.append((where.step, where.stage))
+    assert seen == TWO_A_STEP * 2
+
+
+@pytest.mark.parametrize(("stages", "expected"), [(1, PLAIN_STEPS), (2, TWO_A_STEP)])
+def test_of_a_second_loop_on_an_accelerator_only_the_first_sigma_is_read(stages, expected):
+    unreadable = torch.full((2,), 3.0, device="meta")
+    timeline = Timeline()
+    timeline.begin(SIX, stages)
+    asked = [unreadable] * len(expected) + [level(10).as_subclass(OnAccelerator)] + [unreadable] * (len(expected) - 1)
+    places = walk(timeline, asked)
+    assert runs(places) == [0] * len(expected) + [1] * len(expected)
+    assert steps(places) == expected * 2
+
+
+@pytest.mark.parametrize("stages", [None, 1])
+def test_an_announced_run_goes_on_while_its_last_step_has_not_come(stages):
+    timeline = Timeline()
+    timeline.begin(SIX, stages)
+    places = walk(timeline, [*SIX[:-2], *SIX[:-2]])
+    assert runs(places) == [0] * 10
+    assert evaluations(places) == list(range(10))
+
+
+def test_an_announced_run_that_ends_above_zero_has_no_last_evaluation_and_goes_on():
+    timeline = Timeline()
+    timeline.begin((10.0, 5.0, 2.0))
+    assert runs(walk(timeline, [10, 5, 2, 10, 5, 2])) == [0] * 6
+
+
 def test_an_announcement_begins_a_run_without_any_rise():
     timeline = Timeline(SIX)
     places = walk(timeline, [10, 8])
