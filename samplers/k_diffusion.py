@@ -17,6 +17,7 @@ from stepcache import Method, Report, Request, Session, method
 from stepcache.extras import need
 from stepcache.options import OptionError, unknown
 from stepcache.readings import wide, widened
+from stepcache.timeline import same_sigma
 
 Scalings = Callable[[Tensor], tuple[Tensor | None, Tensor, Tensor]]
 Conditions = Sequence[str] | Callable[..., str | Sequence[str]] | None
@@ -90,19 +91,25 @@ class FlowDenoiser(nn.Module):
 
 
 class InTurn:
-    """Names conditions that come in separate calls, always in the same order: `conditions=InTurn("cond", "uncond")`."""
+    """Names conditions that come in separate calls, in this order: `conditions=InTurn("cond", "uncond")`.
+
+    The last ones may be left out (guidance only on some steps): a call at another sigma is the first one's again.
+    """
 
     def __init__(self, *names: str) -> None:
         self.names = _distinct(names)
-        self._next = 0
+        self.reset()
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> str:
+        if self._sigma is None or not same_sigma(self._sigma, sigma):
+            self._next = 0  # another evaluation: the last one may have left a condition out
         name = self.names[self._next]
         self._next = (self._next + 1) % len(self.names)
+        self._sigma = sigma if self._next else None
         return name
 
     def reset(self) -> None:
-        self._next = 0
+        self._next, self._sigma = 0, None
 
 
 class CachedDenoiser(nn.Module):
@@ -153,14 +160,16 @@ class CachedDenoiser(nn.Module):
             if anchor is not None and anchor not in self.conditions:
                 raise unknown("anchor", anchor, self.conditions)
         self._scalings = _scalings(inner, scalings)
+        assumed = isinstance(self._scalings, ModelScalings) and self._scalings.owner is None
         self.session = Session(
             _method(method),
             anchor=anchor,
             decide=decide,
             sigmas=sigmas,
-            training_sigma=_training_sigma(inner),
+            training_sigma=TrainingTable(inner) if _owner(inner, "t_to_sigma") is not None else None,
             lowest_sigma=_lowest_sigma(inner),
             group=group,
+            notes=("scalings: the model has no get_scalings, eps is assumed",) if assumed else (),
         )
 
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
@@ -185,13 +194,18 @@ class CachedDenoiser(nn.Module):
 
     @contextlib.contextmanager
     def run(
-        self, sigmas: Tensor | Iterable[float] | None = None, stages: int | None = None
+        self,
+        sigmas: Tensor | Iterable[float] | None = None,
+        stages: int | None = None,
+        on_schedule: bool | None = None,
     ) -> Iterator[CachedDenoiser]:
         """One sampling loop: `with model.run(sigmas): x = sample_euler(model, x, sigmas)`.
 
         `stages`: the evaluations of one step, 1 or 2, if known; `sample` knows it for k-diffusion's samplers.
+        `on_schedule`: every evaluation is at a sigma of the schedule (with two a step, the second at the step's end);
+        then sigmas need not be read from an accelerator. None: so where `stages` is 1.
         """
-        self.session.begin(sigmas, stages)
+        self.session.begin(sigmas, stages, on_schedule)
         self._reset_turns()
         try:
             yield self
@@ -249,9 +263,17 @@ def sample(
     if isinstance(sampler, str):
         sampler = _sampler(sampler)
     cache = cache or find(model)
-    arguments = inspect.signature(sampler).bind(model, x, *args, callback=cache.callback(callback), **keywords)
-    stages = EVALUATIONS.get(getattr(sampler, "__name__", ""))
-    with cache.run(arguments.arguments.get("sigmas"), stages):
+    signature = inspect.signature(sampler)
+    kinds = {p.kind for p in signature.parameters.values()}
+    if "callback" in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds:
+        keywords["callback"] = cache.callback(callback)
+    elif callback is not None:
+        raise OptionError(f"callback: {getattr(sampler, '__name__', sampler)!r} takes no callback")
+    arguments = signature.bind(model, x, *args, **keywords)
+    name = getattr(sampler, "__name__", "")
+    stages = EVALUATIONS.get(name)
+    on_schedule = (stages == 1 or name == "sample_heun") and not arguments.arguments.get("s_churn")
+    with cache.run(arguments.arguments.get("sigmas"), stages, on_schedule):
         return sampler(*arguments.args, **arguments.kwargs)
 
 
@@ -280,6 +302,8 @@ class _Call(Request):
     ) -> None:
         self.model, self.names, self.latent, self.sigma, self.extra = model, names, x, sigma, extra
         self._compute_scalings = scalings
+        tensors = (x, *(value for value in extra.values() if isinstance(value, Tensor)))
+        self.requires_grad = any(tensor.requires_grad for tensor in tensors)
 
     @torch.no_grad()
     def inputs(self) -> tuple[Tensor, ...]:
@@ -323,54 +347,63 @@ def _method(given: Method | str | None) -> Method | None:
     raise OptionError(f"method={given!r}: accepted are a Method, the name of one, and None for off")
 
 
-def _inside(model: Any, attribute: str) -> Any:
-    """The attribute of the model, or of the model inside it, as k-diffusion's wrappers nest them; None without."""
-    while model is not None:
-        found = getattr(model, attribute, None)
-        if found is not None:
-            return found
-        model = getattr(model, "inner_model", None)
-    return None
+def _owner(model: Any, attribute: str) -> Any:
+    """The model that has the attribute: this one, one inside it, or the only one among its modules; None without."""
+    inside = model
+    while inside is not None:
+        if getattr(inside, attribute, None) is not None:
+            return inside
+        inside = getattr(inside, "inner_model", None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    owners = [module for module in modules if getattr(module, attribute, None) is not None]
+    return owners[0] if len(owners) == 1 else None
+
+
+class ModelScalings:
+    """The scalings of a model, or of the one inside it, by its own `get_scalings`; eps where none has that."""
+
+    def __init__(self, model: Any) -> None:
+        self.owner = _owner(model, "get_scalings")
+
+    def __call__(self, sigma: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        if self.owner is None:
+            return eps_scalings(sigma)
+        found = self.owner.get_scalings(sigma)
+        return found if len(found) == 3 else (None, *found)
+
+
+class TrainingTable:
+    """Share of the training timetable (0 = most noise) -> sigma, by the model's own `t_to_sigma`.
+
+    Discrete schedules have timesteps 0 to T - 1, with T the length of their table `sigmas` (1,000 without one);
+    continuous ones (VDenoiser) 0 to 1.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.owner = _owner(model, "t_to_sigma")
+
+    @torch.no_grad()
+    def __call__(self, share: float) -> float:
+        table = getattr(self.owner, "sigmas", None)
+        discrete = table is not None or hasattr(self.owner, "get_sigmas")
+        last = (1000 if table is None else len(table)) - 1 if discrete else 1.0
+        t = (1 - torch.tensor(share, dtype=torch.float32)) * last
+        return float(self.owner.t_to_sigma(t if table is None else t.to(table.device)))
 
 
 def _scalings(model: Any, given: str | Scalings | None) -> Scalings:
+    if given is None:
+        return ModelScalings(model)
     if callable(given):
         return given
-    if given is not None:
-        if given not in SCALINGS:
-            raise unknown("scalings", str(given), SCALINGS)
-        return SCALINGS[given]
-    own = _inside(model, "get_scalings")
-    if own is None:
-        return eps_scalings
-
-    def scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = own(sigma)
-        return found if len(found) == 3 else (None, *found)
-
-    return scalings
-
-
-def _training_sigma(model: Any) -> Callable[[float], float] | None:
-    """Share of the training timetable -> sigma, from the model's own `t_to_sigma`; None where it has no timetable."""
-    t_to_sigma = _inside(model, "t_to_sigma")
-    if t_to_sigma is None:
-        return None
-    table = _inside(model, "sigmas")
-    discrete = _inside(model, "get_sigmas") is not None
-    last = (len(table) if table is not None else 1000) - 1 if discrete else 1.0
-
-    @torch.no_grad()
-    def training_sigma(share: float) -> float:
-        t = (1 - torch.tensor(share, dtype=torch.float32)) * last
-        return float(t_to_sigma(t if table is None else t.to(table.device)))
-
-    return training_sigma
+    if given not in SCALINGS:
+        raise unknown("scalings", str(given), SCALINGS)
+    return SCALINGS[given]
 
 
 def _lowest_sigma(model: Any) -> float:
-    lowest = _inside(model, "sigma_min")
-    return 0.0 if lowest is None else float(lowest)
+    owner = _owner(model, "sigma_min")
+    return 0.0 if owner is None else float(owner.sigma_min)
 
 
 def _sampler(name: str) -> Callable[..., Tensor]:

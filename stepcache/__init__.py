@@ -3,8 +3,8 @@
 The core knows no host; adapters live in `stepcache.samplers`. See docs/design.md.
 """
 
-from .criteria import Always, Criterion, Never, Verdict
-from .gates import Gate, Hold, LastStep, MaxCached, MaxConsecutive, Warmup, Window
+from .criteria import Always, Criterion, Never, Verdict, state
+from .gates import Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, Tally, Warmup, Window
 from .masks import StepMask
 from .memory import Evidence, Node
 from .methods import METHODS, EasyCache, Method, Off, Static, UCache, method
@@ -37,13 +37,16 @@ __all__ = [
     "Report",
     "Request",
     "Reuse",
+    "Run",
     "Session",
     "Static",
     "StepMask",
+    "Tally",
     "UCache",
     "Verdict",
     "Warmup",
     "Where",
     "Window",
     "method",
+    "state",
 ]

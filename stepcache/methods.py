@@ -58,6 +58,11 @@ class Method:
         if self.evaluations not in ("all", "second"):
             raise options.unknown("evaluations", str(self.evaluations), ("all", "second"))
         object.__setattr__(self, "last_step", options.flag("last_step", self.last_step))
+        for name, kind in (("criterion", Criterion), ("predictor", Predictor)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise options.OptionError(
+                    f"{name}={value!r}: accepted is an object of a class made from {kind.__name__}"
+                )
         object.__setattr__(self, "gates", tuple(self.gates))
         self.all_gates()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 
@@ -20,17 +21,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
     return OptionError(f"unknown {kind} {name!r}.{hint} Accepted: {', '.join(known) or 'none'}.")
 
 
-def number(
-    name: str, value: Any, *, low: float = 0.0, high: float = math.inf, whole: bool = False, inclusive: bool = True
-) -> float:
+def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, whole: bool = False) -> float:
     """`value` as a number within [low, high]; OptionError naming the option otherwise."""
     accepted = f"a {'whole ' if whole else ''}number"
-    if high < math.inf:
-        accepted += f" from {low:g} to {high:g}"
-    else:
-        accepted += f" of at least {low:g}" if inclusive else f" above {low:g}"
-    fits = isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value))
-    fits = fits and low <= value <= high and (inclusive or value > low)
+    accepted += f" from {low:g} to {high:g}" if high < math.inf else f" of at least {low:g}"
+    fits = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+    fits = fits and low <= value <= high
     fits = fits and (not whole or (math.isfinite(value) and value == int(value)))
     if not fits:
         raise OptionError(f"{name}={value!r}: accepted is {accepted}")
@@ -64,6 +60,10 @@ def parse(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
         parts.pop()
     for part in parts:
         key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals and "mask" in chosen:
+            raise OptionError(
+                f"option {part!r}: in an option text a mask is digits without commas, mask=110, or a preset"
+            )
         if not equals:
             raise OptionError(f"option {part!r} has no '='. Write options as key=value, separated by commas.")
         if key not in defaults:

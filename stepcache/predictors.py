@@ -19,6 +19,10 @@ class Predictor(ABC):
     memory: int = 1
     """How many computed evaluations are kept for it, per condition; each costs two latents."""
 
+    finite_where_memory_is: bool = False
+    """Whether a prediction from finite outputs is sure to be finite; then a condition that follows the anchor in a
+    call of its own need not be checked, which would cost a transfer."""
+
     @abstractmethod
     def predict(self, evidence: Evidence) -> Tensor | None:
         """The raw output expected for the input `evidence.x`, as a new tensor of its shape and in float32 or wider.
@@ -39,6 +43,7 @@ class Reuse(Predictor):
     """
 
     memory = 1
+    finite_where_memory_is = True
 
     def predict(self, evidence: Evidence) -> Tensor:
         return evidence.moved + evidence.history[-1].out

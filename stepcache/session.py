@@ -18,23 +18,25 @@ from .criteria import Always, Criterion, Verdict
 from .gates import Answer, Hold, Run, Tally
 from .memory import Evidence, History
 from .methods import Method, Off
-from .options import unknown
+from .options import OptionError, unknown
 from .readings import Readings
 from .report import Event, Report
-from .timeline import Timeline, Where
+from .timeline import Timeline, Where, same_sigma
 
 
 class Request(ABC):
     """One call of the model as its host makes it, for one condition or for several batched together.
 
     A host adapter translates: `sigma` is the noise level (any shape, all elements equal), `names` are the conditions in
-    the order of the tensors below, `latent` is what the host passed. Inputs and outputs are one tensor a condition, in
+    the order of the tensors below, `latent` is what the host passed, `requires_grad` whether gradients are wanted
+    through the call. Inputs and outputs are one tensor a condition, in
     the network's own space: `x c_in` and the raw output, in float32 or wider, outside autograd.
     """
 
     sigma: Tensor
     names: tuple[str, ...]
     latent: Tensor
+    requires_grad: bool = False
 
     @abstractmethod
     def inputs(self) -> tuple[Tensor, ...]:
@@ -76,9 +78,9 @@ class Evaluation:
 class RunState:
     """Everything that lives as long as a run. A new run is a new object: nothing can leak from one to the next."""
 
-    def __init__(self, method: Method, run: Run, signature: tuple, number: int) -> None:
-        self.signature = signature
+    def __init__(self, method: Method, run: Run, number: int) -> None:
         self.number = number
+        self.signatures: dict[str, tuple] = {}
         self.run = run
         self.readings = Readings()
         self.gates: list[Answer] = [] if method.never_skips else [gate.begin(run) for gate in method.all_gates()]
@@ -109,9 +111,11 @@ class Session:
         lowest_sigma: the model's lowest sigma: at or below it a run without a schedule is over and its memory is freed.
         group: a torch.distributed process group whose ranks work on one sample together. All of them then take the same
             decision: to skip where every rank would. None: no communication.
+        notes: sentences of the host for every report.
 
-    A session follows one run at a time. Runs in several threads need a session each; a call from another thread begins
-    a new run, which costs speed and never the image.
+    A session follows one run at a time. Runs in several threads need a session each: a call while another is being
+    answered goes straight to the model, and a call from another thread finds no memory. That costs the speed, never the
+    image.
     """
 
     def __init__(
@@ -124,9 +128,12 @@ class Session:
         training_sigma: Callable[[float], float] | None = None,
         lowest_sigma: float = 0.0,
         group: Any = None,
+        notes: Iterable[str] = (),
     ) -> None:
         if decide not in ("anchor", "each"):
             raise unknown("value of decide", str(decide), ("anchor", "each"))
+        if decide == "each" and anchor is not None:
+            raise OptionError(f"anchor={anchor!r} with decide='each': where each condition decides there is no anchor")
         self.method = method or Off()
         self.timeline = Timeline(sigmas)
         self.report = Report(self.method.name)
@@ -137,15 +144,37 @@ class Session:
         self._group = group
         self._state: RunState | None = None
         self._warned: set[str] = set()
+        self._notes = tuple(notes)
+        self._lock, self._busy = threading.RLock(), False
         self._check_mask()
 
     def answer(self, request: Request) -> Any:
         """Answers one call. After an exception, the model's or our own, the next call begins a new run."""
+        if not self._lock.acquire(blocking=False):
+            self._warn("a second thread called while the first was being answered: give each run a wrapper of its own")
+            return request.compute()
         try:
-            return self._answer(request)
-        except BaseException:
-            self.reset()
-            raise
+            if self._busy:
+                return request.compute()
+            self._busy = True
+            try:
+                return self._answer(request)
+            except BaseException:
+                self.reset()
+                raise
+            finally:
+                self._busy = False
+        finally:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or pickled: options and the last report, never a lock or a run in progress."""
+        return {**self.__dict__, "_lock": None, "_busy": False, "_state": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+        self.timeline.restart()
 
     def _answer(self, request: Request) -> Any:
         """The life of one call, top to bottom."""
@@ -194,25 +223,33 @@ class Session:
         self._free_if_over(evaluation)
         return answer
 
-    def begin(self, sigmas: Tensor | Iterable[float] | None = None, stages: int | None = None) -> None:
-        """The host announces a run, which lasts until `end`: its schedule, and the evaluations of a step if known."""
-        self._state = None
-        self.timeline.begin(sigmas, stages)
-        try:
-            self._check_mask()
-        except BaseException:
-            self.timeline.end()
-            raise
+    def begin(
+        self,
+        sigmas: Tensor | Iterable[float] | None = None,
+        stages: int | None = None,
+        on_schedule: bool | None = None,
+    ) -> None:
+        """The host announces a run, which lasts until `end`; see `Timeline.begin`."""
+        with self._lock:
+            self._state = None
+            self.timeline.begin(sigmas, stages, on_schedule)
+            try:
+                self._check_mask()
+            except BaseException:
+                self.timeline.end()
+                raise
 
     def end(self) -> None:
         """The announced run is over; only its report stays."""
-        self.timeline.end()
-        self._state = None
+        with self._lock:
+            self.timeline.end()
+            self._state = None
 
     def reset(self) -> None:
         """Forgets the run in progress; only its report stays."""
-        self.timeline.restart()
-        self._state = None
+        with self._lock:
+            self.timeline.restart()
+            self._state = None
 
     def note(self, step: int) -> None:
         """The sampler's callback: the first evaluation of this step has just been answered."""
@@ -228,41 +265,39 @@ class Session:
             request.latent.device,
             threading.get_ident(),
         )
-        if self._state is not None and self._state.signature != signature:
-            self._forget(signature)
+        if self._state is not None:
+            self._forget_changed(request.names, signature)
         current = self._state.evaluation if self._state is not None else None
-        if current is not None and not current.names & set(request.names) and self._same_sigma(current, request):
+        follows = current is not None and not current.names & set(request.names)
+        if follows and same_sigma(current.sigma, request.sigma):
             current.names.update(request.names)
             return current
         where = self.timeline.locate(request.sigma)
         if self._state is None or self._state.number != where.run:
-            self._state = self._begin_run(signature, where)
+            self._state = self._begin_run(where)
+            self._state.signatures.update(dict.fromkeys(request.names, signature))
         hold = next((h for h in (gate(where, self._state.tally) for gate in self._state.gates) if h is not None), None)
         self._state.evaluation = Evaluation(
             where, request.sigma, hold, set(request.names), frozenset(current.names if current is not None else ())
         )
         return self._state.evaluation
 
-    def _forget(self, signature: tuple) -> None:
-        """Shape, dtype, device or thread has changed: the run ends, or, where the host announced it, its memory."""
-        if not self.timeline.bounded:
+    def _forget_changed(self, names: tuple[str, ...], signature: tuple) -> None:
+        """Shape, dtype, device or thread has changed: the run ends, or, where the host announced it, the memory."""
+        state = self._state
+        changed = [name for name in names if state.signatures.setdefault(name, signature) != signature]
+        if changed and not self.timeline.bounded:
             self.reset()
-            return
-        state, sentence = self._state, "shape, dtype, device or thread changed within the run: the memory was dropped"
-        if sentence not in state.run.notes:
-            state.run.notes.append(sentence)
-        state.signature = signature
-        state.histories.clear()
-        state.rules.clear()
+        elif changed:
+            sentence = "shape, dtype, device or thread changed within the run: the memory was dropped"
+            if sentence not in state.run.notes:
+                state.run.notes.append(sentence)
+            for name in changed:
+                state.signatures[name] = signature
+                state.histories.pop(name, None)
+                state.rules.pop(name, None)
 
-    def _same_sigma(self, current: Evaluation, request: Request) -> bool:
-        if current.sigma is request.sigma or (self.timeline.bounded and request.sigma.device.type != "cpu"):
-            return True
-        if current.sigma.shape != request.sigma.shape or current.sigma.device != request.sigma.device:
-            return bool(current.sigma.flatten()[0] == request.sigma.flatten()[0])
-        return torch.equal(current.sigma, request.sigma)
-
-    def _begin_run(self, signature: tuple, where: Where) -> RunState:
+    def _begin_run(self, where: Where) -> RunState:
         timeline = self.timeline
         fits = where.step is not None or where.mixed or timeline.schedule is None
         second_only = self.method.evaluations == "second"
@@ -272,7 +307,8 @@ class Session:
             run.warnings.append(f"the schedule given lacks the run's first sigma, {where.sigma:g}: taken as not known")
         elif run.steps is None:
             run.notes.append("the schedule is not known: steps are not counted, and where a run begins is guessed")
-        state = RunState(self.method, run, signature, where.run)
+        run.notes.extend(self._notes)
+        state = RunState(self.method, run, where.run)
         if self.method.static and not isinstance(self.method.criterion, Always):
             run.notes.append(f"mask policy static: {self.method.name}'s own criterion is not asked")
         for sentence in run.warnings:
@@ -284,8 +320,8 @@ class Session:
         """Why the model is called without looking at tensors at all, if it is."""
         if self.method.never_skips:
             return "off"
-        if torch.is_grad_enabled() and request.latent.requires_grad:
-            return "x requires grad"
+        if torch.is_grad_enabled() and request.requires_grad:
+            return "gradients are asked for"
         if where.mixed:
             self._warn("the rows of the batch have different sigmas: such evaluations are always computed")
             return "sigmas differ in the batch"
@@ -319,7 +355,7 @@ class Session:
         elif deciders:
             decision = self._ask(evidence, deciders)
         else:
-            sound = all(math.isfinite(node.size) for one in evidence.values() for node in one.history)
+            sound = all(self._sound(one) for one in evidence.values())
             device = next(iter(evidence.values())).x.device
             decision = Decision(None if self._agreed(sound, device) else NOT_FINITE)
         if deciders:
@@ -354,6 +390,12 @@ class Session:
         willing = finite and all(verdict.skip for verdict in verdicts.values())
         skip = self._agreed(willing, evidence[deciders[0]].x.device)
         return Decision(None if skip else CRITERION if finite else NOT_FINITE, verdicts)
+
+    def _sound(self, one: Evidence) -> bool:
+        """Whether a follower's prediction is finite; told from its memory, without a transfer, where that is enough."""
+        if self.method.predictor.finite_where_memory_is:
+            return all(math.isfinite(node.size) for node in one.history)
+        return math.isfinite(one.total)
 
     def _agreed(self, skip: bool, device: torch.device) -> bool:
         """The decision of all ranks of the group: skip where every one would."""

@@ -67,22 +67,33 @@ class Timeline:
         self._corrector = False
         self._noted = False
         self._on_plan = False
+        self._on_schedule = False
+        self._single = False
+        self._noted_at: int | None = None
 
     @property
     def steps(self) -> int | None:
         return None if self.schedule is None else len(self.schedule) - 1
 
-    def begin(self, sigmas: Tensor | Iterable[float] | None = None, stages: int | None = None) -> None:
+    def begin(
+        self,
+        sigmas: Tensor | Iterable[float] | None = None,
+        stages: int | None = None,
+        on_schedule: bool | None = None,
+    ) -> None:
         """The host announces a run, which then lasts until `end`.
 
         `stages` is the number of evaluations a step has (1 or 2; the last step, which ends at sigma 0, has one).
-        With both known, evaluations are counted instead of read: no wait for the device.
+        `on_schedule` says that every evaluation stands at a sigma of the schedule, the second of two at the step's end
+        as Heun's does; None means so where `stages` is 1. Evaluations on an accelerator are then counted instead of
+        read: no wait for the device.
         """
         if stages not in (None, 1, 2):
             raise ValueError(f"stages={stages!r}: accepted are 1, 2 and None (not known)")
         self.restart()
         self.schedule = as_schedule(sigmas) if sigmas is not None else self._default
         self.stages, self.bounded, self._on_plan = stages, True, True
+        self._on_schedule = stages == 1 if on_schedule is None else on_schedule
 
     def end(self) -> None:
         """The announced run is over."""
@@ -91,16 +102,17 @@ class Timeline:
 
     def restart(self) -> None:
         """Whatever comes next begins a run; where in the schedule it begins must be read from its sigma."""
-        self._last, self._corrector, self._noted, self._on_plan = None, False, False, False
+        self._last, self._corrector, self._on_plan = None, False, False
+        self._noted_at, self._single = None, False
 
     def locate(self, sigma: Tensor) -> Where:
         """The place of the evaluation that the sampler asks for at `sigma` (any shape)."""
         planned, mixed = self._planned(), False
-        if planned is not None and sigma.device.type != "cpu":
-            value, place = self._nominal(*planned), planned
+        if planned is not None and self._on_schedule and sigma.device.type != "cpu":
+            value, place = self.schedule[sum(planned)], planned
         else:
             value, tolerance, mixed = _read(sigma)
-            if self._last is not None and self._begins_run(value, tolerance) and (not self.bounded or self._over()):
+            if self._last is not None and self._loops_again(value, tolerance):
                 self.restart()
                 self._on_plan = self.bounded  # another loop over the same plan begins with its first evaluation
                 planned = self._planned()
@@ -116,15 +128,21 @@ class Timeline:
     def note(self, step: int) -> None:
         """The sampler's callback names the step whose first evaluation came last."""
         if self._last is not None and (self.steps is None or 0 <= step < self.steps):
-            self._last.step, self._last.stage, self._noted = step, 0, True
+            # Two steps begun by two evaluations in a row: this sampler has one a step.
+            self._single = self._single or self._noted_at == self._last.evaluation - 1
+            self._last.step, self._last.stage, self._noted_at = step, 0, self._last.evaluation
 
     def is_last(self, where: Where) -> bool:
         """Whether this is the run's final step, as far as is known."""
         return self.steps is not None and where.step == self.steps - 1
 
-    def _over(self) -> bool:
-        """Whether the last step has been evaluated, so that even in an announced run another loop must have begun."""
-        return self.is_last(self._last) and self.schedule[-1] == 0
+    def _loops_again(self, value: float, tolerance: float) -> bool:
+        """Whether another sampling loop has begun: in an announced run, only after its last step, on its schedule."""
+        if self.bounded:
+            over = self.is_last(self._last) and self.schedule[-1] == 0
+            if not over or not any(_near(value, sigma, tolerance) for sigma in self.schedule):
+                return False
+        return self._begins_run(value, tolerance)
 
     def _planned(self) -> tuple[int, int] | None:
         if not self._on_plan or self.stages is None or self.schedule is None:
@@ -138,20 +156,20 @@ class Timeline:
             return step, stage + 1
         return (step + 1, 0) if step + 2 < len(self.schedule) else None
 
-    def _nominal(self, step: int, stage: int) -> float:
-        return self.schedule[step] if stage == 0 else max(self.schedule[step + 1], self.schedule[step] * 0.5)
-
     def _begins_run(self, value: float, tolerance: float) -> bool:
         last, schedule = self._last, self.schedule
         has_fallen = last.sigma < self._first_sigma or last.evaluation == 0
         again = has_fallen and value >= self._first_sigma * (1 - tolerance)
         if schedule is None or last.step is None:
             return again or value > last.sigma * RISE
-        if last.step + 1 < len(schedule) and _near(value, schedule[last.step + 1], tolerance):
+        following = schedule[last.step + 1]
+        if _near(value, following, tolerance):
             return False
         if self.is_last(last) and schedule[-1] == 0:
             # Nothing follows the last step, unless what was taken for it was Heun's first corrector.
             return self._corrector or last.step == 0 or last.stage > 0 or not _near(value, last.sigma, tolerance)
+        if value < following:
+            return True  # a step was left out: this is another schedule, or the loop was broken off
         off = not any(_near(value, sigma, tolerance) for sigma in schedule)
         starts_again = again or _near(value, schedule[0], tolerance) or value > schedule[0] * CHURN
         return starts_again or (off and value > last.sigma * RISE) or (self.is_last(last) and value > last.sigma)
@@ -162,7 +180,7 @@ class Timeline:
         """The sigma, snapped to the schedule, with its step and stage."""
         schedule, last = self.schedule, self._last
         if schedule is None:
-            if last is not None and self._noted:
+            if last is not None and self._noted_at is not None:
                 return value, (last.step, last.stage + 1)
             return value, (None, 0)
         if planned is not None:
@@ -183,14 +201,15 @@ class Timeline:
             last.step, last.stage, self._corrector = step - 1, 1, True
             return last.sigma, (step, 0)
         if stage == 0 and following < value < schedule[step]:
-            return value, (step, 1)
+            return value, ((step + 1, 0) if self._single else (step, 1))
         return self._entry(value, tolerance)
 
     def _entry(self, value: float, tolerance: float) -> tuple[float, tuple[int | None, int]]:
         """A place found from sigma alone: only an exact match with the schedule counts, or churn on its first sigma."""
         near = [(abs(value - s), k) for k, s in enumerate(self.schedule[:-1]) if _near(value, s, tolerance)]
         if near:
-            step = min(near)[1]
+            after = -1 if self._last is None or self._last.step is None else self._last.step
+            step = min(near, key=lambda found: (found[1] <= after, found))[1]
             return self.schedule[step], (step, 0)
         if self._last is None and self.schedule[0] < value <= self.schedule[0] * CHURN * (1 + tolerance):
             return value, (0, 0)
@@ -201,6 +220,15 @@ class Timeline:
             if _near(value, sigma, tolerance):
                 return sigma
         return value
+
+
+def same_sigma(a: Tensor, b: Tensor) -> bool:
+    """Whether two calls stand at one sigma; the very same tensor needs no look at its values."""
+    if a is b:
+        return True
+    if a.shape != b.shape or a.device != b.device:
+        return float(a.flatten()[0]) == float(b.flatten()[0])
+    return torch.equal(a, b)
 
 
 def _near(a: float, b: float, tolerance: float) -> bool:

@@ -233,8 +233,9 @@ def test_a_mask_without_a_schedule_computes_everything_and_says_so_once():
 
 
 def test_a_mask_computes_a_sigma_that_is_off_the_schedule():
-    model = cached(twice, Static("100000"), sigmas=SIX)
-    drive(model, [10, 8, 3, 2, 1], 1.0)
+    model = cached(twice, Static("100000"))
+    with model.run(SIX):
+        drive(model, [10, 8, 3, 2, 1], 1.0)
     assert fates(model) == "CSCSS"
     assert reasons(model)[2] == "mask: off the schedule"
 

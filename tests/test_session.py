@@ -250,18 +250,18 @@ def test_caps_count_on_through_a_change_within_an_announced_run():
 
 @pytest.mark.parametrize("stages", [None, 1])
 def test_conditions_of_two_sizes_keep_the_steps_of_an_announced_run(stages):
-    """One evaluation is asked for both, in separate calls. Nothing is remembered, nothing skipped, nothing lost."""
+    """One evaluation is asked for both, in separate calls: each has a memory of its own size."""
     close = (10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 0.0)
     model = cached(Toy(twice_named), Static("101010"), conditions=by_name)
     with model.run(close, stages):
         for sigma in close[:-1]:
             model(filled(1.0), level(sigma), name="cond")
             answer = model(torch.ones(1, 1, 4, 4), level(sigma), name="uncond")
-            assert (answer == torch.full((1, 1, 4, 4), 2.0)).all()
+            assert answer.shape == (1, 1, 4, 4)
     places = [(event.where.step, event.condition) for event in model.report.events]
     assert places == [(step, name) for step in range(6) for name in ("cond", "uncond")]
     assert (model.report.run, model.report.evaluations) == (0, 6)
-    assert reasons(model, "cond") == reasons(model, "uncond") == ["mask", "no memory yet"] * 3
+    assert fates(model, "cond") == fates(model, "uncond") == "CSCSCS"
 
 
 KARRAS = (*((14.6 ** (1 / 7) + k / 19 * (0.03 ** (1 / 7) - 14.6 ** (1 / 7))) ** 7 for k in range(20)), 0.0)
@@ -924,7 +924,7 @@ def test_an_x_that_requires_grad_is_computed():
     answer = model(x, level(6))
     answer.sum().backward()
     assert (x.grad == 2).all()
-    assert reasons(model)[2] == "x requires grad"
+    assert reasons(model)[2] == "gradients are asked for"
     with torch.no_grad():
         assert (model(filled(3.0).requires_grad_(), level(4)) == 3 + 1).all()
     assert fates(model) == "CSCS"
@@ -1210,7 +1210,7 @@ def test_a_session_without_a_host_answers_requests():
     """The seam below every adapter: four methods of a Request."""
 
     class Plain:
-        names, sigma = ("cond",), None
+        names, sigma, requires_grad = ("cond",), None, False
 
         def __init__(self, x: float, sigma: float) -> None:
             self.latent, self.sigma = filled(x), level(sigma)

@@ -206,7 +206,7 @@ def test_another_schedule_that_starts_below_where_the_last_run_ended_is_a_new_ru
 
 @pytest.mark.parametrize("start", [9, 13, 40])
 def test_after_an_interruption_a_rise_that_does_not_fit_the_schedule_is_a_new_run(start):
-    assert runs(walk(Timeline(SIX), [10, 8, 6, 4, start, start / 2])) == [0] * 4 + [1] * 2
+    assert runs(walk(Timeline(SIX), [10, 8, 6, 4, start, start / 2]))[:5] == [0] * 4 + [1]
 
 
 def test_one_step_schedules_are_a_run_each():
@@ -232,7 +232,9 @@ def test_a_run_whose_first_sigma_is_not_on_the_schedule_has_no_steps():
 
 
 def test_one_sigma_off_the_schedule_loses_the_step_and_the_next_one_on_it_finds_it():
-    places = walk(Timeline(SIX), [10, 8, 3, 2, 1])
+    timeline = Timeline()
+    timeline.begin(SIX)
+    places = walk(timeline, [10, 8, 3, 2, 1])
     assert steps(places) == [(0, 0), (1, 0), (None, 0), (4, 0), (5, 0)]
     assert runs(places) == [0] * 5
 
@@ -366,7 +368,7 @@ def test_the_plan_holds_for_the_second_loop_at_once():
 def test_of_a_second_loop_on_an_accelerator_only_the_first_sigma_is_read(stages, expected):
     unreadable = torch.full((2,), 3.0, device="meta")
     timeline = Timeline()
-    timeline.begin(SIX, stages)
+    timeline.begin(SIX, stages, on_schedule=True)
     asked = [unreadable] * len(expected) + [level(10).as_subclass(OnAccelerator)] + [unreadable] * (len(expected) - 1)
     places = walk(timeline, asked)
     assert runs(places) == [0] * len(expected) + [1] * len(expected)
@@ -440,7 +442,7 @@ def test_schedules_are_float32_numbers_from_tensors_and_lists_alike():
 def test_with_a_plan_nothing_is_read_off_an_accelerator(stages, expected):
     unreadable = torch.full((2,), 3.0, device="meta")
     timeline = Timeline()
-    timeline.begin(SIX, stages)
+    timeline.begin(SIX, stages, on_schedule=True)
     places = walk(timeline, [unreadable] * len(expected))
     assert steps(places) == expected
     assert evaluations(places) == list(range(len(expected)))
@@ -546,3 +548,28 @@ def test_evaluations_count_up_by_one_within_a_run_and_runs_by_one(schedule, aske
         expected = [(before.run, before.evaluation + 1), (before.run + 1, 0)]
         assert (after.run, after.evaluation) in expected
     assert all(where.step is None or where.step < len(schedule) - 1 for where in places)
+
+
+def test_a_loop_broken_off_and_begun_again_further_down_is_a_new_run():
+    """A callback raised in step 3; the next loop begins at 1: reusing the old loop's memory would cost the image."""
+    assert runs(walk(Timeline(SIX), [10, 8, 6, 4, 1])) == [0] * 4 + [1]
+
+
+def test_two_steps_begun_in_a_row_tell_that_there_is_one_evaluation_a_step():
+    """Churn: from the third step on a sigma between two of the schedule's is the next step's, not a midpoint."""
+    timeline = Timeline()
+    timeline.begin(SIX)
+    places = []
+    for step, sigma in enumerate([10, 9, 7, 5]):
+        places.append(timeline.locate(level(sigma)))
+        if step == 3:
+            break
+        timeline.note(step)
+    assert steps(places) == [(0, 0), (1, 0), (2, 0), (3, 0)]
+
+
+def test_a_schedule_that_comes_back_to_a_sigma_goes_on_to_its_next_occurrence():
+    restart = (8.0, 4.0, 2.0, 1.0, 3.0, 2.0, 1.0, 0.5, 0.0)
+    timeline = Timeline()
+    timeline.begin(restart)
+    assert [step for step, _ in steps(walk(timeline, [8, 4, 2, 1, 2, 1, 0.5]))] == [0, 1, 2, 3, 5, 6, 7]

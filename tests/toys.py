@@ -68,6 +68,7 @@ class LogSigmaLine(Predictor):
     """The line through the last two outputs over log sigma: a predictor in four lines."""
 
     memory = 2
+    finite_where_memory_is = True
 
     def predict(self, evidence: Evidence) -> Tensor | None:
         if len(evidence.history) < 2:
