@@ -5,7 +5,8 @@ python benchmarks/overhead.py [--device cuda] [--markdown overhead.md] [--json o
 The model does nothing (it returns a tensor made before), so all that is measured is bookkeeping. Three kinds of
 evaluation: `gated` (a gate holds it: computed and remembered), `computed` (the criterion is asked and computes) and
 `skipped` (the criterion is asked and skips). One copy is `latent.clone()`, timed in turn with each of them. Memory:
-`kept` is what stays between evaluations, `peak` the most that one evaluation holds beyond that.
+`kept` is what stays between evaluations, `peak` the most that one evaluation holds beyond that. `transfers` are the
+device-to-host transfers of one evaluation.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepcache import EasyCache, Method, UCache
+from stepcache.readings import Readings
 from stepcache.samplers.k_diffusion import CachedDenoiser
 
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (4, 16, 128, 128), (1, 16, 21, 90, 160))
@@ -60,6 +62,23 @@ class Allocations(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.alive -= size
+
+
+class Transfers:
+    """Counts how often readings are brought from the device to the host."""
+
+    def __enter__(self) -> Transfers:
+        self.count, self._fetch = 0, Readings.fetch
+
+        def fetch(readings: Readings) -> None:
+            self.count += 1
+            self._fetch(readings)
+
+        Readings.fetch = fetch
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Readings.fetch = self._fetch
 
 
 def denoiser(method: Method, latents: list[torch.Tensor]) -> CachedDenoiser:
@@ -100,7 +119,7 @@ def measure(
     model = denoiser(method, [0.5 * latent for latent in latents])
     copies, ours = [], []
     with model.run(torch.cat([sigmas, torch.zeros(1)]), stages=1):
-        for k, sigma in enumerate(sigmas[:-1]):
+        for k, sigma in enumerate(sigmas[:-2]):
             x = latents[(k + 1) % 4]
             sigma = sigma.to(device).expand(shape[0])
             elapsed = seconds(lambda x=x, sigma=sigma: model(x, sigma), device)
@@ -111,8 +130,8 @@ def measure(
         fates = model.report.fates("guided")[8:]
         assert set(fates) == {"S" if kind == "skipped" else "C"}, fates
         kept = sum(node.x.nbytes + node.out.nbytes for h in model.session._state.histories.values() for node in h)
-        with Allocations() as memory:
-            model(latents[0], sigmas[-1].to(device).expand(shape[0]))
+        with Allocations() as memory, Transfers() as transfers:
+            model(latents[0], sigmas[-2].to(device).expand(shape[0]))
     size = latents[0].nbytes
     return {
         "shape": "x".join(map(str, shape)),
@@ -124,6 +143,7 @@ def measure(
         "copies": statistics.median(a / b for a, b in zip(ours, copies, strict=True)),
         "kept": kept / size,
         "peak": memory.peak / size,
+        "transfers": transfers.count,
     }
 
 
@@ -133,7 +153,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=41)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     jobs = [
         (kind, name, shape, dtype)
         for shape in SHAPES
@@ -155,16 +178,11 @@ def table(rows: list[dict], markdown: bool = False) -> Table:
     made = Table(box=MARKDOWN if markdown else SIMPLE_HEAD)
     for column in ("latent", "dtype", "method", "evaluation"):
         made.add_column(column, no_wrap=True)
-    for column in ("one copy, us", "ours, us", "copies", "kept", "peak"):
+    for column in ("one copy, us", "ours, us", "copies", "kept", "peak", "transfers"):
         made.add_column(column, justify="right", no_wrap=True)
     for r in rows:
-        numbers = (
-            f"{r['copy_us']:.0f}",
-            f"{r['us']:.0f}",
-            f"{r['copies']:.1f}",
-            f"{r['kept']:.1f}",
-            f"{r['peak']:.1f}",
-        )
+        numbers = [f"{r['copy_us']:.0f}", f"{r['us']:.0f}", *(f"{r[key]:.1f}" for key in ("copies", "kept", "peak"))]
+        numbers.append(str(r["transfers"]))
         made.add_row(r["shape"], r["dtype"], r["method"], r["evaluation"], *numbers)
     return made
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import textwrap
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,7 +186,6 @@ def row(
 
 
 def table(rows: list[Row], markdown: bool = False) -> Any:
-    box = need("rich.box", "demo")
     """The rows, in blocks of one network, sampler and number of steps; in brackets what fewer steps reach."""
     box = need("rich.box", "demo")
     made = need("rich.table", "demo").Table(
@@ -198,14 +198,9 @@ def table(rows: list[Row], markdown: bool = False) -> Any:
     for r in rows:
         if block != (block := (r.network, r.sampler, r.steps)):
             made.add_row(f"{'**' if markdown else '[bold]'}{r.network}, {r.sampler}, {r.steps} steps{'**' * markdown}")
-        made.add_row(
-            r.method,
-            str(r.calls),
-            f"{r.speedup:.2f}x",
-            _pair("{:.1f}", r.psnr, r.fewer_psnr),
-            _pair("{:.3f}", r.ssim, r.fewer_ssim),
-            f"{r.accuracy:.0%}" if r.fewer_accuracy is None else f"{100 * r.accuracy:.0f}/{r.fewer_accuracy:.0%}",
-        )
+        right = f"{r.accuracy:.0%}" if r.fewer_accuracy is None else f"{100 * r.accuracy:.0f}/{r.fewer_accuracy:.0%}"
+        pairs = _pair("{:.1f}", r.psnr, r.fewer_psnr), _pair("{:.3f}", r.ssim, r.fewer_ssim)
+        made.add_row(r.method, str(r.calls), f"{r.speedup:.2f}x", *pairs, right)
     return made
 
 
@@ -225,5 +220,5 @@ def contact_sheet(sheets: dict[str, dict[str, Tensor]], path: Path) -> None:
             axis.imshow(strip.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest", aspect="equal")
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_ylabel(method.replace(" + ", "\n+ ").replace(", ", ",\n"), rotation=0, ha="right", va="center")
+            axis.set_ylabel(textwrap.fill(method, 12), rotation=0, ha="right", va="center")
     figure.savefig(path, dpi=110)
