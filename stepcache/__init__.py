@@ -3,6 +3,8 @@
 The core knows no host; adapters live in `stepcache.samplers`. See docs/design.md.
 """
 
+from typing import Any
+
 from .criteria import Always, Criterion, Never, Verdict, state
 from .gates import Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, Tally, Warmup, Window
 from .masks import StepMask
@@ -15,6 +17,16 @@ from .session import Request, Session
 from .timeline import Where
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`stepcache.attach`: the cache around a pipeline; its adapter is imported when first asked for."""
+    if name == "attach":
+        from .samplers.diffusers import attach
+
+        return attach
+    raise AttributeError(f"module 'stepcache' has no attribute {name!r}")
+
 
 __all__ = [
     "METHODS",
@@ -47,6 +59,7 @@ __all__ = [
     "Warmup",
     "Where",
     "Window",
+    "attach",
     "method",
     "state",
 ]

@@ -29,14 +29,16 @@ class Request(ABC):
 
     A host adapter translates: `sigma` is the noise level (any shape, all elements equal), `names` are the conditions in
     the order of the tensors below, `latent` is what the host passed, `requires_grad` whether gradients are wanted
-    through the call. Inputs and outputs are one tensor a condition, in
-    the network's own space: `x c_in` and the raw output, in float32 or wider, outside autograd.
+    through the call. `place` is (sigma, step, stage) where the host keeps count of its steps itself; `sigma` is then
+    not looked at. Inputs and outputs are one tensor a condition, in the network's own space: `x c_in` and the raw
+    output, in float32 or wider, outside autograd.
     """
 
     sigma: Tensor
     names: tuple[str, ...]
     latent: Tensor
     requires_grad: bool = False
+    place: tuple[float, int, int] | None = None
 
     @abstractmethod
     def inputs(self) -> tuple[Tensor, ...]:
@@ -269,10 +271,10 @@ class Session:
             self._forget_changed(request.names, signature)
         current = self._state.evaluation if self._state is not None else None
         follows = current is not None and not current.names & set(request.names)
-        if follows and same_sigma(current.sigma, request.sigma):
+        if follows and self._together(current, request):
             current.names.update(request.names)
             return current
-        where = self.timeline.locate(request.sigma)
+        where = self.timeline.locate(request.sigma) if request.place is None else self.timeline.put(*request.place)
         if self._state is None or self._state.number != where.run:
             self._state = self._begin_run(where)
             self._state.signatures.update(dict.fromkeys(request.names, signature))
@@ -281,6 +283,13 @@ class Session:
             where, request.sigma, hold, set(request.names), frozenset(current.names if current is not None else ())
         )
         return self._state.evaluation
+
+    def _together(self, current: Evaluation, request: Request) -> bool:
+        """Whether a call stands where the evaluation in progress does."""
+        if request.place is not None:
+            where = current.where
+            return request.place == (where.sigma, where.step, where.stage)
+        return same_sigma(current.sigma, request.sigma)
 
     def _forget_changed(self, names: tuple[str, ...], signature: tuple) -> None:
         """Shape, dtype, device or thread has changed: the run ends, or, where the host announced it, the memory."""

@@ -118,11 +118,18 @@ class Timeline:
                 planned = self._planned()
             value, place = (value, (None, 0)) if mixed else self._place(value, tolerance, planned)
 
+        return self._next(value, place, mixed)
+
+    def put(self, sigma: float, step: int, stage: int = 0) -> Where:
+        """The place of the next evaluation where the host keeps count itself; nothing is read."""
+        return self._next(sigma, (step, stage))
+
+    def _next(self, sigma: float, place: tuple[int | None, int], mixed: bool = False) -> Where:
         if self._last is None:
-            self._run, self._first_sigma, evaluation = self._run + 1, value, 0
+            self._run, self._first_sigma, evaluation = self._run + 1, sigma, 0
         else:
             evaluation = self._last.evaluation + 1
-        self._last = Where(self._run, evaluation, value, *place, mixed)
+        self._last = Where(self._run, evaluation, sigma, *place, mixed)
         return self._last
 
     def note(self, step: int) -> None:
