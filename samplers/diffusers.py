@@ -24,7 +24,7 @@ from stepcache.readings import wide, widened
 SLOT = "_compiled_call_impl"
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "decoder", "model", "denoiser")
 LATENTS = ("hidden_states", "sample", "x")
-TIMESTEPS = ("timestep", "timesteps", "t")
+TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "time")
 Place = tuple[float, int, int]
 
 
@@ -119,7 +119,7 @@ class Attachment:
         self._this_run_only = this_run_only
         self._timesteps = pipe.scheduler.timesteps if this_run_only else None
         self._plan: list[Place] = []
-        self._first = 0
+        self._first, self._at = 0, None
         names = components or [name for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)]
         for name in names:
             if not isinstance(getattr(pipe, name, None), nn.Module):
@@ -171,20 +171,23 @@ class Attachment:
         if scheduler.timesteps is not self._timesteps:
             if self._this_run_only:
                 return None
-            self._timesteps = scheduler.timesteps
-            self._begin_run(self._index(timestep, 0, False) or 0)
-        self._at = self._index(timestep, self._at + again if self._at is not None else self._first, again)
+            self._timesteps, self._at = scheduler.timesteps, None
+            self._begin_run(self._index(timestep, 0) or 0)
+        self._at = self._index(timestep, self._first if self._at is None else self._at + again)
         return self._plan[self._at] if self._at is not None and self._at < len(self._plan) else None
 
-    def _index(self, timestep: Tensor | float | None, cursor: int, again: bool) -> int | None:
+    def _index(self, timestep: Tensor | float | None, cursor: int) -> int | None:
         """The evaluation's number in the scheduler's timesteps: by its own count, or else by the timestep's value."""
         scheduler = self.pipe.scheduler
-        if hasattr(scheduler, "step_index"):
-            begin = getattr(scheduler, "begin_index", None)
-            return (
-                scheduler.step_index if scheduler.step_index is not None else begin or self._by_value(timestep, 0) or 0
-            )
-        return self._by_value(timestep, cursor)
+        if not hasattr(scheduler, "step_index"):
+            return self._by_value(timestep, cursor)
+        if scheduler.step_index is not None:
+            return scheduler.step_index
+        if self._at is None:
+            return getattr(scheduler, "begin_index", None) or 0
+        # The first step is not over, or the pipeline steps a copy of its scheduler and this one never counts.
+        following = self._by_value(timestep, self._at + 1)
+        return following if following == self._at + 1 else self._at
 
     def _by_value(self, timestep: Tensor | float | None, cursor: int) -> int | None:
         if timestep is None:
@@ -227,7 +230,8 @@ class _Slot:
         self._previous: Callable[..., Any] | None = None
         self._seen: list[str] = []
         self._place: Place | None = None
-        self._chunks: int | None = None
+        self._rows: int | None = None
+        self._branches: tuple[str, ...] = ()
 
     def enter(self) -> None:
         occupant = self.module.__dict__.get(SLOT)
@@ -251,7 +255,7 @@ class _Slot:
 
     def begin(self, schedule: list[float], stages: int) -> None:
         self.session.begin(schedule, stages)
-        self._seen, self._place, self._chunks, self._waiting = [], None, None, None
+        self._seen, self._place, self._rows, self._waiting = [], None, None, None
 
     def through(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The call as it is without the cache."""
@@ -292,11 +296,17 @@ class _Slot:
         self._answer(before)
 
     def _names(self, x: Tensor) -> tuple[str, ...]:
-        """The conditions of a call: batched guidance repeats the latents; separate calls are told by their order."""
-        if self._chunks is None:
-            self._chunks = next((n for n in CHUNKS if _repeats(x, n)), 1)
+        """The conditions of a call: batched guidance repeats the latents; separate calls are told by their order.
+
+        Where guidance ends within the run and the batch falls to one branch's rows, that branch is cond.
+        """
+        if self._rows is None:
+            chunks = next((n for n in CHUNKS if _repeats(x, n)), 1)
+            self._branches, self._rows = CHUNKS.get(chunks, ("call",)), x.shape[0] // chunks
         turn = len(self._seen)
-        names = CHUNKS[self._chunks] if self._chunks in CHUNKS and x.shape[0] % self._chunks == 0 else ("call",)
+        names = self._branches
+        if x.shape[0] != self._rows * len(names):
+            names = ("cond",) if x.shape[0] == self._rows else ("call",)
         return names if turn == 0 else tuple(f"{name} {turn + 1}" for name in names)
 
 
@@ -347,8 +357,8 @@ class _Call(Request):
     def __init__(self, slot: _Slot, args: tuple, kwargs: dict[str, Any]) -> None:
         self.slot, self.args, self.kwargs = slot, args, kwargs
         given = dict(zip(slot.parameters, args, strict=False)) | kwargs
-        latent = next((given[name] for name in LATENTS if name in given), None)
-        self.latent = latent if isinstance(latent, Tensor) and latent.is_floating_point() else None
+        latent = _stacked(next((given[name] for name in LATENTS if name in given), None))
+        self.latent = latent if latent is not None and latent.is_floating_point() else None
         self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
         self.sigma = self.computed = None
         self.requires_grad = self.latent is not None and self.latent.requires_grad
@@ -393,17 +403,34 @@ class _Call(Request):
 
 
 def _opened(answer: Any) -> tuple[Tensor | None, Callable[[Tensor], Any] | None]:
-    """The one tensor in a denoiser's answer, and how to make such an answer from another; (None, None) otherwise."""
-    if isinstance(answer, Tensor):
-        return answer, lambda t, dtype=answer.dtype: t.to(dtype)
+    """The one tensor in a denoiser's answer, and how to make such an answer from another; (None, None) otherwise.
+
+    A list of tensors of one shape counts as the tensor that they make when stacked (Z-Image).
+    """
     if isinstance(answer, dict):
         fields = [(key, value) for key, value in answer.items() if value is not None]
-        if len(fields) == 1 and isinstance(fields[0][1], Tensor):
+        if len(fields) == 1:
             (key, value), kind = fields[0], type(answer)
-            return value, lambda t: kind(**{key: t.to(value.dtype)})
-    if isinstance(answer, tuple) and len(answer) == 1 and isinstance(answer[0], Tensor):
-        return answer[0], lambda t, dtype=answer[0].dtype: (t.to(dtype),)
-    return None, None
+            inner, form = _opened(value)
+            return inner, None if form is None else lambda t: kind(**{key: form(t)})
+    if isinstance(answer, tuple) and len(answer) == 1:
+        inner, form = _opened(answer[0])
+        return inner, None if form is None else lambda t: (form(t),)
+    tensor = _stacked(answer)
+    if tensor is None:
+        return None, None
+    if tensor is answer:
+        return tensor, lambda t, dtype=tensor.dtype: t.to(dtype)
+    return tensor, lambda t, dtype=tensor.dtype: list(t.to(dtype).unbind(0))
+
+
+def _stacked(value: Any) -> Tensor | None:
+    """A tensor, or a list of tensors of one shape as one tensor; None for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, list) and value and all(isinstance(v, Tensor) and v.shape == value[0].shape for v in value):
+        return torch.stack(value)
+    return None
 
 
 def _repeats(x: Tensor, n: int) -> bool:
@@ -426,8 +453,9 @@ def plan(scheduler: Any) -> list[Place]:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if isinstance(sigmas, Tensor) and len(sigmas) >= len(timesteps):
         levels = sigmas.tolist()
-        if isinstance(halfway, Tensor):
-            levels = [halfway[k].item() if k % 2 else level for k, level in enumerate(levels)]
+        if isinstance(halfway, Tensor):  # KDPM2A keeps the middle of a step where the step begins, KDPM2 where it ends
+            back = 1 if hasattr(scheduler, "sigmas_down") else 0
+            levels = [halfway[k - back].item() if k % 2 else level for k, level in enumerate(levels)]
     elif isinstance(alphas, Tensor):
         kept = alphas.double().clamp(min=1e-8)
         levels = [float(((1 - kept[int(t)]) / kept[int(t)]) ** 0.5) for t in timesteps]

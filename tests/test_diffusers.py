@@ -1,0 +1,331 @@
+"""The diffusers adapter on real pipeline classes with tiny random weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_pipelines import PIPELINES, run
+
+import stepcache
+from stepcache import EasyCache, Off, OptionError, Static, StepMask, UCache
+from stepcache.samplers.diffusers import SLOT, StepCacheCallback, attach, plan
+
+MASK = StepMask("fast", "static")
+ALWAYS_COMPUTED = {"ltx-2": "returns more than one tensor"}
+"""What cannot be handled yet: computed, with the reason in the report."""
+
+
+class Counted:
+    """Counts the forwards of a pipeline's denoisers, below anything that is attached."""
+
+    def __init__(self, pipe, names) -> None:
+        self.calls = 0
+        for name in names:
+            module = getattr(pipe, name)
+            module.forward = self._counting(module.forward)
+
+    def _counting(self, forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def counting(*args, **kwargs):
+            self.calls += 1
+            return forward(*args, **kwargs)
+
+        return counting
+
+    def of(self, work: Callable) -> tuple[torch.Tensor, int]:
+        self.calls = 0
+        return work(), self.calls
+
+
+def forwards(report) -> int:
+    """The forwards that a report stands for: conditions batched in one call share one."""
+    turns = {re.sub("^(uncond|cond|image|call)", "", name): name for name in report.conditions}
+    return sum(report.fates(name).count("C") for name in turns.values())
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "wan-2.2"])
+def test_never_skipping_is_bit_identical_and_a_static_mask_skips_exactly_the_named_calls(name):
+    tiny = PIPELINES[name]
+    pipe = tiny.build()
+    counted = Counted(pipe, tiny.denoisers)
+    full, calls = counted.of(lambda: run(pipe, tiny))
+
+    with attach(pipe, Off(), components=tiny.denoisers) as cache:
+        off, off_calls = counted.of(lambda: run(pipe, tiny))
+    assert torch.equal(off, full)
+    assert off_calls == calls
+
+    with attach(pipe, Static(MASK), components=tiny.denoisers) as cache:
+        first, first_calls = counted.of(lambda: run(pipe, tiny))
+        again, again_calls = counted.of(lambda: run(pipe, tiny))
+    assert torch.equal(first, again)
+    assert torch.isfinite(first).all()
+    if name in ALWAYS_COMPUTED:
+        assert torch.equal(first, full)
+        assert any(ALWAYS_COMPUTED[name] in note for note in cache.report.notes)
+    else:
+        assert first_calls == again_calls < calls
+        assert not torch.equal(first, full)
+        digits = MASK.for_steps(cache.report.scheduled_steps)
+        for event in cache.report.events:
+            assert event.computed or digits[event.where.step] == 0
+        if "long" not in name:
+            assert forwards(cache.report) == first_calls
+
+    for component in tiny.denoisers:
+        assert SLOT not in getattr(pipe, component).__dict__
+    after, after_calls = counted.of(lambda: run(pipe, tiny))
+    assert torch.equal(after, full)
+    assert after_calls == calls
+
+
+def test_two_experts_have_a_memory_each_and_the_switch_computes():
+    tiny = PIPELINES["wan-2.2"]
+    pipe = tiny.build()
+    counted = Counted(pipe, tiny.denoisers)
+    full, calls = counted.of(lambda: run(pipe, tiny))
+    with attach(pipe, Static([1] + [0] * 5)) as cache:
+        _, cached_calls = counted.of(lambda: run(pipe, tiny))
+    assert cached_calls == 4 < calls  # the first step, and the switch, of cond and uncond
+    assert cache.report.calls == 4
+    assert torch.equal(run(pipe, tiny), full)
+
+
+@pytest.fixture
+def sd():
+    tiny = PIPELINES["sd"]
+    pipe = tiny.build()
+    return pipe, tiny, Counted(pipe, tiny.denoisers)
+
+
+def image(pipe, tiny, **more) -> torch.Tensor:
+    return pipe(**{**tiny.call(pipe), **more}).images
+
+
+def test_the_callback_alone_attaches_after_the_first_step_and_leaves_at_the_last(sd):
+    pipe, tiny, counted = sd
+    full = image(pipe, tiny)
+    cache = StepCacheCallback(Static(MASK))
+    seen = []
+    cached, calls = counted.of(lambda: image(pipe, tiny, callback_on_step_end=cache))
+    assert SLOT not in pipe.unet.__dict__
+    assert calls == 1 + cache.report.fates("cond").count("C")
+    assert len(cache.report.fates("cond")) == 5
+    with attach(pipe, Static([1, 1, *MASK.for_steps(6)[2:]])):
+        expected = image(pipe, tiny)
+    assert torch.equal(cached, expected) or calls < 6
+    assert torch.equal(image(pipe, tiny), full)
+    assert seen == []
+
+
+def test_one_callback_serves_many_calls_in_a_row_and_another_pipeline(sd):
+    pipe, tiny, counted = sd
+    cache = StepCacheCallback("ucache", threshold=2.0)
+    first, calls = counted.of(lambda: image(pipe, tiny, callback_on_step_end=cache))
+    assert calls < 6
+    assert torch.equal(image(pipe, tiny, callback_on_step_end=cache), first)
+    other = PIPELINES["sdxl"].build()
+    run_other = other(**PIPELINES["sdxl"].call(other), callback_on_step_end=cache).images
+    assert torch.isfinite(run_other).all()
+    assert torch.equal(image(pipe, tiny, callback_on_step_end=cache), first)
+    assert SLOT not in pipe.unet.__dict__
+    assert SLOT not in other.unet.__dict__
+
+
+def test_an_exception_leaves_nothing_that_the_next_run_would_see(sd):
+    pipe, tiny, _ = sd
+    full = image(pipe, tiny)
+
+    def broken(pipe, step, timestep, kwargs):
+        if step == 3:
+            raise RuntimeError("stop")
+        return kwargs
+
+    with pytest.raises(RuntimeError, match="stop"):
+        image(pipe, tiny, callback_on_step_end=StepCacheCallback("ucache", threshold=9.0, also=broken))
+    assert torch.equal(image(pipe, tiny), full)
+    assert SLOT not in pipe.unet.__dict__
+    with pytest.raises(RuntimeError, match="stop"), attach(pipe, UCache(9.0)):
+        image(pipe, tiny, callback_on_step_end=broken)
+    assert SLOT not in pipe.unet.__dict__
+    assert torch.equal(image(pipe, tiny), full)
+
+
+def test_the_callback_composes_with_the_users_own(sd):
+    pipe, tiny, _ = sd
+    steps = []
+
+    def mine(pipe, step, timestep, kwargs):
+        steps.append((step, sorted(kwargs)))
+        return kwargs
+
+    mine.tensor_inputs = ["latents"]
+    cache = StepCacheCallback(UCache(2.0), also=mine)
+    assert cache.tensor_inputs == ["latents"]
+    image(pipe, tiny, callback_on_step_end=cache, callback_on_step_end_tensor_inputs=["latents"])
+    assert steps == [(step, ["latents"]) for step in range(6)]
+
+
+def test_two_pipelines_may_be_cached_at_once(sd):
+    pipe, tiny, _ = sd
+    other = PIPELINES["flux"].build()
+    with attach(pipe, Static(MASK)) as a, attach(other, Static(MASK)) as b:
+        first = image(pipe, tiny), run(other, PIPELINES["flux"])
+        second = image(pipe, tiny), run(other, PIPELINES["flux"])
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert a.report.skipped > 0 < b.report.skipped
+
+
+def test_the_place_survives_copies_and_what_is_copied_has_no_cache(sd, tmp_path):
+    pipe, tiny, _ = sd
+    del pipe.unet.forward
+    with attach(pipe, Static(MASK)) as cache:
+        assert SLOT not in copy.deepcopy(pipe.unet).__dict__
+        pipe.unet.save_pretrained(tmp_path)
+        pipe.to(torch.float32)
+        image(pipe, tiny)
+        assert cache.report.skipped > 0
+    assert SLOT not in pipe.unet.__dict__
+    assert type(pipe.unet).from_pretrained(tmp_path).config.in_channels == pipe.unet.config.in_channels
+
+
+def test_a_compiled_denoiser_is_called_through_its_compilation(sd):
+    pipe, tiny, _ = sd
+    del pipe.unet.forward
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    full = image(pipe, tiny)
+    pipe.unet.compile(backend=backend)
+    occupant = pipe.unet.__dict__[SLOT]
+    image(pipe, tiny)
+    compiled = len(graphs)
+    assert compiled > 0
+    with attach(pipe, Static(MASK)) as cache:
+        image(pipe, tiny)
+    assert cache.report.skipped > 0
+    assert len(graphs) == compiled  # nothing of the cache is in the graph
+    assert pipe.unet.__dict__[SLOT] is occupant
+    torch.testing.assert_close(image(pipe, tiny), full)
+
+
+def test_compiling_afterwards_takes_the_place_and_is_said_once(sd):
+    pipe, tiny, _ = sd
+    del pipe.unet.forward
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with attach(pipe, Static(MASK)):
+            pipe.unet.compile(backend="eager")
+            image(pipe, tiny)
+    assert len([w for w in caught if "took the place of the cache" in str(w.message)]) == 1
+    del pipe.unet.__dict__[SLOT]
+
+
+def test_attaching_twice_is_an_error_and_so_is_a_denoiser_that_is_not_there(sd):
+    pipe, _, _ = sd
+    with attach(pipe, UCache()), pytest.raises(OptionError, match="unet is cached already"), attach(pipe, UCache()):
+        pass
+    assert SLOT not in pipe.unet.__dict__
+    with pytest.raises(OptionError, match="StableDiffusionPipeline has no denoiser 'transformer'"):
+        attach(pipe, UCache(), components=["transformer"]).__enter__()
+    with pytest.raises(OptionError, match="options go with a method's name"):
+        StepCacheCallback(UCache(), threshold=3)
+    with pytest.raises(OptionError, match="Did you mean 'threshold'"):
+        StepCacheCallback("easycache", treshold=3)
+
+
+def test_attach_is_also_at_the_top_of_the_package(sd):
+    pipe, tiny, _ = sd
+    with stepcache.attach(pipe, UCache(), mask=StepMask.preset("fast", steps=6)) as cache:
+        image(pipe, tiny)
+    assert cache.report.steps == 6
+    assert stepcache.attach is attach
+
+
+def test_a_mask_of_another_length_is_an_error_with_both_lengths(sd):
+    pipe, tiny, _ = sd
+    with pytest.raises(OptionError, match="the mask has 3 entries, the run has 6 steps"), attach(pipe, Static("101")):
+        image(pipe, tiny)
+    assert SLOT not in pipe.unet.__dict__
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "places"),
+    [
+        ("EulerDiscrete", [(i, 0) for i in range(4)]),
+        ("DDIM", [(i, 0) for i in range(4)]),
+        ("DPMSolverMultistep", [(i, 0) for i in range(4)]),
+        ("UniPCMultistep", [(i, 0) for i in range(4)]),
+        ("HeunDiscrete", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]),
+        ("KDPM2Discrete", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]),
+        ("KDPM2AncestralDiscrete", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]),
+        ("FlowMatchHeunDiscrete", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]),
+    ],
+)
+def test_schedulers_with_two_calls_a_step_are_counted_in_steps(scheduler, places):
+    import diffusers
+
+    made = getattr(diffusers, f"{scheduler}Scheduler")()
+    made.set_timesteps(4)
+    found = plan(made)
+    assert [place[1:] for place in found] == places
+    sigmas = [sigma for sigma, _, _ in found]
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert min(sigmas) > 0
+
+
+def test_pndm_has_one_step_of_two_calls_or_three_of_four():
+    from diffusers import PNDMScheduler
+
+    plms, prk = PNDMScheduler(skip_prk_steps=True), PNDMScheduler(skip_prk_steps=False)
+    for scheduler in (plms, prk):
+        scheduler.set_timesteps(8)
+    assert [place[1:] for place in plan(plms)] == [(0, 0), (0, 1), *((i, 0) for i in range(1, 8))]
+    assert [place[1:] for place in plan(prk)] == [(i, s) for i in range(3) for s in range(4)] + [
+        (i, 0) for i in range(3, 8)
+    ]
+
+
+def test_sigma_is_the_schedulers_own_or_from_its_alphas():
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    ddim = DDIMScheduler()
+    ddim.set_timesteps(4)
+    alphas = ddim.alphas_cumprod[ddim.timesteps]
+    assert [place[0] for place in plan(ddim)] == pytest.approx(((1 - alphas) / alphas).sqrt().tolist(), rel=1e-5)
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow.set_timesteps(4)
+    assert [place[0] for place in plan(flow)] == pytest.approx(flow.sigmas[:-1].tolist())
+
+
+def test_easycache_runs_by_the_schedulers_training_timetable(sd):
+    pipe, tiny, _ = sd
+    with attach(pipe, EasyCache(9.0)) as cache:
+        image(pipe, tiny)
+    assert any("shares of the training timetable" in note for note in cache.report.notes)
+
+
+def test_diffusers_own_cache_inside_works_at_the_same_time():
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    tiny = PIPELINES["flux"]
+    pipe = tiny.build()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
+    expected = run(pipe, tiny)
+    with attach(pipe, Off()):
+        assert torch.equal(run(pipe, tiny), expected)
+    with attach(pipe, Static(MASK)) as cache:
+        both = run(pipe, tiny)
+    assert cache.report.skipped > 0
+    assert torch.isfinite(both).all()
+    pipe.transformer.disable_cache()
+    assert torch.isfinite(run(pipe, tiny)).all()
