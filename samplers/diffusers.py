@@ -120,6 +120,7 @@ class Attachment:
         self._timesteps = pipe.scheduler.timesteps if this_run_only else None
         self._plan: list[Place] = []
         self._first, self._at = 0, None
+        self._bar, self._shown = None, (0, 0)
         names = components or [name for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)]
         for name in names:
             if not isinstance(getattr(pipe, name, None), nn.Module):
@@ -154,16 +155,36 @@ class Attachment:
         return self._this_run_only and self.pipe.scheduler.timesteps is not self._timesteps
 
     def attach(self) -> None:
-        for slot in self._slots:
-            slot.enter()
+        entered: list[_Slot] = []
+        try:
+            for slot in self._slots:
+                slot.enter()
+                entered.append(slot)
+        except OptionError:
+            for slot in entered:
+                slot.leave()
+            raise
+        if hasattr(self.pipe, "progress_bar"):
+            self.pipe.__dict__["progress_bar"] = self._watched_bar
         self.attached = True
 
     def detach(self) -> None:
-        """Takes the cache away; every denoiser is the object it was."""
+        """Takes the cache away; every denoiser, and the pipeline, is the object it was."""
         if self.attached:
             for slot in self._slots:
                 slot.leave()
-        self.attached = False
+            self.pipe.__dict__.pop("progress_bar", None)
+        self.attached, self._bar = False, None
+
+    def show(self, skipped: bool) -> None:
+        """Counts an evaluation on the pipeline's progress bar."""
+        self._shown = self._shown[0] + skipped, self._shown[1] + 1
+        if self._bar is not None:
+            self._bar.set_postfix_str("skipped {}/{}".format(*self._shown), refresh=False)
+
+    def _watched_bar(self, *args: Any, **kwargs: Any) -> Any:
+        self._bar = type(self.pipe).progress_bar(self.pipe, *args, **kwargs)
+        return self._bar
 
     def locate(self, timestep: Tensor | float | None, again: bool) -> Place | None:
         """The place of a call; None where the scheduler cannot tell it. `again`: this call was already made here."""
@@ -202,7 +223,7 @@ class Attachment:
         whole = plan(scheduler)
         offset = whole[first][1] if first < len(whole) else 0
         self._plan = [(sigma, step - offset, stage) for sigma, step, stage in whole]
-        self._first, self._at = first, None
+        self._first, self._at, self._shown = first, None, (0, 0)
         ahead = self._plan[first:]
         schedule = [sigma for sigma, _, stage in ahead if stage == 0]
         for slot in self._slots:
@@ -274,7 +295,10 @@ class _Slot:
         self._seen.append("")
         if self.candidates:
             self._choose(call)
-        return self._answer(call)
+        answer = self._answer(call)
+        if len(self._seen) == 1:
+            self.owner.show(skipped=call.computed is None)
+        return answer
 
     def _answer(self, call: _Call) -> Any:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import re
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from tiny_pipelines import PIPELINES, run
 
 import stepcache
 from stepcache import EasyCache, Off, OptionError, Static, StepMask, UCache
+from stepcache.demo import pipelines, sampling
+from stepcache.demo import run as demo
 from stepcache.samplers.diffusers import SLOT, StepCacheCallback, attach, plan
 
 MASK = StepMask("fast", "static")
@@ -329,3 +332,47 @@ def test_diffusers_own_cache_inside_works_at_the_same_time():
     assert torch.isfinite(both).all()
     pipe.transformer.disable_cache()
     assert torch.isfinite(run(pipe, tiny)).all()
+
+
+def test_the_progress_bar_shows_what_was_skipped(sd):
+    pipe, tiny, _ = sd
+    shown = io.StringIO()
+    pipe.set_progress_bar_config(file=shown, mininterval=0)
+    with attach(pipe, Static(MASK)) as cache:
+        image(pipe, tiny)
+    fates = cache.report.fates("cond")
+    assert (
+        f"skipped {fates.count('S')}/6" in shown.getvalue() or f"skipped {fates[:5].count('S')}/5" in shown.getvalue()
+    )
+    assert "progress_bar" not in pipe.__dict__
+    before = len(shown.getvalue())
+    pipe.set_progress_bar_config(disable=True, file=shown)
+    with attach(pipe, Static(MASK)):
+        image(pipe, tiny)
+    assert len(shown.getvalue()) == before
+
+
+@pytest.mark.parametrize("method", [UCache(), EasyCache(), Static("fast"), UCache(mask="fast")], ids=lambda m: m.name)
+def test_decisions_agree_with_the_k_diffusion_adapters_on_the_same_schedule(method):
+    """The trained U-Net, Euler on Karras sigmas, through both hosts: the same decisions and the same image."""
+    there = sampling.run(sampling.setup("unet"), "euler", 20, method, 10, seed=0)
+    pipe = pipelines.pipeline("unet", "Euler")
+    with attach(pipe, method) as cache:
+        here = pipe(torch.arange(10), generator=torch.Generator().manual_seed(0))
+    assert cache.report.fates("cond") == there.report.fates("cond")
+    assert cache.report.fates("uncond") == there.report.fates("uncond")
+    torch.testing.assert_close(here, there.images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("network", "scheduler"), [(n, s) for n, schedulers in pipelines.SCHEDULERS.items() for s in schedulers]
+)
+def test_the_trained_networks_draw_their_digits_under_every_scheduler(network, scheduler):
+    pipe = pipelines.pipeline(network, scheduler)
+    labels = torch.arange(10)
+    with attach(pipe, UCache()) as cache:
+        cached = pipe(labels, generator=torch.Generator().manual_seed(0))
+    assert 9 <= cache.report.calls / 2 <= 12
+    scores = demo.Scores()
+    assert scores.accuracy(cached) >= 0.9
+    assert scores.psnr(cached, pipe(labels, generator=torch.Generator().manual_seed(0))) > 28

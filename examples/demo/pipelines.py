@@ -1,0 +1,69 @@
+"""The demo's networks as a diffusers pipeline, with any scheduler that fits their prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from . import networks
+from .sampling import GUIDANCE
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS: dict[str, dict[str, Callable[[], Any]]] = {
+    "unet": {
+        "DDIM": lambda: diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        "Euler": lambda: diffusers.EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True),
+        "DPM++ 2M": lambda: diffusers.DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True),
+        "UniPC": lambda: diffusers.UniPCMultistepScheduler(**BETAS, use_karras_sigmas=True),
+    },
+    "dit": {"flow-match Euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)},
+}
+"""Schedulers by network and name."""
+
+
+class DigitsPipeline(diffusers.DiffusionPipeline):
+    """Draws digits: `pipe(labels)`, with classifier-free guidance batched in one call, uncond first."""
+
+    def __init__(self, denoiser: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(denoiser=denoiser, scheduler=scheduler)
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.scheduler.timesteps)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: Tensor,
+        num_inference_steps: int = 20,
+        guidance_scale: float = GUIDANCE,
+        generator: torch.Generator | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+    ) -> Tensor:
+        """Images (B, 1, 16, 16) in about [-1, 1] of the digits `labels` (B,)."""
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.randn(len(labels), 1, networks.SIZE, networks.SIZE, generator=generator)
+        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        both = torch.cat([torch.full_like(labels, networks.NO_CLASS), labels])
+        scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
+        flow = isinstance(self.denoiser, networks.DiT)
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            x_in = scale(torch.cat([x, x]), t)
+            time = (t / 1000 if flow else t).expand(len(x_in))
+            uncond, cond = self.denoiser(x_in, time, both).chunk(2)
+            x = self.scheduler.step(uncond + guidance_scale * (cond - uncond), t, x, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                x = callback_on_step_end(self, i, t, {}).pop("latents", x)
+        return x
+
+
+def pipeline(name: str, scheduler: str) -> DigitsPipeline:
+    """The shipped network `name` ("unet", "dit") under one of its `SCHEDULERS`."""
+    pipe = DigitsPipeline(networks.load(name), SCHEDULERS[name][scheduler]())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
