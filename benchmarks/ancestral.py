@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from stepcache import EasyCache, Method, Static, UCache
-from stepcache.demo.run import sampled, table
+from stepcache.demo.run import publish, sampled
 
 SAMPLERS = ("euler_ancestral", "dpmpp_2m_sde")
 
@@ -44,10 +44,7 @@ def main() -> None:
     jobs = [(name, sampler, 20) for name in ("unet", "dit") for sampler in SAMPLERS]
     blocks = sampled(jobs, methods(), options.samples, 0, Console())
     rows = [row for block in blocks for row in block.rows]
-    if options.markdown:
-        with options.markdown.open("w", encoding="utf-8") as file:
-            Console(file=file, width=250).print(table(rows, markdown=True))
-    Console().print(table(rows))
+    publish(rows, Console(), options.markdown)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.progress import track
 
 from stepcache import Method, Off
 from stepcache.demo import pipelines
-from stepcache.demo.run import METHODS, Row, Scores, row, table
+from stepcache.demo.run import METHODS, Row, Scores, publish, row
 from stepcache.demo.sampling import Sampled
 from stepcache.samplers.diffusers import attach
 
@@ -50,10 +50,7 @@ def main() -> None:
     jobs = [(network, name) for network, schedulers in pipelines.SCHEDULERS.items() for name in schedulers]
     scores = Scores()
     rows = [made for job in track(jobs) for made in block(*job, options.samples, scores)]
-    if options.markdown:
-        with options.markdown.open("w", encoding="utf-8") as file:
-            Console(file=file, width=250).print(table(rows, markdown=True))
-    Console().print(table(rows))
+    publish(rows, Console(), options.markdown)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from stepcache import (
     OptionError,
     Predictor,
     Report,
+    Request,
     Reuse,
     Session,
     Static,
@@ -1209,8 +1210,8 @@ def test_two_models_share_a_method_without_sharing_what_it_learns():
 def test_a_session_without_a_host_answers_requests():
     """The seam below every adapter: four methods of a Request."""
 
-    class Plain:
-        names, sigma, requires_grad = ("cond",), None, False
+    class Plain(Request):
+        names = ("cond",)
 
         def __init__(self, x: float, sigma: float) -> None:
             self.latent, self.sigma = filled(x), level(sigma)

@@ -91,9 +91,7 @@ def demo(out: Path, samples: int = 10, seed: int = 0) -> list[Row]:
     sheets = {block.rows[0].network: block.images for block in blocks if block.images}
     trace = next(block.trace for block in blocks if block.trace)
     (out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
-    with (out / "table.md").open("w", encoding="utf-8") as file:
-        need("rich.console", "demo").Console(file=file, width=250).print(table(rows, markdown=True))
-    console.print(table(rows))
+    publish(rows, console, out / "table.md")
     console.print(
         f"{samples} samples a run, guidance 3. Calls are per condition. PSNR and SSIM are against the full run of the "
         "same steps. Right: taken by the classifier for the digit asked for. In brackets or before the %: the same "
@@ -202,6 +200,14 @@ def table(rows: list[Row], markdown: bool = False) -> Any:
         pairs = _pair("{:.1f}", r.psnr, r.fewer_psnr), _pair("{:.3f}", r.ssim, r.fewer_ssim)
         made.add_row(r.method, str(r.calls), f"{r.speedup:.2f}x", *pairs, right)
     return made
+
+
+def publish(rows: list[Row], console: Any, markdown: Path | None = None) -> None:
+    """Prints the table, and writes it as Markdown if a path is given."""
+    if markdown is not None:
+        with markdown.open("w", encoding="utf-8") as file:
+            need("rich.console", "demo").Console(file=file, width=250).print(table(rows, markdown=True))
+    console.print(table(rows))
 
 
 def _pair(form: str, ours: float | None, fewer: float | None) -> str:
