@@ -6,8 +6,11 @@ import copy
 import functools
 import io
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,3 +379,13 @@ def test_the_trained_networks_draw_their_digits_under_every_scheduler(network, s
     scores = demo.Scores()
     assert scores.accuracy(cached) >= 0.9
     assert scores.psnr(cached, pipe(labels, generator=torch.Generator().manual_seed(0))) > 28
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
+def test_the_examples_run_on_tiny_random_weights(tmp_path, name):
+    script = Path(__file__).parents[1] / "examples" / f"diffusers_{name}.py"
+    out = tmp_path / "image.png"
+    command = [sys.executable, str(script), "--tiny", "--compare", "--method=static", "--mask=fast", f"--out={out}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert out.stat().st_size > 100
+    assert re.search(r"[1-9]\d* of \d+ forwards skipped", done.stdout)
