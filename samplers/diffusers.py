@@ -507,23 +507,26 @@ def _training_sigma(scheduler: Any) -> Callable[[float], float] | None:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     config = getattr(scheduler, "config", {})
     steps = config.get("num_train_timesteps", 1000)
-    if isinstance(alphas, Tensor):
-        logs = ((1 - alphas.double()) / alphas.double().clamp(min=1e-8)).sqrt().log().cpu()
-
-        def by_table(share: float) -> float:
-            t = (1 - share) * (len(logs) - 1)
-            return float(torch.lerp(logs[math.floor(t)], logs[math.ceil(t)], t % 1).exp())
-
-        return by_table
-    if "Flow" in type(scheduler).__name__ and not config.get("use_dynamic_shifting"):
-        shift = config.get("shift") or 1.0
+    flow = "Flow" in type(scheduler).__name__ or config.get("use_flow_sigmas")
+    if flow and config.get("use_dynamic_shifting"):
+        return None
+    if flow:
+        shift = config.get("shift") or config.get("flow_shift") or 1.0
 
         def by_shift(share: float) -> float:
             t = ((1 - share) * (steps - 1) + 1) / steps
             return shift * t / (1 + (shift - 1) * t)
 
         return by_shift
-    return None
+    if not isinstance(alphas, Tensor):
+        return None
+    logs = ((1 - alphas.double()) / alphas.double().clamp(min=1e-8)).sqrt().log().cpu()
+
+    def by_table(share: float) -> float:
+        t = (1 - share) * (len(logs) - 1)
+        return float(torch.lerp(logs[math.floor(t)], logs[math.ceil(t)], t % 1).exp())
+
+    return by_table
 
 
 def _method(given: Method | str, mask: Any, options: dict[str, Any]) -> Method:

@@ -20,7 +20,7 @@ import stepcache
 from stepcache import EasyCache, Off, OptionError, Static, StepMask, UCache
 from stepcache.demo import pipelines, sampling
 from stepcache.demo import run as demo
-from stepcache.samplers.diffusers import SLOT, StepCacheCallback, attach, plan
+from stepcache.samplers.diffusers import SLOT, StepCacheCallback, _training_sigma, attach, plan
 
 MASK = StepMask("fast", "static")
 ALWAYS_COMPUTED = {"ltx-2": "returns more than one tensor"}
@@ -318,6 +318,27 @@ def test_easycache_runs_by_the_schedulers_training_timetable(sd):
     with attach(pipe, EasyCache(9.0)) as cache:
         image(pipe, tiny)
     assert any("shares of the training timetable" in note for note in cache.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config", "expected"),
+    [
+        ("FlowMatchEulerDiscrete", {"shift": 3.0}, "0.923166 >= sigma > 0.251872"),
+        ("UniPCMultistep", {"use_flow_sigmas": True, "flow_shift": 3.0}, "0.923166 >= sigma > 0.251872"),
+        (
+            "DDIM",
+            {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+            "5.09241 >= sigma > 0.343705",
+        ),
+    ],
+)
+def test_the_training_timetable_is_the_schedulers(scheduler, config, expected):
+    """The reference's own figures for shares 0.2 and 0.9 (golden tables, flow3 and compvis)."""
+    import diffusers
+
+    sigma = _training_sigma(getattr(diffusers, f"{scheduler}Scheduler")(**config))
+    high, low = sigma(0.2), sigma(0.9)
+    assert f"{high:.6g} >= sigma > {low:.6g}" == expected
 
 
 def test_diffusers_own_cache_inside_works_at_the_same_time():
