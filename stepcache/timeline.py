@@ -65,7 +65,6 @@ class Timeline:
         self._last: Where | None = None
         self._first_sigma = 0.0
         self._corrector = False
-        self._noted = False
         self._on_plan = False
         self._on_schedule = False
         self._single = False
