@@ -48,7 +48,12 @@ def flow_scalings(sigma: Tensor) -> tuple[None, Tensor, Tensor]:
     return None, -sigma, torch.ones_like(sigma)
 
 
-SCALINGS: dict[str, Scalings] = {"eps": eps_scalings, "flow": flow_scalings}
+def denoised_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The network's output stands for denoised itself, whatever it predicts: what Spectrum and others extrapolate."""
+    return torch.zeros_like(sigma), torch.ones_like(sigma), torch.ones_like(sigma)
+
+
+SCALINGS: dict[str, Scalings] = {"eps": eps_scalings, "flow": flow_scalings, "denoised": denoised_scalings}
 
 
 class FlowDenoiser(nn.Module):
@@ -131,9 +136,11 @@ class CachedDenoiser(nn.Module):
         anchor: the condition that decides; see `Session`. With separate calls it must be the first one called.
         decide: "anchor", or "each": every condition decides for itself.
         scalings: how denoised and the network's output belong together: "eps", "flow" (x = (1 - sigma) x0 + sigma
-            noise), or a function sigma -> (c_skip, c_out, c_in) with denoised = c_skip x + c_out network(c_in x), where
-            c_skip = None stands for 1. None: taken from the `get_scalings` of the model or of the model inside it, else
-            "eps".
+            noise), "denoised" (they are taken for one), or a function sigma -> (c_skip, c_out, c_in) with denoised =
+            c_skip x + c_out network(c_in x), where c_skip = None stands for 1. None: taken from the `get_scalings` of
+            the model or of the model inside it, else "eps".
+        coordinate: sigma -> the coordinate that predictors extrapolate in. None: t where scalings="flow" and for a
+            `FlowDenoiser`, else log sigma.
         group: a torch.distributed process group whose ranks share one sample.
 
     The output is the inner model's own, bit for bit, wherever it is computed. Attributes of the inner model
@@ -149,7 +156,8 @@ class CachedDenoiser(nn.Module):
         conditions: Conditions = None,
         anchor: str | None = None,
         decide: Literal["anchor", "each"] = "anchor",
-        scalings: Literal["eps", "flow"] | Scalings | None = None,
+        scalings: Literal["eps", "flow", "denoised"] | Scalings | None = None,
+        coordinate: Callable[[float], float] | None = None,
         group: Any = None,
     ) -> None:
         super().__init__()
@@ -167,6 +175,7 @@ class CachedDenoiser(nn.Module):
             decide=decide,
             sigmas=sigmas,
             training_sigma=TrainingTable(inner) if _owner(inner, "t_to_sigma") is not None else None,
+            coordinate=coordinate or _coordinate(inner, self._scalings),
             lowest_sigma=_lowest_sigma(inner),
             group=group,
             notes=("scalings: the model has no get_scalings, eps is assumed",) if assumed else (),
@@ -399,6 +408,14 @@ def _scalings(model: Any, given: str | Scalings | None) -> Scalings:
     if given not in SCALINGS:
         raise unknown("scalings", str(given), SCALINGS)
     return SCALINGS[given]
+
+
+def _coordinate(model: Any, scalings: Scalings) -> Callable[[float], float] | None:
+    """Flow time, which is sigma itself under `flow_scalings`; None for the usual one, log sigma."""
+    if scalings is flow_scalings:
+        return float
+    owner = _owner(model, "get_scalings")
+    return owner.sigma_to_t if isinstance(owner, FlowDenoiser) else None
 
 
 def _lowest_sigma(model: Any) -> float:

@@ -6,12 +6,12 @@ The core knows no host; adapters live in `stepcache.samplers`. See docs/design.m
 from typing import Any
 
 from .criteria import Always, Criterion, Never, Verdict, state
-from .gates import Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, Tally, Warmup, Window
+from .gates import Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, SpectrumCadence, Tally, Warmup, Window
 from .masks import StepMask
 from .memory import Evidence, Node
-from .methods import METHODS, EasyCache, Method, Off, Static, UCache, method
+from .methods import METHODS, EasyCache, Method, Off, Spectrum, Static, UCache, method
 from .options import OptionError
-from .predictors import Predictor, Reuse
+from .predictors import DMD, Chebyshev, FiniteDifference, Lagrange, Predictor, Reuse, TaylorSeer, Weighted
 from .report import Event, Report
 from .session import Request, Session
 from .timeline import Where
@@ -29,14 +29,18 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "DMD",
     "METHODS",
     "Always",
+    "Chebyshev",
     "Criterion",
     "EasyCache",
     "Event",
     "Evidence",
+    "FiniteDifference",
     "Gate",
     "Hold",
+    "Lagrange",
     "LastStep",
     "MaxCached",
     "MaxConsecutive",
@@ -51,12 +55,16 @@ __all__ = [
     "Reuse",
     "Run",
     "Session",
+    "Spectrum",
+    "SpectrumCadence",
     "Static",
     "StepMask",
     "Tally",
+    "TaylorSeer",
     "UCache",
     "Verdict",
     "Warmup",
+    "Weighted",
     "Where",
     "Window",
     "attach",

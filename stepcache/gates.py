@@ -6,6 +6,7 @@ A gate is a frozen description; `gate.begin(run)` gives the function that answer
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,14 +48,16 @@ class Run:
 
     `schedule` is sigmas[0..n] or None; `training_sigma(share)` is the sigma at a share of the training timetable
     (0 = most noise) or None where the model has no such table; `stages` the evaluations of a step, None if not known;
-    `second_only` whether the method leaves the first of two aside. Sentences in `notes` go into the report; those in
-    `warnings`, about options that cannot act, are also said aloud, once a session.
+    `second_only` whether the method leaves the first of two aside; `coordinate(sigma)` the coordinate that predictors
+    extrapolate in: log sigma, or t for flow models. Sentences in `notes` go into the report; those in `warnings`, about
+    options that cannot act, are also said aloud, once a session.
     """
 
     schedule: tuple[float, ...] | None = None
     training_sigma: Callable[[float], float] | None = None
     stages: int | None = None
     second_only: bool = False
+    coordinate: Callable[[float], float] = math.log
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -68,6 +71,11 @@ class Run:
         if self.steps is None or self.stages != 2 or self.second_only:
             return self.steps
         return 2 * self.steps - 1 if self.schedule[-1] == 0 else 2 * self.steps
+
+    @property
+    def asked(self) -> int | None:
+        """How many evaluations the sampler asks for, as if its last step had as many as the others."""
+        return None if self.steps is None else self.steps * (self.stages or 1)
 
 
 Answer = Callable[[Where, Tally], Hold | None]
@@ -134,8 +142,12 @@ class Window(Gate):
         return high, low, f"as shares of the training timetable{why}"
 
     def _step_sigma(self, run: Run, share: float) -> float:
-        step = int(torch.tensor(share, dtype=torch.float32) * run.steps)
-        return run.schedule[min(step, run.steps - 1)]
+        return run.schedule[min(_share(share, run.steps), run.steps - 1)]
+
+
+def _share(share: float, count: int) -> int:
+    """floor(share count), the product in float32 as published."""
+    return int(torch.tensor(share, dtype=torch.float32) * count)
 
 
 @dataclass(frozen=True)
@@ -230,3 +242,45 @@ class SecondOfTwo(Gate):
             run.warnings.append("evaluations='second' cannot act: how many evaluations a step has is not known")
         hold = Hold("first of two", observe=False, record=False)
         return lambda where, tally: hold if run.stages == 2 and where.stage == 0 else None
+
+
+@dataclass(frozen=True)
+class SpectrumCadence(Gate):
+    """Spectrum's timetable: the gap between computed evaluations grows.
+
+    Computed are the first `warmup` evaluations, at least two, and those from the floor(stop N)-th on, with N the
+    evaluations of the run. In between, after r skipped ones in a row, the next is computed where
+
+        (r + 1) mod max(1, floor(W)) = 0,   W = window_size + flex_window * (computed evaluations since the warm-up)
+
+    Source: stable-diffusion.cpp, commit 97d29908; defaults are its. It takes N = steps whatever the sampler, so that of
+    Heun's run it stops after `stop / 2`; here N is 2 steps then. stop = 0 does not stop at all, which is published so.
+    """
+
+    window_size: float = 2
+    flex_window: float = 0.5
+    warmup: int = 4
+    stop: float = 0.9
+
+    def __post_init__(self) -> None:
+        number("window_size", self.window_size, low=1)
+        number("flex_window", self.flex_window)
+        number("warmup", self.warmup, whole=True)
+        number("stop", self.stop, high=1.0)
+
+    def begin(self, run: Run) -> Answer:
+        if run.asked is None and self.stop:
+            run.warnings.append(f"stop={self.stop:g} cannot act: this run's schedule is not known")
+        stop = 0 if run.asked is None else _share(self.stop, run.asked)
+        warming, stopped, due = Hold("warm-up"), Hold("after stop"), Hold("cadence")
+
+        def answer(where: Where, tally: Tally) -> Hold | None:
+            asked = tally.computed + tally.skipped
+            if asked < self.warmup or tally.computed < 2:
+                return warming
+            if 0 < stop <= asked:
+                return stopped
+            window = math.floor(self.window_size + self.flex_window * (tally.computed - self.warmup))
+            return None if (tally.consecutive + 1) % max(1, window) else due
+
+        return answer

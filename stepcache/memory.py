@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,14 @@ class Evidence:
         self.out: Tensor | None = None
         self._predictor = predictor
         self._readings = readings
+
+    def coordinate(self, where: Where) -> float | None:
+        """The place of an evaluation in `Run.coordinate`; None where that is not a finite number, as log 0 is not."""
+        try:
+            value = float(self.run.coordinate(where.sigma))
+        except (ValueError, ArithmeticError):
+            return None
+        return value if math.isfinite(value) else None
 
     @cached_property
     def moved(self) -> Tensor:

@@ -10,9 +10,20 @@ from typing import Any, Literal
 
 from . import options
 from .criteria import Always, Criterion, EasyCacheRule, Never, UCacheRule
-from .gates import Gate, LastStep, Mask, MaxCached, MaxConsecutive, SecondOfTwo, Warmup, Window, WindowUnit
+from .gates import (
+    Gate,
+    LastStep,
+    Mask,
+    MaxCached,
+    MaxConsecutive,
+    SecondOfTwo,
+    SpectrumCadence,
+    Warmup,
+    Window,
+    WindowUnit,
+)
 from .masks import StepMask
-from .predictors import Predictor, Reuse
+from .predictors import Chebyshev, Predictor, Reuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +201,54 @@ def Static(mask: StepMask | str | list[int] | tuple[int, ...], **common: Any) ->
 
 
 @_known
+def Spectrum(
+    w: float = 0.4,
+    m: int = 3,
+    lam: float = 1.0,
+    window_size: float = 2,
+    flex_window: float = 0.5,
+    warmup: int = 4,
+    stop: float = 0.9,
+    steps: int | None = None,
+    **common: Any,
+) -> Method:
+    """Spectrum, with the defaults of stable-diffusion.cpp (commit 97d29908) and the names of the paper's code.
+
+    Computes at growing gaps, whatever the latents do (`stepcache.gates.SpectrumCadence`), and fits Chebyshev
+    polynomials to what was computed (`stepcache.predictors.Chebyshev`); the rules as formulas stand there.
+
+    Args:
+        w: the share of the polynomials in the prediction; the rest is a line.
+        m: their highest degree.
+        lam: the ridge of their fit.
+        window_size, flex_window: every so many evaluations one is computed, and how much that grows with each.
+        warmup: so many evaluations are computed first.
+        stop: from this share of the run on everything is computed; 0 does not stop.
+        steps: the length of the run that the polynomials are scaled to. None: its own; 50 is published for every run.
+        **common: every option of `Method`: mask, last_step, max_cached, max_consecutive, predictor, ...
+
+    Published for the guided denoised: `CachedDenoiser(guided, Spectrum(), scalings="denoised")`.
+    """
+    cadence = SpectrumCadence(window_size, flex_window, warmup, stop)
+    gates = (cadence, *common.pop("gates", ()))
+    return Method(**{"predictor": Chebyshev(w, m, lam, steps), "gates": gates, "name": "spectrum", **common})
+
+
+@_known
 def Off() -> Method:
     """Computes everything; the model is called directly."""
     return Method(criterion=Never(), name="none")
 
 
-METHODS: dict[str, Callable[..., Method]] = {"ucache": UCache, "easycache": EasyCache, "static": Static, "none": Off}
+METHODS: dict[str, Callable[..., Method]] = {
+    "ucache": UCache,
+    "easycache": EasyCache,
+    "spectrum": Spectrum,
+    "static": Static,
+    "none": Off,
+}
+AS_TEXT = {"mask": "", "window": "", "steps": 0}
+"""Of which type options without a default are, where they come as text."""
 
 
 def method(name: str, option_text: str = "", **keywords: Any) -> Method:
@@ -209,7 +262,7 @@ def method(name: str, option_text: str = "", **keywords: Any) -> Method:
     if name not in METHODS:
         raise options.unknown("method", str(name), METHODS)
     accepted = accepted_options(METHODS[name])
-    as_text = {key: "" if key in ("mask", "window") else default for key, default in accepted.items()}
+    as_text = {key: AS_TEXT.get(key, default) for key, default in accepted.items()}
     text = options.parse(option_text, {k: v for k, v in as_text.items() if isinstance(v, (bool, int, float, str))})
     if both := text.keys() & keywords.keys():
         raise options.OptionError(f"{', '.join(sorted(both))}: given both as text and as keyword")

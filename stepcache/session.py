@@ -110,6 +110,7 @@ class Session:
             skipped when all of them agree.
         sigmas: the schedule, sigmas[0..n], of runs that the host does not announce with `begin`.
         training_sigma: share of the training timetable (0 to 1) -> sigma, where the model has such a table.
+        coordinate: sigma -> the coordinate that predictors extrapolate in. None: log sigma.
         lowest_sigma: the model's lowest sigma: at or below it a run without a schedule is over and its memory is freed.
         group: a torch.distributed process group whose ranks work on one sample together. All of them then take the same
             decision: to skip where every rank would. None: no communication.
@@ -128,6 +129,7 @@ class Session:
         decide: str = "anchor",
         sigmas: Tensor | Iterable[float] | None = None,
         training_sigma: Callable[[float], float] | None = None,
+        coordinate: Callable[[float], float] | None = None,
         lowest_sigma: float = 0.0,
         group: Any = None,
         notes: Iterable[str] = (),
@@ -142,6 +144,7 @@ class Session:
         self._named_anchor = anchor
         self._each = decide == "each"
         self._training_sigma = training_sigma
+        self._coordinate = coordinate or math.log
         self._lowest_sigma = lowest_sigma
         self._group = group
         self._state: RunState | None = None
@@ -217,7 +220,7 @@ class Session:
                         state.rules[name].observe(one, forced=said is None or said.skip)
                 if hold.record:
                     memory = state.histories.setdefault(name, deque(maxlen=self.method.predictor.memory))
-                    memory.append(one.node(request.latent.dtype))
+                    self.method.predictor.remember(memory, one.node(request.latent.dtype))
             self._record(
                 where, (name,), self._reason(hold), decision.verdicts.get(name), one if decides else None, hold
             )
@@ -310,7 +313,8 @@ class Session:
         timeline = self.timeline
         fits = where.step is not None or where.mixed or timeline.schedule is None
         second_only = self.method.evaluations == "second"
-        run = Run(timeline.schedule if fits else None, self._training_sigma, timeline.stages, second_only)
+        schedule = timeline.schedule if fits else None
+        run = Run(schedule, self._training_sigma, timeline.stages, second_only, self._coordinate)
         self.report = Report(self.method.name, where.run, run.steps, run.notes)
         if not fits:
             run.warnings.append(f"the schedule given lacks the run's first sigma, {where.sigma:g}: taken as not known")

@@ -20,6 +20,9 @@ RISE = 1.5
 
 A Restart interval may do it too; that costs the evaluations that refill the memory. A missed run costs the image."""
 
+SAME = 1e-5
+"""Sigmas that differ by less than this share are one; by more where their dtype is coarser."""
+
 
 @dataclass
 class Where:
@@ -146,7 +149,7 @@ class Timeline:
         """Whether another sampling loop has begun: in an announced run, only after its last step, on its schedule."""
         if self.bounded:
             over = self.is_last(self._last) and self.schedule[-1] == 0
-            if not over or not any(_near(value, sigma, tolerance) for sigma in self.schedule):
+            if not over or not any(near(value, sigma, tolerance) for sigma in self.schedule):
                 return False
         return self._begins_run(value, tolerance)
 
@@ -169,15 +172,15 @@ class Timeline:
         if schedule is None or last.step is None:
             return again or value > last.sigma * RISE
         following = schedule[last.step + 1]
-        if _near(value, following, tolerance):
+        if near(value, following, tolerance):
             return False
         if self.is_last(last) and schedule[-1] == 0:
             # Nothing follows the last step, unless what was taken for it was Heun's first corrector.
-            return self._corrector or last.step == 0 or last.stage > 0 or not _near(value, last.sigma, tolerance)
+            return self._corrector or last.step == 0 or last.stage > 0 or not near(value, last.sigma, tolerance)
         if value < following:
             return True  # a step was left out: this is another schedule, or the loop was broken off
-        off = not any(_near(value, sigma, tolerance) for sigma in schedule)
-        starts_again = again or _near(value, schedule[0], tolerance) or value > schedule[0] * CHURN
+        off = not any(near(value, sigma, tolerance) for sigma in schedule)
+        starts_again = again or near(value, schedule[0], tolerance) or value > schedule[0] * CHURN
         return starts_again or (off and value > last.sigma * RISE) or (self.is_last(last) and value > last.sigma)
 
     def _place(
@@ -199,10 +202,10 @@ class Timeline:
 
         step, stage = last.step, last.stage
         following = schedule[step + 1]
-        if _near(value, following, tolerance):
+        if near(value, following, tolerance):
             corrector = step + 1 == self.steps or (self._corrector and stage == 0)
             return following, ((step, 1) if corrector else (step + 1, 0))
-        if _near(value, last.sigma, tolerance) and stage == 0 and step > 0:
+        if near(value, last.sigma, tolerance) and stage == 0 and step > 0:
             # The same sigma twice in a row: the evaluation before this was Heun's corrector, of the step before.
             last.step, last.stage, self._corrector = step - 1, 1, True
             return last.sigma, (step, 0)
@@ -212,10 +215,10 @@ class Timeline:
 
     def _entry(self, value: float, tolerance: float) -> tuple[float, tuple[int | None, int]]:
         """A place found from sigma alone: only an exact match with the schedule counts, or churn on its first sigma."""
-        near = [(abs(value - s), k) for k, s in enumerate(self.schedule[:-1]) if _near(value, s, tolerance)]
-        if near:
+        found = [(abs(value - s), k) for k, s in enumerate(self.schedule[:-1]) if near(value, s, tolerance)]
+        if found:
             after = -1 if self._last is None or self._last.step is None else self._last.step
-            step = min(near, key=lambda found: (found[1] <= after, found))[1]
+            step = min(found, key=lambda one: (one[1] <= after, one))[1]
             return self.schedule[step], (step, 0)
         if self._last is None and self.schedule[0] < value <= self.schedule[0] * CHURN * (1 + tolerance):
             return value, (0, 0)
@@ -223,7 +226,7 @@ class Timeline:
 
     def _snapped(self, value: float, step: int, tolerance: float) -> float:
         for sigma in self.schedule[step : step + 2]:
-            if _near(value, sigma, tolerance):
+            if near(value, sigma, tolerance):
                 return sigma
         return value
 
@@ -237,7 +240,8 @@ def same_sigma(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _near(a: float, b: float, tolerance: float) -> bool:
+def near(a: float, b: float, tolerance: float = SAME) -> bool:
+    """Whether two sigmas above 0 are one, up to the relative tolerance."""
     return abs(a - b) <= tolerance * max(a, b) and b > 0
 
 
@@ -246,4 +250,4 @@ def _read(sigma: Tensor) -> tuple[float, float, bool]:
     values = sigma.detach().flatten()
     low, high = torch.stack(values.aminmax()).tolist() if values.numel() > 1 else [values.item()] * 2
     digits = torch.finfo(sigma.dtype).eps if sigma.dtype.is_floating_point else 0.0
-    return high, max(digits, 1e-5), low != high
+    return high, max(digits, SAME), low != high

@@ -1,8 +1,9 @@
-"""Makes golden.json from the full traces of stable-diffusion.cpp: `python make_golden.py sdcpp_traces.json`.
+"""Makes golden.json and spectrum.json from the full traces: `python make_golden.py sdcpp_traces.json`.
 
-Figures only. A case keeps the keys it has in the full file, fewer of them. Kept are all EasyCache cases, all special
-ones, of the UCache grid the brittle ones (margin below 0.05) and at least one of every combination, and of a few cases
-the columns that tell error and threshold.
+Figures of stable-diffusion.cpp, nothing else. A case keeps the keys it has in the full file, fewer of them. Kept are
+all EasyCache cases, all special ones, of the UCache grid the brittle ones (margin below 0.05) and at least one of every
+combination, and of a few cases the columns that tell error and threshold. Of Spectrum every case is kept, with two
+columns that tell what was returned.
 """
 
 from __future__ import annotations
@@ -16,6 +17,15 @@ KEYS = ("id", "mode", "sched", "den", "sampler", "loop", "cfg", "scenario", "dec
 OPTIONS = {
     "ucache": ("threshold", "start", "end", "decay", "relative", "reset"),
     "easycache": ("threshold", "start", "end"),
+}
+SPECTRUM = {
+    "w": "w",
+    "m": "m",
+    "lam": "lam",
+    "window": "window_size",
+    "flex": "flex_window",
+    "sp_warmup": "warmup",
+    "stop": "stop",
 }
 CLI = {"reuse_threshold": "threshold"}
 WITH_COLUMNS = (
@@ -83,6 +93,22 @@ def cli(row: dict[str, Any]) -> list[Any]:
     return [row["mode"], row["opt"], bool(row["parse"] and row["valid"]), options]
 
 
+def spectrum(full: dict[str, Any]) -> dict[str, Any]:
+    by_id = {case["id"]: case for case in full["cases"]}
+    return {
+        "source": f"{full['meta']['source']} {full['meta']['commit']}",
+        "cases": [forecast(case, by_id) for case in full["cases"] if case["mode"] == "spectrum"],
+        "tables": {"cadence": full["tables"]["spectrum_cadence"]},
+    }
+
+
+def forecast(case: dict[str, Any], by_id: dict[str, Any]) -> dict[str, Any]:
+    columns = by_id[case.get("col_same_as", case["id"])]["col"]
+    kept = {key: case[key] for key in KEYS if key in case and key not in ("mode", "dec_un")}
+    kept["p"] = {SPECTRUM[key]: case["p"][key] for key in SPECTRUM}
+    return kept | {"col": {key: columns[key] for key in ("oa", "o0")}}
+
+
 def text(golden: dict[str, Any]) -> str:
     """JSON with a case, or a table, on a line."""
 
@@ -95,5 +121,6 @@ def text(golden: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    golden = compact(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    Path(__file__).with_name("golden.json").write_text(text(golden), encoding="utf-8")
+    full = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    for name, golden in (("golden", compact(full)), ("spectrum", spectrum(full))):
+        Path(__file__).with_name(f"{name}.json").write_text(text(golden), encoding="utf-8")
