@@ -9,23 +9,61 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from stepcache import Method, OptionError, Report, Request, Session, StepMask, method
+from stepcache.options import flag
 from stepcache.readings import wide, widened
 
 SLOT = "_compiled_call_impl"
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "decoder", "model", "denoiser")
 LATENTS = ("hidden_states", "sample", "x")
+BESIDE = ("audio_hidden_states",)
 TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "time")
 Place = tuple[float, int, int]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the conditions come, in cache-dit's names; None means that it is found out by looking.
+
+    enable_separate_cfg: True: every condition comes in a call of its own. False: all come in one call, and a further
+        call at the same place is computed. None: rows that repeat each other are conditions batched in one call.
+    cfg_compute_first: of separate calls, True: the first is uncond; False: the first is cond. None: the pipeline's
+        `cache_context` names them, else they are "call", "call 2", ...
+    cfg_diff_compute_separate: True: every condition decides by its own change. False and None: the anchor decides.
+    """
+
+    enable_separate_cfg: bool | None = None
+    cfg_compute_first: bool | None = None
+    cfg_diff_compute_separate: bool | None = None
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None:
+                object.__setattr__(self, one.name, flag(one.name, value))
+        if self.enable_separate_cfg is False and self.cfg_compute_first is not None:
+            raise OptionError(
+                f"cfg_compute_first={self.cfg_compute_first} with enable_separate_cfg=False: it orders separate calls; "
+                "leave one of them out"
+            )
+
+    @classmethod
+    def taken(cls, options: dict[str, Any]) -> Guidance:
+        """Takes these options out of all that were given."""
+        return cls(**{one.name: options.pop(one.name) for one in fields(cls) if one.name in options})
 
 
 @contextmanager
@@ -35,6 +73,7 @@ def attach(
     *,
     mask: StepMask | str | Sequence[int] | None = None,
     components: Sequence[str] | None = None,
+    controlnet: bool = True,
     **options: Any,
 ) -> Iterator[Attachment]:
     """Caches a pipeline's denoiser inside the block: `with attach(pipe, UCache()) as cache: pipe(prompt)`.
@@ -44,10 +83,15 @@ def attach(
         method: a `Method`, or the name of one, which then takes `**options`.
         mask: a step mask for the method.
         components: the denoisers by name. None: those of `unet`, `transformer`, `transformer_2`, ... that it has.
+        controlnet: skip the pipeline's ControlNet too where the denoiser is skipped. It is then run when its result is
+            first looked at, which on a skipped step is never.
+        **options: `enable_separate_cfg`, `cfg_compute_first`, `cfg_diff_compute_separate`, as for `Guidance`, and those
+            of the method.
 
     Yields the attachment; `cache.report` says what happened in the last run. Nothing is left behind afterwards.
     """
-    attachment = Attachment(pipe, _method(method, mask, options), components)
+    guidance = Guidance.taken(options)
+    attachment = Attachment(pipe, _method(method, mask, options), components, guidance, controlnet)
     attachment.attach()
     try:
         yield attachment
@@ -66,7 +110,7 @@ class StepCacheCallback:
         method: a `Method`, or the name of one, which then takes `**options`.
         mask: a step mask for the method.
         also: another callback, or a diffusers `PipelineCallback`; called first, its result is passed on.
-        components: the denoisers by name, as for `attach`.
+        components, controlnet, **options: as for `attach`.
     """
 
     def __init__(
@@ -76,12 +120,19 @@ class StepCacheCallback:
         mask: StepMask | str | Sequence[int] | None = None,
         also: Callable[..., dict[str, Any]] | None = None,
         components: Sequence[str] | None = None,
+        controlnet: bool = True,
         **options: Any,
     ) -> None:
-        self._method = _method(method, mask, options)
         self._also = also
-        self._components = components
+        guidance = Guidance.taken(options)
+        self._method = _method(method, mask, options)
+        self._how = components, guidance, controlnet
         self._attachment: Attachment | None = None
+
+    @property
+    def __class__(self) -> type:
+        """A `PipelineCallback` where `also` is one: pipelines pass `tensor_inputs` to nothing else."""
+        return type(self._also) if hasattr(self._also, "tensor_inputs") else StepCacheCallback
 
     @property
     def tensor_inputs(self) -> list[str]:
@@ -101,7 +152,7 @@ class StepCacheCallback:
         if step == 0:
             if current is not None:
                 current.detach()
-            self._attachment = Attachment(pipe, self._method, self._components, this_run_only=True)
+            self._attachment = Attachment(pipe, self._method, *self._how, this_run_only=True)
             self._attachment.attach()
         if step + 1 >= count and self._attachment is not None:
             self._attachment.detach()
@@ -112,15 +163,22 @@ class Attachment:
     """A cache standing in front of a pipeline's denoisers, each with a memory of its own."""
 
     def __init__(
-        self, pipe: Any, method: Method, components: Sequence[str] | None = None, this_run_only: bool = False
+        self,
+        pipe: Any,
+        method: Method,
+        components: Sequence[str] | None = None,
+        guidance: Guidance | None = None,
+        controlnet: bool = True,
+        this_run_only: bool = False,
     ) -> None:
         self.pipe = pipe
         self.attached = False
-        self._this_run_only = this_run_only
+        self.guidance = guidance or Guidance()
+        self.this_run_only = this_run_only
         self._timesteps = pipe.scheduler.timesteps if this_run_only else None
         self._plan: list[Place] = []
         self._first, self._at = 0, None
-        self._bar, self._shown = None, (0, 0)
+        self._shown = 0, 0
         names = components or [name for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)]
         for name in names:
             if not isinstance(getattr(pipe, name, None), nn.Module):
@@ -131,6 +189,9 @@ class Attachment:
                 "name it with components="
             )
         self._slots = [_Slot(self, name, getattr(pipe, name), method) for name in names]
+        self._stands: list[_Stand] = [*self._slots]
+        if flag("controlnet", controlnet) and isinstance(getattr(pipe, "controlnet", None), nn.Module):
+            self._stands.append(_ControlNet(self, "controlnet", pipe.controlnet))
         if this_run_only:
             self._begin_run(first=0)
 
@@ -152,56 +213,72 @@ class Attachment:
     @property
     def over(self) -> bool:
         """Whether the one run this was for has ended unsaid (an exception, an interrupt) and another has begun."""
-        return self._this_run_only and self.pipe.scheduler.timesteps is not self._timesteps
+        return self.this_run_only and self.pipe.scheduler.timesteps is not self._timesteps
 
     def attach(self) -> None:
-        entered: list[_Slot] = []
+        entered: list[_Stand] = []
         try:
-            for slot in self._slots:
-                slot.enter()
-                entered.append(slot)
+            for stand in self._stands:
+                stand.enter()
+                entered.append(stand)
         except OptionError:
-            for slot in entered:
-                slot.leave()
+            for stand in entered:
+                stand.leave()
             raise
-        if hasattr(self.pipe, "progress_bar"):
-            self.pipe.__dict__["progress_bar"] = self._watched_bar
         self.attached = True
 
     def detach(self) -> None:
-        """Takes the cache away; every denoiser, and the pipeline, is the object it was."""
+        """Takes the cache away; every denoiser is the object it was."""
         if self.attached:
-            for slot in self._slots:
-                slot.leave()
-            self.pipe.__dict__.pop("progress_bar", None)
-        self.attached, self._bar = False, None
+            for stand in self._stands:
+                stand.leave()
+        self.attached = False
 
-    def show(self, skipped: bool) -> None:
-        """Counts an evaluation on the pipeline's progress bar."""
+    def caller(self) -> types.FrameType | None:
+        """The frame of the pipeline that is calling, where one is: the nearest whose `self` has a scheduler."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if not isinstance(owner, nn.Module) and hasattr(getattr(owner, "scheduler", None), "timesteps"):
+                return frame
+            frame = frame.f_back
+        return None
+
+    def serves(self, caller: types.FrameType | None) -> bool:
+        """Whether a call is of this pipeline, and not of another one with a scheduler of its own."""
+        return caller is None or caller.f_locals["self"].scheduler is self.pipe.scheduler
+
+    def show(self, caller: types.FrameType | None, skipped: bool) -> None:
+        """Counts an evaluation on the progress bar that the calling pipeline is holding, if it holds one."""
         self._shown = self._shown[0] + skipped, self._shown[1] + 1
-        if self._bar is not None:
-            self._bar.set_postfix_str("skipped {}/{}".format(*self._shown), refresh=False)
-
-    def _watched_bar(self, *args: Any, **kwargs: Any) -> Any:
-        self._bar = type(self.pipe).progress_bar(self.pipe, *args, **kwargs)
-        return self._bar
+        bar = caller.f_locals.get("progress_bar") if caller is not None else None
+        if hasattr(bar, "set_postfix_str"):
+            bar.set_postfix_str("skipped {}/{}".format(*self._shown), refresh=False)
 
     def locate(self, timestep: Tensor | float | None, again: bool) -> Place | None:
         """The place of a call; None where the scheduler cannot tell it. `again`: this call was already made here."""
         scheduler = self.pipe.scheduler
         if scheduler.timesteps is not self._timesteps:
-            if self._this_run_only:
+            if self.this_run_only:
                 return None
             self._timesteps, self._at = scheduler.timesteps, None
-            self._begin_run(self._index(timestep, 0) or 0)
+            self._begin_run(self._beginning(timestep))
         self._at = self._index(timestep, self._first if self._at is None else self._at + again)
         return self._plan[self._at] if self._at is not None and self._at < len(self._plan) else None
+
+    def _beginning(self, timestep: Tensor | float | None) -> int:
+        """Where in the scheduler's timesteps a run begins; of equal ones (PRK) the pipeline's own count tells which."""
+        first = self._index(timestep, 0) or 0
+        timesteps = self.pipe.scheduler.timesteps
+        counted = len(timesteps) - (getattr(self.pipe, "num_timesteps", None) or len(timesteps))
+        return counted if counted > first and timesteps[counted] == timesteps[first] else first
 
     def _index(self, timestep: Tensor | float | None, cursor: int) -> int | None:
         """The evaluation's number in the scheduler's timesteps: by its own count, or else by the timestep's value."""
         scheduler = self.pipe.scheduler
         if not hasattr(scheduler, "step_index"):
-            return self._by_value(timestep, cursor)
+            following = self._by_value(timestep, cursor)
+            return self._by_value(timestep, self._at) if following is None and self._at is not None else following
         if scheduler.step_index is not None:
             return scheduler.step_index
         if self._at is None:
@@ -219,45 +296,51 @@ class Attachment:
 
     def _begin_run(self, first: int) -> None:
         """Another run: its plan, from the scheduler as it has just been set, beginning where the run begins."""
-        scheduler = self.pipe.scheduler
-        whole = plan(scheduler)
-        offset = whole[first][1] if first < len(whole) else 0
-        self._plan = [(sigma, step - offset, stage) for sigma, step, stage in whole]
+        self._plan = plan(self.pipe.scheduler, first)
         self._first, self._at, self._shown = first, None, (0, 0)
         ahead = self._plan[first:]
-        schedule = [sigma for sigma, _, stage in ahead if stage == 0]
-        for slot in self._slots:
-            slot.begin([*schedule, 0.0], 2 if any(stage for *_, stage in ahead) else 1)
+        schedule = [*(sigma for sigma, _, stage in ahead if stage == 0), 0.0]
+        if getattr(self.pipe, "denoising_end", None) is not None:  # SDXL's base model leaves the rest to the refiner
+            calls = self.pipe.num_timesteps
+            schedule = schedule[: sum(stage == 0 for *_, stage in ahead[:calls]) + 1]
+        for stand in self._stands:
+            stand.begin(schedule, 2 if any(stage for *_, stage in ahead) else 1)
 
 
 class _Unpaired(Exception):
     """The output does not go with the input as assumed. The computed answer is good all the same."""
 
 
-class _Slot:
-    """What stands in one denoiser's slot, and what it knows of the denoiser's calls."""
+@cache
+def slot_is_called() -> bool:
+    """Whether this torch calls what stands in the slot, which is a private attribute of its modules."""
+    module = nn.Module()
+    module.__dict__[SLOT] = lambda: True
+    try:
+        return module() is True
+    except (NotImplementedError, TypeError):
+        return False
 
-    def __init__(self, owner: Attachment, name: str, module: nn.Module, method: Method) -> None:
-        self.owner = owner
-        self.name = name
-        self.module = module
-        self.session = Session(method, training_sigma=_training_sigma(owner.pipe.scheduler))
-        self.parameters = list(inspect.signature(module.forward).parameters)
-        self.pairing: Pairing | None = None
-        self.candidates: list[Pairing] = []
-        self.forms: dict[bool, Callable[[Tensor], Any]] = {}
-        self.refused: str | None = None
-        self._waiting: _Call | None = None
+
+class _Stand:
+    """What stands in a module's call slot."""
+
+    def __init__(self, owner: Attachment, name: str, module: nn.Module) -> None:
+        self.owner, self.name, self.module = owner, name, module
         self._previous: Callable[..., Any] | None = None
-        self._seen: list[str] = []
-        self._place: Place | None = None
-        self._rows: int | None = None
-        self._branches: tuple[str, ...] = ()
 
     def enter(self) -> None:
+        if not slot_is_called():
+            raise RuntimeError(
+                f"torch {torch.__version__} does not call what stands in a module's {SLOT}: nothing can be attached; "
+                "use torch 2.4 or newer, and report it if this is one"
+            )
         occupant = self.module.__dict__.get(SLOT)
-        if isinstance(occupant, _Slot):
-            raise OptionError(f"{self.name} is cached already: leave the other attachment first")
+        if isinstance(occupant, _Stand):
+            if not occupant.owner.this_run_only:
+                raise OptionError(f"{self.name} is cached already: leave the other attachment first")
+            occupant.owner.detach()  # a callback's, whose run was never finished
+            occupant = self.module.__dict__.get(SLOT)
         self._previous = occupant
         self.module.__dict__[SLOT] = self
 
@@ -265,40 +348,91 @@ class _Slot:
         if self.module.__dict__.get(SLOT) is not self:
             warnings.warn(
                 f"{self.name}: something else, .compile() say, took the place of the cache; nothing was skipped since",
-                stacklevel=4,
+                stacklevel=5,
             )
         elif self._previous is None:
             del self.module.__dict__[SLOT]
         else:
             self.module.__dict__[SLOT] = self._previous
-        self.session.end()
-        self._waiting = None
 
     def begin(self, schedule: list[float], stages: int) -> None:
-        self.session.begin(schedule, stages)
-        self._seen, self._place, self._rows, self._waiting = [], None, None, None
+        """A run begins."""
 
     def through(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The call as it is without the cache."""
         return (self._previous or self.module._call_impl)(*args, **kwargs)
 
+
+class _Slot(_Stand):
+    """What stands in one denoiser's slot, and what it knows of the denoiser's calls."""
+
+    def __init__(self, owner: Attachment, name: str, module: nn.Module, method: Method) -> None:
+        super().__init__(owner, name, module)
+        scheduler = owner.pipe.scheduler
+        self.session = Session(
+            method,
+            decide="each" if owner.guidance.cfg_diff_compute_separate else "anchor",
+            training_sigma=_training_sigma(scheduler),
+            coordinate=_coordinate(scheduler),
+        )
+        self.parameters = list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters)
+        self.pairing: Pairing | None = None
+        self.candidates: list[Pairing] = []
+        self.forms: dict[bool, Callable[[list[Tensor]], Any]] = {}
+        self.refused: str | None = None
+        self._waiting: _Call | None = None
+        self._context: str | None = None
+        self._seen: list[str] = []
+        self._place: Place | None = None
+        self._branches: dict[str, tuple[tuple[str, ...], int]] = {}
+
+    def enter(self) -> None:
+        super().enter()
+        if hasattr(self.module, "cache_context"):
+            self.module.__dict__["cache_context"] = _ContextName(self, self.module.cache_context)
+
+    def leave(self) -> None:
+        super().leave()
+        self.module.__dict__.pop("cache_context", None)
+        self.session.end()
+        self._waiting = None
+
+    def begin(self, schedule: list[float], stages: int) -> None:
+        self.session.begin(schedule, stages)
+        self._seen, self._place, self._branches, self._waiting = [], None, {}, None
+
+    def through(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _now((args, kwargs))
+        return super().through(args, kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = _Call(self, args, kwargs)
-        place = self.owner.locate(call.timestep, again="" in self._seen)
+        caller = self.owner.caller()
+        if not self.owner.serves(caller):
+            return self.through(args, kwargs)
+        call, branch = _Call(self, args, kwargs), self._context or ""
+        place = self.owner.locate(call.timestep, again=branch in self._seen)
         if place is None and self.owner.over:
             self.owner.detach()
         if place is None or self.refused or call.latent is None:
             return self.through(args, kwargs)
         if place != self._place:
             self._seen, self._place = [], place
-        call.place, call.names = place, self._names(call.latent)
-        self._seen.append("")
+        call.place, call.branch, call.turn = place, branch, self._seen.count(branch)
+        self._seen.append(branch)
+        if len(self._seen) > 1 and self.owner.guidance.enable_separate_cfg is False:
+            self._note("enable_separate_cfg=False: further calls at the same place were computed, and are not counted")
+            return self.through(args, kwargs)
+        call.names = self._names(call)
         if self.candidates:
             self._choose(call)
         answer = self._answer(call)
         if len(self._seen) == 1:
-            self.owner.show(skipped=call.computed is None)
+            self.owner.show(caller, skipped=call.computed is None)
         return answer
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.session.report.notes:
+            self.session.report.notes.append(sentence)
 
     def _answer(self, call: _Call) -> Any:
         try:
@@ -317,25 +451,123 @@ class _Slot:
             return
         moved = [float((p.input(call.latent) - p.input(before.latent)).abs().mean()) for p in self.candidates]
         self.pairing, self.candidates = self.candidates[moved.index(max(moved))], []
+        self._branches.clear()  # now it can be seen which rows repeat each other
+        before.names, call.names = self._names(before), self._names(call)
         self._answer(before)
 
-    def _names(self, x: Tensor) -> tuple[str, ...]:
-        """The conditions of a call: batched guidance repeats the latents; separate calls are told by their order.
+    def _names(self, call: _Call) -> tuple[str, ...]:
+        """The conditions of a call: batched guidance repeats the latents; separate calls are told by the pipeline's
+        `cache_context`, or else by their order.
 
         Where guidance ends within the run and the batch falls to one branch's rows, that branch is cond.
         """
-        if self._rows is None:
-            chunks = next((n for n in CHUNKS if _repeats(x, n)), 1)
-            self._branches, self._rows = CHUNKS.get(chunks, ("call",)), x.shape[0] // chunks
-        turn = len(self._seen)
-        names = self._branches
-        if x.shape[0] != self._rows * len(names):
-            names = ("cond",) if x.shape[0] == self._rows else ("call",)
-        return names if turn == 0 else tuple(f"{name} {turn + 1}" for name in names)
+        x = call.latent if self.pairing is None else self.pairing.input(call.latent)
+        if call.branch not in self._branches:
+            split = self.owner.guidance.enable_separate_cfg is not True
+            chunks = next((n for n in (2, 3) if split and _repeats(x, n)), 1)
+            self._branches[call.branch] = self._labels(call.branch, chunks), x.shape[0] // chunks
+        names, rows = self._branches[call.branch]
+        if x.shape[0] != rows * len(names):
+            names = ("cond",) if x.shape[0] == rows else ("call",)
+        first = self.owner.guidance.cfg_compute_first
+        if names == ("call",) and first is not None and call.turn < 2:
+            return ("uncond" if call.turn == (not first) else "cond",)
+        return names if call.turn == 0 else tuple(f"{name} {call.turn + 1}" for name in names)
+
+    def _labels(self, branch: str, chunks: int) -> tuple[str, ...]:
+        """Batched branches in diffusers' order: uncond and cond; with perturbed attention; InstructPix2Pix' three."""
+        if chunks == 1:
+            return (branch or "call",)
+        pipe = self.owner.pipe
+        if not getattr(pipe, "do_perturbed_attention_guidance", False):
+            labels = ("uncond", "cond") if chunks == 2 else ("cond", "image", "uncond")
+        else:
+            labels = ("uncond", "cond", "perturbed")[3 - chunks :]
+        taken = {name for names, _ in self._branches.values() for name in names}
+        return tuple(f"{label} of {branch}" if label in taken else label for label in labels)
 
 
-CHUNKS = {2: ("uncond", "cond"), 3: ("cond", "image", "uncond")}
-"""The conditions of batched guidance, in diffusers' order: two branches, and InstructPix2Pix' three."""
+class _ContextName:
+    """Stands before a denoiser's `cache_context` and tells its slot the name. A copy of the denoiser has its own."""
+
+    def __init__(self, slot: _Slot, original: Callable[..., Any]) -> None:
+        self._slot, self._original = slot, original
+
+    @contextmanager
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        before, self._slot._context = self._slot._context, name
+        try:
+            with self._original(name, *args, **kwargs):
+                yield
+        finally:
+            self._slot._context = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        module = self._slot.module
+        return types.MethodType(type(module).cache_context, memo[id(module)])
+
+
+class _ControlNet(_Stand):
+    """What stands in a ControlNet's slot: its work is put off until its result is looked at.
+
+    Where the denoiser is computed, that is at once, with the very same arguments; where it is skipped, never. What the
+    answer looks like is known from the run's first call, which is not put off.
+    """
+
+    _leaves: list[Any] | None = None
+    _form: Any = None
+
+    def begin(self, schedule: list[float], stages: int) -> None:
+        self._leaves = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.owner.serves(self.owner.caller()):
+            return self.through(args, kwargs)
+        if self._leaves is None:
+            answer = self.through(args, kwargs)
+            leaves, self._form = tree_flatten(answer)
+            self._leaves = [isinstance(leaf, Tensor) or leaf for leaf in leaves]
+            return answer
+        work = _Work(lambda: self.through(args, kwargs), self._form)
+        leaves = [_Later.of(work, k) if leaf is True else leaf for k, leaf in enumerate(self._leaves)]
+        return tree_unflatten(leaves, self._form)
+
+
+class _Work:
+    """A call that is made when the first of its results is wanted."""
+
+    def __init__(self, call: Callable[[], Any], form: Any) -> None:
+        self._call, self._form = call, form
+        self._results: list[Any] | None = None
+
+    def result(self, k: int) -> Tensor:
+        if self._results is None:
+            self._results, form = tree_flatten(self._call())
+            if form != self._form:
+                raise RuntimeError(
+                    "the ControlNet's answer has another form than before in this run: attach with controlnet=False"
+                )
+        return self._results[k]
+
+
+class _Later(Tensor):
+    """One tensor of a `_Work`. Whatever is done with it is done with the result."""
+
+    @classmethod
+    def of(cls, work: _Work, k: int) -> _Later:
+        later = Tensor._make_subclass(cls, torch.empty(0))
+        later.work, later.k = work, k
+        return later
+
+    @classmethod
+    def __torch_function__(cls, func: Any, kinds: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        args, kwargs = _now((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _now(value: Any) -> Any:
+    """The value with everything in it that was put off."""
+    return tree_map(lambda one: one.work.result(one.k) if isinstance(one, _Later) else one, value)
 
 
 @dataclass(frozen=True)
@@ -376,13 +608,21 @@ def pairings(x: Tensor, out: Tensor) -> list[Pairing]:
 
 
 class _Call(Request):
-    """One call of a denoiser: in network space already, its input scaled and its output raw."""
+    """One call of a denoiser: in network space already, its input scaled and its output raw.
+
+    Latents of several kinds that go in and out together (video and audio) are one flat tensor to the session.
+    """
+
+    branch, turn = "", 0
 
     def __init__(self, slot: _Slot, args: tuple, kwargs: dict[str, Any]) -> None:
         self.slot, self.args, self.kwargs = slot, args, kwargs
         given = dict(zip(slot.parameters, args, strict=False)) | kwargs
-        latent = _stacked(next((given[name] for name in LATENTS if name in given), None))
-        self.latent = latent if latent is not None and latent.is_floating_point() else None
+        parts = [next((given[name] for name in LATENTS if name in given), None)]
+        parts = [_stacked(part) for part in parts + [given[name] for name in BESIDE if name in given]]
+        known = all(part is not None and part.is_floating_point() for part in parts)
+        self.shapes = [part.shape[1:] for part in parts] if known else []
+        self.latent = _packed(parts) if known else None
         self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
         self.sigma = self.computed = None
         self.requires_grad = self.latent is not None and self.latent.requires_grad
@@ -399,9 +639,13 @@ class _Call(Request):
 
     @torch.no_grad()
     def outputs(self, answer: Any) -> tuple[Tensor, ...]:
-        slot, (out, form) = self.slot, _opened(answer)
-        if out is None:
-            self._refuse(f"{slot.name} returns more than one tensor, or none")
+        slot, (parts, form) = self.slot, _opened(answer)
+        if form is None or len(parts) != len(self.shapes):
+            self._refuse(f"{slot.name} returns {len(parts)} tensors for {len(self.shapes)} of latents")
+        shapes = [part.shape[1:] for part in parts]
+        if len(parts) > 1 and shapes != self.shapes:
+            self._refuse(f"{slot.name}: {_listed(self.shapes)} in and {_listed(shapes)} out cannot be paired")
+        out = _packed(parts)
         slot.forms[bool(self.kwargs.get("return_dict", True))] = form
         if slot.pairing is None or slot.pairing.input(self.latent).shape != out.shape:
             slot.candidates = pairings(self.latent, out)
@@ -423,29 +667,44 @@ class _Call(Request):
     def restore(self, outputs: tuple[Tensor, ...]) -> Any:
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         form = self.slot.forms.get(bool(self.kwargs.get("return_dict", True)))
-        return self.compute() if form is None else form(out)
+        if form is None:
+            return self.compute()
+        if len(self.shapes) == 1:
+            return form([out])
+        flat = out.split([shape.numel() for shape in self.shapes], dim=1)
+        return form([part.unflatten(1, shape) for part, shape in zip(flat, self.shapes, strict=True)])
 
 
-def _opened(answer: Any) -> tuple[Tensor | None, Callable[[Tensor], Any] | None]:
-    """The one tensor in a denoiser's answer, and how to make such an answer from another; (None, None) otherwise.
+def _packed(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+def _listed(shapes: Sequence[torch.Size]) -> str:
+    return " and ".join(str(tuple(shape)) for shape in shapes)
+
+
+def _opened(answer: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any] | None]:
+    """The tensors in a denoiser's answer, and how to make such an answer from others; ([], None) otherwise.
 
     A list of tensors of one shape counts as the tensor that they make when stacked (Z-Image).
     """
     if isinstance(answer, dict):
-        fields = [(key, value) for key, value in answer.items() if value is not None]
-        if len(fields) == 1:
-            (key, value), kind = fields[0], type(answer)
-            inner, form = _opened(value)
-            return inner, None if form is None else lambda t: kind(**{key: form(t)})
-    if isinstance(answer, tuple) and len(answer) == 1:
-        inner, form = _opened(answer[0])
-        return inner, None if form is None else lambda t: (form(t),)
+        kind, keys = type(answer), [key for key, value in answer.items() if value is not None]
+        tensors, form = _opened(tuple(answer[key] for key in keys))
+        return tensors, None if form is None else lambda new: kind(**dict(zip(keys, form(new), strict=True)))
+    if isinstance(answer, tuple):
+        opened = [_opened(one) for one in answer]
+        if any(form is None or len(tensors) != 1 for tensors, form in opened):
+            return [], None
+        forms = [form for _, form in opened]
+        tensors = [tensor for (tensor,), _ in opened]
+        return tensors, lambda new: tuple(form([one]) for form, one in zip(forms, new, strict=True))
     tensor = _stacked(answer)
     if tensor is None:
-        return None, None
+        return [], None
     if tensor is answer:
-        return tensor, lambda t, dtype=tensor.dtype: t.to(dtype)
-    return tensor, lambda t, dtype=tensor.dtype: list(t.to(dtype).unbind(0))
+        return [tensor], lambda new, dtype=tensor.dtype: new[0].to(dtype)
+    return [tensor], lambda new, dtype=tensor.dtype: list(new[0].to(dtype).unbind(0))
 
 
 def _stacked(value: Any) -> Tensor | None:
@@ -465,8 +724,9 @@ def _repeats(x: Tensor, n: int) -> bool:
     return all(torch.equal(first, other) for other in others)
 
 
-def plan(scheduler: Any) -> list[Place]:
-    """(sigma, step, stage) of every evaluation of a run, from a scheduler that has just been set.
+def plan(scheduler: Any, first: int = 0) -> list[Place]:
+    """(sigma, step, stage) of every evaluation of a run that begins at its `first` (image to image), from a scheduler
+    that has just been set. Sigmas are rounded to float32, steps before the first are negative.
 
     Sigma is the scheduler's own, or sqrt((1 - a) / a) with a its alphas_cumprod, or the timestep where it has neither.
     Schedulers of order 2 (Heun, KDPM2, KDPM2A, DPMSolverSDE, FlowMatchHeun) evaluate twice a step, once in the last;
@@ -499,7 +759,21 @@ def plan(scheduler: Any) -> list[Place]:
             return (0, k) if k < 2 else (k - 1, 0)
         return prk // 4 + k - prk, 0
 
-    return [(levels[k], *place(k)) for k in range(len(timesteps))]
+    levels = torch.tensor(levels, dtype=torch.float32).tolist()
+    return [(levels[k], *place(k - first)) for k in range(len(timesteps))]
+
+
+def _coordinate(scheduler: Any) -> Callable[[float], float] | None:
+    """The coordinate that predictors extrapolate in: t, which is sigma itself, for flow models; None for log sigma."""
+    return float if _is_flow(scheduler) or not _has_sigma(scheduler) else None
+
+
+def _has_sigma(scheduler: Any) -> bool:
+    return any(isinstance(getattr(scheduler, name, None), Tensor) for name in ("sigmas", "alphas_cumprod"))
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return "Flow" in type(scheduler).__name__ or bool(getattr(scheduler, "config", {}).get("use_flow_sigmas"))
 
 
 def _training_sigma(scheduler: Any) -> Callable[[float], float] | None:
@@ -507,7 +781,7 @@ def _training_sigma(scheduler: Any) -> Callable[[float], float] | None:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     config = getattr(scheduler, "config", {})
     steps = config.get("num_train_timesteps", 1000)
-    flow = "Flow" in type(scheduler).__name__ or config.get("use_flow_sigmas")
+    flow = _is_flow(scheduler)
     if flow and config.get("use_dynamic_shifting"):
         return None
     if flow:
