@@ -6,12 +6,12 @@ The core knows no host; adapters live in `stepcache.samplers`. See docs/design.m
 from typing import Any
 
 from .criteria import Always, Criterion, Never, Verdict, state
-from .gates import Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, SpectrumCadence, Tally, Warmup, Window
+from .gates import Every, Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, SpectrumCadence, Tally, Warmup, Window
 from .masks import StepMask
 from .memory import Evidence, Node
-from .methods import METHODS, EasyCache, Method, Off, Spectrum, Static, UCache, method
+from .methods import METHODS, EasyCache, Forecast, Method, Off, Spectrum, Static, UCache, method
 from .options import OptionError
-from .predictors import DMD, Chebyshev, FiniteDifference, Lagrange, Predictor, Reuse, TaylorSeer, Weighted
+from .predictors import DMD, Chebyshev, FiniteDifference, Lagrange, Predictor, Reuse, SelfOrder, TaylorSeer, Weighted
 from .report import Event, Report
 from .session import Request, Session
 from .timeline import Where
@@ -36,8 +36,10 @@ __all__ = [
     "Criterion",
     "EasyCache",
     "Event",
+    "Every",
     "Evidence",
     "FiniteDifference",
+    "Forecast",
     "Gate",
     "Hold",
     "Lagrange",
@@ -54,6 +56,7 @@ __all__ = [
     "Request",
     "Reuse",
     "Run",
+    "SelfOrder",
     "Session",
     "Spectrum",
     "SpectrumCadence",

@@ -245,6 +245,31 @@ class SecondOfTwo(Gate):
 
 
 @dataclass(frozen=True)
+class Every(Gate):
+    """Of `n` evaluations one is computed, from the first on.
+
+    Where a step has two (Heun, DPM2, DPM++ SDE), only second ones are computed: at Heun's first one the sigma is that
+    of the second one before, so that a skip there costs next to nothing. n = 1 computes all.
+    """
+
+    n: int = 2
+
+    def __post_init__(self) -> None:
+        number("n", self.n, low=1, whole=True)
+
+    def begin(self, run: Run) -> Answer:
+        hold, second = Hold(f"every {self.n}"), run.stages == 2 and self.n > 1
+
+        def answer(where: Where, tally: Tally) -> Hold | None:
+            due = tally.consecutive >= self.n - 1
+            if second:
+                due = where.stage == 1 and (due or tally.computed < 2)
+            return hold if due else None
+
+        return answer
+
+
+@dataclass(frozen=True)
 class SpectrumCadence(Gate):
     """Spectrum's timetable: the gap between computed evaluations grows.
 

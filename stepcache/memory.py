@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 class Node:
     """One computed evaluation of one condition, in the network's own space.
 
-    `x` is the network's input (x c_in), `out` its raw output, both in the dtype of the latents; `size` is mean |out|.
+    `x` is the network's input (x c_in), `out` its raw output, both in the dtype of the latents; `size` is mean |out|;
+    `coordinate` is its place in `Run.coordinate`, None where that is not finite; `hindsight` is the predictor's own.
     """
 
     where: Where
+    coordinate: float | None
     x: Tensor
     out: Tensor
     size: Reading
+    hindsight: Tensor | None = None
 
 
 History = deque[Node]
@@ -110,4 +113,5 @@ class Evidence:
 
     def node(self, storage: torch.dtype) -> Node:
         """What to remember of this evaluation, now that it has been computed."""
-        return Node(self.where, self.x.to(storage), self.out.to(storage), self.size)
+        place = self.coordinate(self.where)
+        return Node(self.where, place, self.x.to(storage), self.out.to(storage), self.size)

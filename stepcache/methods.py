@@ -11,6 +11,7 @@ from typing import Any, Literal
 from . import options
 from .criteria import Always, Criterion, EasyCacheRule, Never, UCacheRule
 from .gates import (
+    Every,
     Gate,
     LastStep,
     Mask,
@@ -23,7 +24,7 @@ from .gates import (
     WindowUnit,
 )
 from .masks import StepMask
-from .predictors import Chebyshev, Predictor, Reuse
+from .predictors import Chebyshev, Predictor, Reuse, SelfOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,25 @@ def accepted_options(function: Callable[..., Method]) -> dict[str, Any]:
 
 
 @_known
+def Forecast(every: int = 2, **common: Any) -> Method:
+    """Our own: computes every second evaluation and predicts the others, by an order that chooses itself.
+
+    Nothing is calibrated and nothing depends on the latents but the order; calls are known before the run. What is
+    computed stands at `stepcache.gates.Every`, the prediction as a formula at `stepcache.predictors.SelfOrder`.
+
+    Args:
+        every: of so many evaluations one is computed: 2 is half the calls, 3 a third. 1 computes everything. The last
+            step is computed too.
+        **common: every option of `Method`: start, end, mask, warmup, last_step, max_cached, predictor, ...
+
+    For samplers with two evaluations a step (Heun, DPM2, DPM++ SDE) it should know so: use `sample`, or `sigmas` and
+    the sampler's callback. What it reaches, and where it does not help, is measured in docs/measurements.md.
+    """
+    gates = (Every(every), *common.pop("gates", ()))
+    return Method(**{"predictor": SelfOrder(), "gates": gates, "last_step": True, "name": "forecast", **common})
+
+
+@_known
 def UCache(
     threshold: float = 1.0,
     start: float = 0.15,
@@ -241,6 +261,7 @@ def Off() -> Method:
 
 
 METHODS: dict[str, Callable[..., Method]] = {
+    "forecast": Forecast,
     "ucache": UCache,
     "easycache": EasyCache,
     "spectrum": Spectrum,
