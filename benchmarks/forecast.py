@@ -2,8 +2,8 @@
 
 python benchmarks/forecast.py [--samples 60] [--steps 20] [--markdown forecast.md]
 
-The same table as the demo's, on the two shipped networks, guidance 3; about ten minutes on two cores. All of `every 2` and
-`every 3` compute the same evaluations; only what they return for the others differs.
+The same table as the demo's, on the two shipped networks, guidance 3; about ten minutes on two cores. All of `every 2`
+compute the same evaluations, and all of `every 3`; only what they return for the others differs.
 """
 
 from __future__ import annotations

@@ -303,8 +303,11 @@ class Attachment:
         if getattr(self.pipe, "denoising_end", None) is not None:  # SDXL's base model leaves the rest to the refiner
             calls = self.pipe.num_timesteps
             schedule = schedule[: sum(stage == 0 for *_, stage in ahead[:calls]) + 1]
-        for stand in self._stands:
-            stand.begin(schedule, 2 if any(stage for *_, stage in ahead) else 1)
+        stages = (
+            2 if 2 * sum(stage > 0 for *_, stage in ahead) >= len(ahead) - 1 > 0 else 1
+        )  # PNDM's first step alone: 1
+        for slot in self._slots:
+            slot.begin(schedule, stages)
 
 
 class _Unpaired(Exception):
@@ -354,9 +357,6 @@ class _Stand:
             del self.module.__dict__[SLOT]
         else:
             self.module.__dict__[SLOT] = self._previous
-
-    def begin(self, schedule: list[float], stages: int) -> None:
-        """A run begins."""
 
     def through(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The call as it is without the cache."""
@@ -514,16 +514,16 @@ class _ControlNet(_Stand):
     answer looks like is known from the run's first call, which is not put off.
     """
 
+    _run: Tensor | None = None
     _leaves: list[Any] | None = None
     _form: Any = None
-
-    def begin(self, schedule: list[float], stages: int) -> None:
-        self._leaves = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.owner.serves(self.owner.caller()):
             return self.through(args, kwargs)
-        if self._leaves is None:
+        timesteps = self.owner.pipe.scheduler.timesteps
+        if self._leaves is None or timesteps is not self._run:
+            self._run = timesteps
             answer = self.through(args, kwargs)
             leaves, self._form = tree_flatten(answer)
             self._leaves = [isinstance(leaf, Tensor) or leaf for leaf in leaves]

@@ -262,8 +262,10 @@ class Every(Gate):
 
         def answer(where: Where, tally: Tally) -> Hold | None:
             due = tally.consecutive >= self.n - 1
-            if second:
-                due = where.stage == 1 and (due or tally.computed < 2)
+            if second and where.stage == 1:
+                due = due or tally.computed < 2
+            elif second:
+                due = tally.consecutive >= self.n  # steps with one evaluation among them
             return hold if due else None
 
         return answer

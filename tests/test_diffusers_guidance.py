@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_pipelines import PIPELINES, run
 
-from stepcache import Off, OptionError, Static, UCache
+from stepcache import Forecast, Off, OptionError, Static, UCache
 from stepcache.samplers import diffusers
 from stepcache.samplers.diffusers import StepCacheCallback, attach
 
@@ -72,6 +72,32 @@ def test_residuals_that_the_pipeline_works_on_are_computed_where_it_does():
     image, runs, _ = controlled("sd-controlnet", MASK, guess_mode=True)
     assert torch.equal(image, expected)
     assert runs == every == 6
+
+
+@pytest.mark.parametrize("window", [{"control_guidance_end": 0.5}, {"control_guidance_start": 0.4}])
+def test_a_controlnet_that_acts_on_a_part_of_the_run_is_skipped_too(window):
+    expected, _, _ = controlled("sd-controlnet", MASK, controlnet=False, **window)
+    image, runs, _ = controlled("sd-controlnet", MASK, **window)
+    assert torch.equal(image, expected)
+    assert runs == 4
+
+
+def test_a_second_run_puts_off_what_it_can_and_draws_the_same():
+    tiny = PIPELINES["sd-controlnet"]
+    pipe = tiny.build()
+    runs = Runs(pipe.controlnet)
+    with attach(pipe, Forecast()):
+        first, second = run(pipe, tiny), run(pipe, tiny)
+    assert torch.equal(first, second)
+    assert runs.count == 2 * "CSCSCC".count("C")
+
+
+@pytest.mark.parametrize(
+    ("name", "fates"), [("sd-pndm", "CSCSCSC"), ("sd-heun", "CCSCSCSCSCC"), ("sd", "CSCSCC"), ("flux", "CSCSCC")]
+)
+def test_forecast_computes_every_second_evaluation(name, fates):
+    _, report = cached(name, Forecast())
+    assert {report.fates(condition) for condition in report.conditions} == {fates}
 
 
 def test_the_branches_have_the_names_that_the_pipeline_gives_them():

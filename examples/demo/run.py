@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepcache import EasyCache, Method, Report, Static, StepMask, UCache
+from stepcache import EasyCache, Forecast, Method, Report, Static, StepMask, UCache
 from stepcache.extras import need
 
 from . import networks
@@ -25,6 +25,8 @@ SAMPLERS = {"euler": "Euler", "dpmpp_2m": "DPM++ 2M", "euler_ancestral": "Euler 
 STEPS = (20, 30)
 METHODS: dict[str, Method | None] = {
     "full run": None,
+    "Forecast": Forecast(),
+    "Forecast(3)": Forecast(3),
     "UCache": UCache(),
     "EasyCache": EasyCache(),
     "static mask medium": Static("medium"),
@@ -216,7 +218,7 @@ def _pair(form: str, ours: float | None, fewer: float | None) -> str:
 
 def contact_sheet(sheets: dict[str, dict[str, Tensor]], path: Path) -> None:
     """One row a method, one column a digit, the networks side by side."""
-    figure = need("matplotlib.figure", "demo").Figure(figsize=(15, 4.2), layout="constrained", facecolor="white")
+    figure = need("matplotlib.figure", "demo").Figure(figsize=(15, 5.4), layout="constrained", facecolor="white")
     for part, (name, methods) in zip(figure.subfigures(1, len(sheets), wspace=0.02), sheets.items(), strict=True):
         sampler, steps = SHOWN
         part.suptitle(f"{name}: {SAMPLERS[sampler]}, {steps} steps, guidance 3", fontsize=12)
