@@ -374,6 +374,7 @@ class _Slot(_Stand):
             decide="each" if owner.guidance.cfg_diff_compute_separate else "anchor",
             training_sigma=_training_sigma(scheduler),
             coordinate=_coordinate(scheduler),
+            network=module,
         )
         self.parameters = list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters)
         self.pairing: Pairing | None = None
@@ -616,7 +617,7 @@ class _Call(Request):
     branch, turn = "", 0
 
     def __init__(self, slot: _Slot, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.slot, self.args, self.kwargs = slot, args, kwargs
+        self.slot, self.args, self.keywords = slot, args, kwargs
         given = dict(zip(slot.parameters, args, strict=False)) | kwargs
         parts = [next((given[name] for name in LATENTS if name in given), None)]
         parts = [_stacked(part) for part in parts + [given[name] for name in BESIDE if name in given]]
@@ -634,7 +635,7 @@ class _Call(Request):
 
     def compute(self) -> Any:
         if self.computed is None:
-            self.computed = self.slot.through(self.args, self.kwargs)
+            self.computed = self.slot.through(self.args, self.keywords)
         return self.computed
 
     @torch.no_grad()
@@ -646,7 +647,7 @@ class _Call(Request):
         if len(parts) > 1 and shapes != self.shapes:
             self._refuse(f"{slot.name}: {_listed(self.shapes)} in and {_listed(shapes)} out cannot be paired")
         out = _packed(parts)
-        slot.forms[bool(self.kwargs.get("return_dict", True))] = form
+        slot.forms[bool(self.keywords.get("return_dict", True))] = form
         if slot.pairing is None or slot.pairing.input(self.latent).shape != out.shape:
             slot.candidates = pairings(self.latent, out)
             if not slot.candidates:
@@ -666,7 +667,7 @@ class _Call(Request):
     @torch.no_grad()
     def restore(self, outputs: tuple[Tensor, ...]) -> Any:
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        form = self.slot.forms.get(bool(self.kwargs.get("return_dict", True)))
+        form = self.slot.forms.get(bool(self.keywords.get("return_dict", True)))
         if form is None:
             return self.compute()
         if len(self.shapes) == 1:
