@@ -5,6 +5,7 @@ The core knows no host; adapters live in `stepcache.samplers`. See docs/design.m
 
 from typing import Any
 
+from .compat import load_config, parse
 from .criteria import Always, Criterion, Never, RelativeChange, Verdict, state
 from .gates import Every, Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, SpectrumCadence, Tally, Warmup, Window
 from .masks import StepMask
@@ -77,6 +78,8 @@ __all__ = [
     "Where",
     "Window",
     "attach",
+    "load_config",
     "method",
+    "parse",
     "state",
 ]

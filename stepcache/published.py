@@ -69,6 +69,7 @@ def published(**other_names: str) -> Callable[[Callable[..., Method]], Callable[
             return checked(*positional, **given)
 
         named.other_names = other_names
+        named.presets = PRESETS if "preset" in signature.parameters else {}
         return named
 
     return decorate
@@ -106,7 +107,8 @@ def DBCache(
         Fn (Fn_compute_blocks): the first so many blocks are always computed; what they add to their input is the
             signal. Of a network with no more than Fn blocks all but the last are, and a warning says so.
         Bn (Bn_compute_blocks): the last so many blocks are always computed. A wrapper around the model cannot do that:
-            see below.
+            under diffusers cache-dit, where it is installed, then runs its own DBCache inside (`samplers.inside`), and
+            the wrapper skips the zeros of a static mask.
         threshold (residual_diff_threshold): higher is faster and worse. 0 never skips, 1 and more always would.
         warmup (max_warmup_steps): so many steps are computed first.
         preset: "slow", "medium", "fast", "ultra", or the first letter: a mask, a threshold, a warm-up and Fn together,
@@ -130,7 +132,7 @@ def _dual_block(Fn: int, Bn: int, threshold: float) -> RelativeChange | Always:
     """DBCache's criterion; `Always` from a threshold of 1 on, as cache-dit has it."""
     Fn, Bn = number("Fn", Fn, low=1, whole=True), number("Bn", Bn, whole=True)
     threshold = number("threshold", threshold)
-    if threshold >= 1:
+    if threshold >= 1 and not Bn:
         return Always()
     at_input = min(2.0, max(0.5, 1 + 0.02 * (Fn - 8))) * min(1.0, max(0.5, 1 - 0.03 * Bn))
     return RelativeChange(threshold, Blocks(Fn, required=False, after=Bn), at_input)

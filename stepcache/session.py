@@ -168,7 +168,9 @@ class Session:
         self._state: RunState | None = None
         self._warned: set[str] = set()
         self._notes = tuple(notes)
-        blocks = None if self.method.never_skips or self.method.static else self.method.criterion.blocks
+        blocks = None if self.method.never_skips else self.method.criterion.blocks
+        if self.method.static and blocks is not None and not blocks.after:
+            blocks = None  # the criterion is not asked
         self._watch = None if blocks is None else blocks.find(network)
         if blocks is not None:
             self._notes += (self._looks_at(network),)
