@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from stepcache import Method, OptionError, Report, Request, Session, StepMask, method
+from stepcache import FBCache, Method, OptionError, Report, Request, Session, StepMask, method
 from stepcache.options import flag
 from stepcache.readings import wide, widened
+
+from .inside import Inside, wanted
 
 SLOT = "_compiled_call_impl"
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "decoder", "model", "denoiser")
@@ -80,7 +82,7 @@ def attach(
 
     Args:
         pipe: a pipeline with a `scheduler` and a denoiser.
-        method: a `Method`, or the name of one, which then takes `**options`.
+        method: a `Method`, or the name of one, which then takes `**options`; or diffusers' `FirstBlockCacheConfig`.
         mask: a step mask for the method.
         components: the denoisers by name. None: those of `unet`, `transformer`, `transformer_2`, ... that it has.
         controlnet: skip the pipeline's ControlNet too where the denoiser is skipped. It is then run when its result is
@@ -188,6 +190,12 @@ class Attachment:
                 f"{type(pipe).__name__} has no denoiser that can be found (looked for {', '.join(COMPONENTS)}): "
                 "name it with components="
             )
+        self._inside: Inside | None = None
+        if wanted(method):
+            if this_run_only:
+                raise OptionError("Bn: cache-dit must be there when a run begins, a callback is not; use attach()")
+            self._inside = Inside(pipe, [getattr(pipe, name) for name in names], method, vars(self.guidance))
+            method = self._inside.outside
         self._slots = [_Slot(self, name, getattr(pipe, name), method) for name in names]
         self._stands: list[_Stand] = [*self._slots]
         if flag("controlnet", controlnet) and isinstance(getattr(pipe, "controlnet", None), nn.Module):
@@ -198,6 +206,13 @@ class Attachment:
     @property
     def report(self) -> Report:
         """The run in progress, or the last one. Several denoisers (experts) stand one after the other."""
+        report = self._merged()
+        if self._inside is not None and self.attached:
+            report.notes[:] = [note for note in report.notes if not note.startswith("inside, ")]
+            report.notes.append(self._inside.note())
+        return report
+
+    def _merged(self) -> Report:
         reports = [slot.session.report for slot in self._slots if slot.session.report.events]
         if len(reports) < 2:
             return reports[0] if reports else self._slots[0].session.report
@@ -217,6 +232,8 @@ class Attachment:
 
     def attach(self) -> None:
         entered: list[_Stand] = []
+        if self._inside is not None:
+            self._inside.enter()
         try:
             for stand in self._stands:
                 stand.enter()
@@ -224,6 +241,8 @@ class Attachment:
         except OptionError:
             for stand in entered:
                 stand.leave()
+            if self._inside is not None:
+                self._inside.leave()
             raise
         self.attached = True
 
@@ -232,6 +251,8 @@ class Attachment:
         if self.attached:
             for stand in self._stands:
                 stand.leave()
+            if self._inside is not None:
+                self._inside.leave()
         self.attached = False
 
     def caller(self) -> types.FrameType | None:
@@ -374,6 +395,7 @@ class _Slot(_Stand):
             decide="each" if owner.guidance.cfg_diff_compute_separate else "anchor",
             training_sigma=_training_sigma(scheduler),
             coordinate=_coordinate(scheduler),
+            network=module,
         )
         self.parameters = list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters)
         self.pairing: Pairing | None = None
@@ -616,7 +638,7 @@ class _Call(Request):
     branch, turn = "", 0
 
     def __init__(self, slot: _Slot, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.slot, self.args, self.kwargs = slot, args, kwargs
+        self.slot, self.args, self.keywords = slot, args, kwargs
         given = dict(zip(slot.parameters, args, strict=False)) | kwargs
         parts = [next((given[name] for name in LATENTS if name in given), None)]
         parts = [_stacked(part) for part in parts + [given[name] for name in BESIDE if name in given]]
@@ -634,7 +656,7 @@ class _Call(Request):
 
     def compute(self) -> Any:
         if self.computed is None:
-            self.computed = self.slot.through(self.args, self.kwargs)
+            self.computed = self.slot.through(self.args, self.keywords)
         return self.computed
 
     @torch.no_grad()
@@ -646,7 +668,7 @@ class _Call(Request):
         if len(parts) > 1 and shapes != self.shapes:
             self._refuse(f"{slot.name}: {_listed(self.shapes)} in and {_listed(shapes)} out cannot be paired")
         out = _packed(parts)
-        slot.forms[bool(self.kwargs.get("return_dict", True))] = form
+        slot.forms[bool(self.keywords.get("return_dict", True))] = form
         if slot.pairing is None or slot.pairing.input(self.latent).shape != out.shape:
             slot.candidates = pairings(self.latent, out)
             if not slot.candidates:
@@ -666,7 +688,7 @@ class _Call(Request):
     @torch.no_grad()
     def restore(self, outputs: tuple[Tensor, ...]) -> Any:
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        form = self.slot.forms.get(bool(self.kwargs.get("return_dict", True)))
+        form = self.slot.forms.get(bool(self.keywords.get("return_dict", True)))
         if form is None:
             return self.compute()
         if len(self.shapes) == 1:
@@ -803,11 +825,13 @@ def _training_sigma(scheduler: Any) -> Callable[[float], float] | None:
     return by_table
 
 
-def _method(given: Method | str, mask: Any, options: dict[str, Any]) -> Method:
+def _method(given: Any, mask: Any, options: dict[str, Any]) -> Method:
+    if type(given).__name__ == "FirstBlockCacheConfig":
+        given = FBCache(threshold=given.threshold)
     if isinstance(given, str):
         return method(given, **options, **({} if mask is None else {"mask": mask}))
     if not isinstance(given, Method):
-        raise OptionError(f"method={given!r}: accepted are a Method and the name of one")
+        raise OptionError(f"method={given!r}: accepted are a Method, the name of one, and a FirstBlockCacheConfig")
     if options:
         raise OptionError(f"{', '.join(options)}: options go with a method's name; this Method has its own")
     return given if mask is None else given.but(mask=mask)

@@ -179,6 +179,7 @@ class CachedDenoiser(nn.Module):
             lowest_sigma=_lowest_sigma(inner),
             group=group,
             notes=("scalings: the model has no get_scalings, eps is assumed",) if assumed else (),
+            network=inner,
         )
 
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
@@ -309,7 +310,7 @@ class _Call(Request):
         sigma: Tensor,
         extra: dict[str, Any],
     ) -> None:
-        self.model, self.names, self.latent, self.sigma, self.extra = model, names, x, sigma, extra
+        self.model, self.names, self.latent, self.sigma, self.keywords = model, names, x, sigma, extra
         self._compute_scalings = scalings
         tensors = (x, *(value for value in extra.values() if isinstance(value, Tensor)))
         self.requires_grad = any(tensor.requires_grad for tensor in tensors)
@@ -322,7 +323,7 @@ class _Call(Request):
         return (x * self.c_in).chunk(len(self.names))
 
     def compute(self) -> Tensor:
-        return self.model(self.latent, self.sigma, **self.extra)
+        return self.model(self.latent, self.sigma, **self.keywords)
 
     @torch.no_grad()
     def outputs(self, answer: Tensor) -> tuple[Tensor, ...]:

@@ -5,13 +5,15 @@ The core knows no host; adapters live in `stepcache.samplers`. See docs/design.m
 
 from typing import Any
 
-from .criteria import Always, Criterion, Never, Verdict, state
+from .compat import load_config, parse
+from .criteria import Always, Criterion, Never, RelativeChange, Verdict, state
 from .gates import Every, Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, SpectrumCadence, Tally, Warmup, Window
 from .masks import StepMask
 from .memory import Evidence, Node
 from .methods import METHODS, EasyCache, Forecast, Method, Off, Spectrum, Static, UCache, method
 from .options import OptionError
 from .predictors import DMD, Chebyshev, FiniteDifference, Lagrange, Predictor, Reuse, SelfOrder, TaylorSeer, Weighted
+from .published import CacheDiT, DBCache, FBCache, TaylorSeerCache
 from .report import Event, Report
 from .session import Request, Session
 from .timeline import Where
@@ -32,12 +34,15 @@ __all__ = [
     "DMD",
     "METHODS",
     "Always",
+    "CacheDiT",
     "Chebyshev",
     "Criterion",
+    "DBCache",
     "EasyCache",
     "Event",
     "Every",
     "Evidence",
+    "FBCache",
     "FiniteDifference",
     "Forecast",
     "Gate",
@@ -52,6 +57,7 @@ __all__ = [
     "Off",
     "OptionError",
     "Predictor",
+    "RelativeChange",
     "Report",
     "Request",
     "Reuse",
@@ -64,6 +70,7 @@ __all__ = [
     "StepMask",
     "Tally",
     "TaylorSeer",
+    "TaylorSeerCache",
     "UCache",
     "Verdict",
     "Warmup",
@@ -71,6 +78,8 @@ __all__ = [
     "Where",
     "Window",
     "attach",
+    "load_config",
     "method",
+    "parse",
     "state",
 ]

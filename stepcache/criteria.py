@@ -14,18 +14,28 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from .blocks import Blocks
 from .gates import Run
 from .memory import Evidence
 from .options import flag, number
 from .readings import Reading
 
+INVALID_STATE = "invalid cache state"
+"""Why an evaluation is computed whose signal cannot be compared with the one that was kept."""
+
 
 class Verdict(NamedTuple):
-    """Skip or not, with the numbers that decided it (None where there were none)."""
+    """Skip or not, with the numbers that decided it (None where there were none).
+
+    `reason` is what the report says where there is more to say than that the criterion computes.
+    """
 
     skip: bool
     estimate: float | None = None
     threshold: float | None = None
+    reason: str | None = None
 
 
 def state(default: Any = None, factory: Any = None) -> Any:
@@ -47,6 +57,9 @@ class Criterion(ABC):
 
     never_skips: bool = False
     """True where these options can never skip: then the model is called directly, without any bookkeeping."""
+
+    blocks: Blocks | None = None
+    """The blocks of the model that it looks at: it is then asked when the forward has passed them."""
 
     def begin(self, run: Run) -> Criterion:
         """A fresh copy for one run: nothing learned in one run reaches another."""
@@ -83,6 +96,53 @@ class Never(Criterion):
 
     def decide(self, evidence: Evidence) -> Verdict:
         return Verdict(False)
+
+
+@dataclass
+class RelativeChange(Criterion):
+    """The rule of First Block Cache and DBCache:
+
+        d = mean |s - s'| / mean |s'|;   skip while d < threshold
+
+    with s the signal now and s' the signal of the last computed evaluation inside the window. The first evaluation
+    there is computed. What the signal is: what the first blocks add to their input (`blocks`); of a network without
+    blocks the network's input, for which the threshold is multiplied by `at_input`.
+
+    Sources: chengzeyi/Comfy-WaveSpeed (commit 8253745), diffusers' `FirstBlockCacheConfig` (commit 58eb52c0),
+    vipshop/cache-dit (commit f86744af); of the input, stable-diffusion.cpp (commit 97d29908).
+    Keeps one signal a deciding condition.
+    """
+
+    threshold: float = 0.08
+    blocks: Blocks | None = None
+    at_input: float = 1.0
+
+    kept: Tensor | None = state()
+    size: Reading | None = state()
+
+    def __post_init__(self) -> None:
+        number("threshold", self.threshold)
+        number("at_input", self.at_input)
+
+    @property
+    def never_skips(self) -> bool:
+        return self.threshold == 0
+
+    def decide(self, evidence: Evidence) -> Verdict:
+        threshold = self.threshold * (self.at_input if evidence.signal is evidence.x else 1.0)
+        if self.kept is None:
+            return Verdict(False, threshold=threshold)
+        if evidence.signal is None or evidence.signal.shape != self.kept.shape:
+            return Verdict(False, threshold=threshold, reason=INVALID_STATE)
+        change, size = evidence.signal_change(self.kept), self.size
+        share = float(change) / float(size) if float(size) > 0 else math.inf
+        if not math.isfinite(share):
+            return Verdict(False, threshold=threshold, reason=INVALID_STATE)
+        return Verdict(share < threshold, share, threshold)
+
+    def observe(self, evidence: Evidence, forced: bool) -> None:
+        self.kept = evidence.signal
+        self.size = None if evidence.signal is None else evidence.signal_size
 
 
 @dataclass

@@ -49,6 +49,8 @@ class Evidence:
         history: the last computed evaluations of this condition, oldest first, as many as the predictor remembers; not
             empty when a criterion or a predictor is asked.
         out: the network's raw output, once it has been computed (in `Criterion.observe`).
+        signal: what the criterion compares from one evaluation to the next: what the blocks that it looks at add to
+            their input (`Criterion.blocks`), None until the forward has got there; without blocks, x.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Evidence:
         self.x = x
         self.history = history
         self.out: Tensor | None = None
+        self.signal: Tensor | None = x
         self._predictor = predictor
         self._readings = readings
 
@@ -79,6 +82,15 @@ class Evidence:
     def input_change(self) -> Reading | None:
         """mean |x - x'|; None without a computed evaluation."""
         return self._readings.take(mean_abs(self.moved)) if self.history else None
+
+    @cached_property
+    def signal_size(self) -> Reading:
+        """mean |signal|."""
+        return self._readings.take(mean_abs(self.signal))
+
+    def signal_change(self, since: Tensor) -> Reading:
+        """mean |signal - since|."""
+        return self._readings.take(mean_abs_difference(self.signal, since))
 
     @cached_property
     def prediction(self) -> Tensor | None:

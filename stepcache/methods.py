@@ -268,7 +268,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "static": Static,
     "none": Off,
 }
-AS_TEXT = {"mask": "", "window": "", "steps": 0}
+AS_TEXT = {"mask": "", "window": "", "steps": 0, "preset": "", "policy": "", "block": ""}
 """Of which type options without a default are, where they come as text."""
 
 
@@ -284,6 +284,8 @@ def method(name: str, option_text: str = "", **keywords: Any) -> Method:
         raise options.unknown("method", str(name), METHODS)
     accepted = accepted_options(METHODS[name])
     as_text = {key: AS_TEXT.get(key, default) for key, default in accepted.items()}
+    other_names = getattr(METHODS[name], "other_names", {})
+    as_text |= {other: as_text[usual] for other, usual in other_names.items() if usual in as_text}
     text = options.parse(option_text, {k: v for k, v in as_text.items() if isinstance(v, (bool, int, float, str))})
     if both := text.keys() & keywords.keys():
         raise options.OptionError(f"{', '.join(sorted(both))}: given both as text and as keyword")

@@ -7,14 +7,16 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .criteria import Always, Criterion, Verdict
+from .blocks import LEFT
+from .criteria import INVALID_STATE, Always, Criterion, Verdict
 from .gates import Answer, Hold, Run, Tally
 from .memory import Evidence, History
 from .methods import Method, Off
@@ -30,8 +32,8 @@ class Request(ABC):
     A host adapter translates: `sigma` is the noise level (any shape, all elements equal), `names` are the conditions in
     the order of the tensors below, `latent` is what the host passed, `requires_grad` whether gradients are wanted
     through the call. `place` is (sigma, step, stage) where the host keeps count of its steps itself; `sigma` is then
-    not looked at. Inputs and outputs are one tensor a condition, in the network's own space: `x c_in` and the raw
-    output, in float32 or wider, outside autograd.
+    not looked at. `keywords` are what the host passes to the model by name. Inputs and outputs are one tensor a
+    condition, in the network's own space: `x c_in` and the raw output, in float32 or wider, outside autograd.
     """
 
     sigma: Tensor
@@ -39,6 +41,7 @@ class Request(ABC):
     latent: Tensor
     requires_grad: bool = False
     place: tuple[float, int, int] | None = None
+    keywords: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def inputs(self) -> tuple[Tensor, ...]:
@@ -59,7 +62,10 @@ class Request(ABC):
 
 @dataclass
 class Decision:
-    """What is done about an evaluation, and why. `hold` is None where it is skipped."""
+    """What is done about an evaluation, and why. `hold` is None where it is skipped.
+
+    It is `LOOK` where the criterion looks inside the model and is asked during the forward, which settles it.
+    """
 
     hold: Hold | None
     verdicts: dict[str, Verdict] = field(default_factory=dict)
@@ -97,6 +103,16 @@ NO_MEMORY = Hold("no memory yet")
 NOT_ASKED = Hold("before the anchor", observe=False)
 NOT_FINITE = Hold("prediction not finite")
 CRITERION = Hold("criterion")
+LOOK = Hold("not settled")
+
+SKIP_LAYERS = (
+    "skip_layer_mask",
+    "skip_layers",
+    "skip_block_list",
+    "perturbation_mask",
+    "spatio_temporal_guidance_blocks",
+)
+"""Names under which models are told to leave blocks out, as spatio-temporal guidance (STG) does."""
 
 
 class Session:
@@ -115,6 +131,7 @@ class Session:
         group: a torch.distributed process group whose ranks work on one sample together. All of them then take the same
             decision: to skip where every rank would. None: no communication.
         notes: sentences of the host for every report.
+        network: the model, in which a criterion that looks at blocks finds them.
 
     A session follows one run at a time. Runs in several threads need a session each: a call while another is being
     answered goes straight to the model, and a call from another thread finds no memory. That costs the speed, never the
@@ -133,6 +150,7 @@ class Session:
         lowest_sigma: float = 0.0,
         group: Any = None,
         notes: Iterable[str] = (),
+        network: Any = None,
     ) -> None:
         if decide not in ("anchor", "each"):
             raise unknown("value of decide", str(decide), ("anchor", "each"))
@@ -150,6 +168,12 @@ class Session:
         self._state: RunState | None = None
         self._warned: set[str] = set()
         self._notes = tuple(notes)
+        blocks = None if self.method.never_skips else self.method.criterion.blocks
+        if self.method.static and blocks is not None and not blocks.after:
+            blocks = None  # the criterion is not asked
+        self._watch = None if blocks is None else blocks.find(network)
+        if blocks is not None:
+            self._notes += (self._looks_at(network),)
         self._lock, self._busy = threading.RLock(), False
         self._check_mask()
 
@@ -197,15 +221,15 @@ class Session:
             for name, x in zip(request.names, request.inputs(), strict=True)
         }
 
-        # May I? Shall I?
+        # May I? Shall I? A criterion that looks inside the model is asked during the forward, which is left on a skip.
         decision = self._decide(evaluation, evidence)
+        answer = LEFT if decision.hold is None else self._compute(request, evidence, decision)
         hold = decision.hold
 
         # What do I return?
         if hold is None:
             answer = request.restore(tuple(one.prediction for one in evidence.values()))
         else:
-            answer = request.compute()
             for one, out in zip(evidence.values(), request.outputs(answer), strict=True):
                 one.out = out
 
@@ -366,7 +390,7 @@ class Session:
         elif any(one.prediction is None for one in evidence.values()):
             decision = Decision(NO_MEMORY)
         elif deciders:
-            decision = self._ask(evidence, deciders)
+            decision = Decision(LOOK) if self._watch is not None else self._ask(evidence, deciders)
         else:
             sound = all(self._sound(one) for one in evidence.values())
             device = next(iter(evidence.values())).x.device
@@ -402,7 +426,64 @@ class Session:
         finite = all(math.isfinite(one.total) for one in evidence.values())
         willing = finite and all(verdict.skip for verdict in verdicts.values())
         skip = self._agreed(willing, evidence[deciders[0]].x.device)
-        return Decision(None if skip else CRITERION if finite else NOT_FINITE, verdicts)
+        reason = next((verdict.reason for verdict in verdicts.values() if verdict.reason), None)
+        said = CRITERION if reason is None else Hold(reason)
+        return Decision(None if skip else said if finite else NOT_FINITE, verdicts)
+
+    def _compute(self, request: Request, evidence: dict[str, Evidence], decision: Decision) -> Any:
+        """Calls the model; `LEFT` where a criterion that looks inside it says, on the way, that it need not go on.
+
+        Where the decision has been made already the criterion is shown the signal all the same, for the next one.
+        """
+        deciders = [name for name in evidence if name in self._state.rules]
+        if self._watch is None or not deciders or not decision.hold.observe:
+            answer = request.compute()
+        else:
+            self._refuse_skipped_layers(request, deciders)
+            for one in evidence.values():
+                one.signal = None
+
+            def look(signal: Tensor | None) -> bool:
+                rows = 0 if signal is None else len(signal)
+                parts = [signal] * len(evidence) if not rows or rows % len(evidence) else signal.chunk(len(evidence))
+                for one, part in zip(evidence.values(), parts, strict=True):
+                    one.signal = part
+                if decision.hold is LOOK:
+                    settled = self._ask(evidence, deciders)
+                    decision.hold, decision.verdicts = settled.hold, settled.verdicts
+                return decision.hold is None
+
+            answer = self._watch.call(request.compute, look)
+            if decision.hold is LOOK:
+                decision.hold = Hold(INVALID_STATE)
+        if decision.hold is not None and decision.hold.reason == INVALID_STATE:
+            self._note(
+                "invalid cache state: the signal was not reached, not finite, or of another shape than the one kept; "
+                "such evaluations are computed, which restores it, and nothing needs resetting. If there are many, "
+                "name another block with block="
+            )
+        return answer
+
+    def _looks_at(self, network: Any) -> str:
+        """What a criterion that looks at blocks looks at, for the report."""
+        if self._watch is None:
+            return f"{type(network).__name__} has no blocks that are known: the criterion looks at the network's input"
+        if self._watch.note:
+            self._warn(self._watch.note)
+        return f"looks at {self._watch.path}" + (f"; {self._watch.note}" if self._watch.note else "")
+
+    def _refuse_skipped_layers(self, request: Request, deciders: list[str]) -> None:
+        for key in SKIP_LAYERS:
+            if request.keywords.get(key) is not None:
+                raise OptionError(
+                    f"STG is not supported with {self.method.name} where it decides: {', '.join(deciders)} is called "
+                    f"with {key}, which leaves blocks out. Turn it off, let another condition decide (anchor=), or use "
+                    "a method that looks at no block (forecast, ucache)"
+                )
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.report.notes:
+            self.report.notes.append(sentence)
 
     def _sound(self, one: Evidence) -> bool:
         """Whether a follower's prediction is finite; told from its memory, without a transfer, where that is enough."""

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +23,15 @@ import torch
 from closed_form import MODELS, Denoiser, N, noise, schedule, x_open
 from torch import Tensor
 
-from stepcache import EasyCache, Gate, Method, OptionError, Report, UCache, Where, Window
+from stepcache import DBCache, EasyCache, Gate, Method, OptionError, Report, UCache, Where, Window
 from stepcache.gates import Run, Tally
 from stepcache.readings import mean_abs
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
 COMPACT = json.loads((Path(__file__).parent / "data" / "golden.json").read_text(encoding="utf-8"))
 TABLES = COMPACT["tables"]
-METHODS = {"ucache": UCache, "easycache": EasyCache}
+METHODS = {"ucache": UCache, "easycache": EasyCache, "cache-dit": DBCache, "taylorseer": DBCache}
+"""In stable-diffusion.cpp all of `dbcache`, `taylorseer` and `cache-dit` decide and reuse as its `dbcache` does."""
 
 REFUSED = {
     "uc/x/threshold_negative": "threshold=-1.0: accepted is a number of at least 0",
@@ -40,7 +42,15 @@ REFUSED = {
     "ec/x/threshold_nan": "threshold=nan: accepted is a number of at least 0",
     "ec/x/range_invalid_start_ge_end": "start=0.7, end=0.7: the window is empty",
 }
-DIFFERENT = {"uc/x/uncond_gap_stale", "uc/x/resize_mid_run", "ec/x/resize_mid_run", "uc/x/wrong_model_family"}
+NEGATIVE = {"cd/opt/Fn_-5": "Fn=-5: accepted is a whole number", "cd/opt/Bn_-5": "Bn=-5: accepted is a whole number"}
+DIFFERENT = {
+    "uc/x/uncond_gap_stale",
+    "uc/x/resize_mid_run",
+    "ec/x/resize_mid_run",
+    "uc/x/wrong_model_family",
+    "cd/opt/nan_at_9",
+    *NEGATIVE,
+}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:UCache with reset=0 and decay=1"),
@@ -51,12 +61,25 @@ pytestmark = [
 def load() -> list[dict[str, Any]]:
     path = os.environ.get("STEPCACHE_GOLDEN")
     golden = json.loads(Path(path).read_text(encoding="utf-8")) if path else COMPACT
-    return [case for case in golden["cases"] if case["mode"] in METHODS]
+    return [dual_block(case) for case in golden["cases"] if case["mode"] in METHODS]
+
+
+def dual_block(case: dict[str, Any]) -> dict[str, Any]:
+    """The reference's `rdt` is DBCache's threshold; the threshold beside it is of other modes. Others: unchanged."""
+    if "rdt" not in case["p"]:
+        return case
+    if case["mode"] in ("ucache", "easycache"):
+        return case
+    return case | {"p": {"Fn": case["p"]["Fn"], "Bn": case["p"]["Bn"], "threshold": case["p"]["rdt"]}}
 
 
 CASES = {case["id"]: case for case in load()}
 COMPACT_CASES = {case["id"]: case for case in COMPACT["cases"]}
-SAME = [name for name in CASES if name not in REFUSED and name not in DIFFERENT]
+SAME = [
+    name
+    for name, case in CASES.items()
+    if name not in REFUSED and name not in DIFFERENT and "slg" not in case.get("scenario", {})
+]
 
 
 def inert(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -195,6 +218,9 @@ class Trace:
 def method_of(case: dict[str, Any], **common: Any) -> Method:
     """The case's method. Its threshold "inf" means the default; null stands for NaN."""
     options = {key: math.nan if value is None else value for key, value in case["p"].items()}
+    if "Fn" in options:
+        window = {"start": 0.15, "end": 0.95, "window": "steps"}
+        return METHODS[case["mode"]](**options, **{"warmup": 0, "evaluations": "second", **window, **common})
     accepted = ("threshold", "start", "end") + (("decay", "relative", "reset") if case["mode"] == "ucache" else ())
     options = {key: float(options[key]) for key in accepted if options[key] != "inf"}
     for key in ("relative", "reset"):
@@ -249,7 +275,10 @@ def test_every_decision_every_call_and_the_result_are_the_references(name):
         assert figures(trace.x) == pytest.approx(case["xf"], rel=2e-5, abs=1e-5 * case["xf"][1])
 
 
-@pytest.mark.parametrize("name", [name for name, case in COMPACT_CASES.items() if "col" in case])
+WITH_COLUMNS = [name for name, case in COMPACT_CASES.items() if "col" in case]
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_COLUMNS if not name.startswith("cd/")])
 def test_estimates_and_thresholds_are_the_references(name):
     """The reference's error is read after the evaluation, so it is 0 where a failed test has just reset it."""
     case = COMPACT_CASES[name]
@@ -270,6 +299,51 @@ def test_estimates_and_thresholds_are_the_references(name):
         else:
             assert event.estimate == pytest.approx(error, rel=1e-4)
     assert asked > 0
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_COLUMNS if name.startswith("cd/")])
+def test_the_relative_changes_of_skipped_evaluations_are_the_references(name):
+    """It keeps their sum. Fn and Bn only scale the threshold: by 1.00 at F8B0, by 0.5 at F8B20, which is the least."""
+    case = COMPACT_CASES[name]
+    events = [event for event in follow(dual_block(case)).reports[0].events if event.condition == "cond"]
+    skipped = [0.0 if event.computed else event.estimate for event in events]
+    assert list(itertools.accumulate(skipped)) == pytest.approx(case["col"]["err"], rel=1e-4)
+    thresholds = {event.threshold for event in events if event.threshold is not None}
+    assert thresholds == {case["p"]["threshold"] * (0.5 if case["p"]["Bn"] == 20 else 1)}
+
+
+@pytest.mark.parametrize(
+    ("option", "dec"),
+    [
+        ({"warmup": 20}, r"C{20}(S+C)+S+C{3}"),
+        ({"max_cached": 3}, r"C{8}S{3}C{39}"),
+        ({"max_consecutive": 2}, r"C{8}(S{2}C){13}C{3}"),
+        ({"mask": "1" * 30 + "0" * 20}, r"C{30}(S+C)+S+C{3}"),
+        ({"mask": "0" * 50, "policy": "static"}, r"C{7}S{40}C{3}"),
+    ],
+)
+def test_warm_up_limits_mask_and_policy_act(option, dec):
+    """Different on purpose: in the reference all of them leave the decisions as they are."""
+    case = CASES["cd/opt/max_cached_0"]
+    assert case["dec"] == CASES["cd/opt/warmup_1000"]["dec"] == CASES["cd/opt/mask_all_cacheable_static"]["dec"]
+    assert re.fullmatch(dec, follow(case, method_of(case, **option)).dec)
+    assert not re.fullmatch(dec, case["dec"])
+
+
+def test_what_is_not_finite_is_not_reused():
+    """Different on purpose: the reference adds the NaN of evaluation 9 to the input of evaluation 10."""
+    case = CASES["cd/opt/nan_at_9"]
+    assert case["dec"][8:12] == "SCSC"
+    trace = follow(case)
+    assert trace.dec[8:12] == "SCCS"
+    assert [e.reason for e in trace.reports[0].events if e.condition == "cond"][10] == "prediction not finite"
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_a_negative_number_of_blocks_is_refused(name):
+    """Different on purpose: the reference takes it for 0."""
+    with pytest.raises(OptionError, match=NEGATIVE[name]):
+        method_of(CASES[name])
 
 
 MARGINS = {torch.float64: 0.0, torch.float16: 0.03, torch.bfloat16: 0.15}

@@ -206,7 +206,8 @@ def test_an_unknown_name_gets_the_nearest_one(call, message):
 def test_an_unknown_name_near_nothing_gets_the_names_there_are():
     with pytest.raises(OptionError) as refusal:
         method("xyz")
-    assert str(refusal.value) == "unknown method 'xyz'. Accepted: forecast, ucache, easycache, spectrum, static, none."
+    names = "forecast, ucache, easycache, spectrum, static, none, fbcache, dbcache, taylorseer, cache-dit"
+    assert str(refusal.value) == f"unknown method 'xyz'. Accepted: {names}."
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Makes golden.json and spectrum.json from the full traces: `python make_golden.py sdcpp_traces.json`.
 
 Figures of stable-diffusion.cpp, nothing else. A case keeps the keys it has in the full file, fewer of them. Kept are
-all EasyCache cases, all special ones, of the UCache grid the brittle ones (margin below 0.05) and at least one of every
-combination, and of a few cases the columns that tell error and threshold. Of Spectrum every case is kept, with two
-columns that tell what was returned.
+all EasyCache and cache-dit cases, all special ones, of the UCache grid the brittle ones (margin below 0.05) and at
+least one of every combination, and of a few cases the columns that tell error and threshold. Of Spectrum every case is
+kept, with two columns that tell what was returned.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ SPECTRUM = {
     "sp_warmup": "warmup",
     "stop": "stop",
 }
+DUAL_BLOCK = {"Fn": "Fn", "Bn": "Bn", "rdt": "threshold"}
 CLI = {"reuse_threshold": "threshold"}
 WITH_COLUMNS = (
     "uc/closed/karras20/t1/d0.9/rel1/rst0/.15-.95",
@@ -44,11 +45,13 @@ WITH_COLUMNS = (
     "ec/closed/flow50-flux1.15/t0.3/.15-.95",
     "ec/open/flow50/t0.05",
     "ec/x/sampler_heun",
+    "cd/flow50/t0.25",
+    "cd/opt/Bn_20",
 )
 
 
 def compact(full: dict[str, Any]) -> dict[str, Any]:
-    cases = [case for case in full["cases"] if case["mode"] in OPTIONS]
+    cases = [case for case in full["cases"] if case["mode"] in OPTIONS or dual_block(case)]
     by_id = {case["id"]: case for case in full["cases"]}
     tables = full["tables"]
     return {
@@ -65,12 +68,17 @@ def compact(full: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def dual_block(case: dict[str, Any]) -> bool:
+    """A case of the modes cache-dit and taylorseer, without skip-layer guidance, which the trajectory here lacks."""
+    return case["mode"] in ("cache-dit", "taylorseer") and "slg" not in case.get("scenario", {})
+
+
 def chosen(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     seen, kept = set(), []
     for case in cases:
         p = case["p"]
         kind = (case["mode"], case["loop"], case["sched"], *(p[key] for key in ("decay", "relative", "reset")))
-        special = case["mode"] == "easycache" or "/x/" in case["id"] or case["id"] in WITH_COLUMNS
+        special = case["mode"] != "ucache" or "/x/" in case["id"] or case["id"] in WITH_COLUMNS
         if special or kind not in seen or case["margin"] < 0.05:
             kept.append(case)
         seen.add(kind)
@@ -79,7 +87,10 @@ def chosen(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def trimmed(case: dict[str, Any], by_id: dict[str, Any]) -> dict[str, Any]:
     kept = {key: case[key] for key in KEYS if key in case}
-    kept["p"] = {key: case["p"][key] for key in OPTIONS[case["mode"]]}
+    if dual_block(case):
+        kept["p"] = {DUAL_BLOCK[key]: case["p"][key] for key in DUAL_BLOCK}
+    else:
+        kept["p"] = {key: case["p"][key] for key in OPTIONS[case["mode"]]}
     if case["id"] in WITH_COLUMNS:
         columns = by_id[case.get("col_same_as", case["id"])]["col"]
         anchor = [row for row, condition in enumerate(columns["c"]) if condition in (0, 3)]

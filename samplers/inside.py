@@ -1,0 +1,89 @@
+"""cache-dit's DBCache inside a pipeline's denoiser, where `Bn` asks for blocks behind the ones that are skipped.
+
+Nothing outside of a model can leave out blocks in its middle. cache-dit can, from the inside; what is left for the
+outside is skipping whole steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from stepcache import Method, OptionError, Reuse, TaylorSeer
+from stepcache.criteria import Always, Never, RelativeChange
+from stepcache.extras import need
+
+
+def wanted(method: Method) -> bool:
+    """Whether a method asks for blocks behind the skipped ones."""
+    rule = method.criterion
+    return isinstance(rule, RelativeChange) and rule.blocks is not None and rule.blocks.after > 0
+
+
+class Inside:
+    """One pipeline's DBCache, from `enter` to `leave`: threshold, Fn, Bn, warm-up, limits and series are cache-dit's.
+
+    The outside skips the zeros of a static mask, whole steps; cache-dit counts the calls that are left. A dynamic mask
+    of digits is cache-dit's too. Needs cache-dit: pip install 'stepcache[cache-dit]'.
+    """
+
+    def __init__(self, pipe: Any, modules: list[nn.Module], method: Method, guidance: dict[str, bool | None]) -> None:
+        self.pipe, self.modules, self.method = pipe, modules, method
+        self.library = need("cache_dit", "cache-dit")
+        self._before: list[tuple[nn.Module, dict[str, Any]]] = []
+        mask = None
+        if method.mask is not None and not method.static:
+            if isinstance(method.mask.mask, str):
+                raise OptionError(
+                    f"mask={method.mask.mask!r} with Bn: cache-dit must know its digits; give them, or policy='static'"
+                )
+            mask = list(method.mask.mask)
+        blocks = method.criterion.blocks
+        self._config = self.library.DBCacheConfig(
+            Fn_compute_blocks=blocks.count,
+            Bn_compute_blocks=blocks.after,
+            residual_diff_threshold=method.criterion.threshold,
+            max_warmup_steps=method.warmup,
+            max_cached_steps=method.max_cached,
+            max_continuous_cached_steps=method.max_consecutive,
+            steps_computation_mask=mask,
+            **{key: value for key, value in guidance.items() if value is not None},
+        )
+        self._calibrator = None
+        if isinstance(method.predictor, TaylorSeer):
+            kind = {"residual": "residual", "output": "hidden_states"}[method.predictor.of]
+            self._calibrator = self.library.TaylorSeerCalibratorConfig(
+                taylorseer_order=method.predictor.order, calibrator_cache_type=kind
+            )
+        elif not isinstance(method.predictor, Reuse):
+            raise OptionError(f"predictor={method.predictor!r} with Bn: accepted are Reuse and TaylorSeer, as inside")
+
+    @property
+    def outside(self) -> Method:
+        """What is left for the outside: the zeros of a static mask, else nothing."""
+        return self.method.but(criterion=Always() if self.method.static else Never())
+
+    def enter(self) -> None:
+        parts = [part for module in self.modules for part in module.modules()]
+        self._before = [(part, dict(part.__dict__)) for part in parts]
+        self.library.enable_cache(self.pipe, cache_config=self._config, calibrator_config=self._calibrator)
+
+    def leave(self) -> None:
+        self.library.disable_cache(self.pipe)
+        for part, before in self._before:  # it leaves some of its own behind: forwards of blocks, marks
+            for name in set(part.__dict__) - set(before):
+                del part.__dict__[name]
+            if "forward" in before:
+                part.__dict__["forward"] = before["forward"]
+        self._before = []
+
+    def note(self) -> str:
+        """Which of its calls cache-dit has served, by its own count."""
+        stats = self.library.summary(self.pipe, logging=False)
+        served = sorted({step for one in stats for step in (one.cached_steps or ())})
+        return (
+            f"inside, cache-dit {self._config.strify()} served its calls {served}"
+            if served
+            else (f"inside, cache-dit {self._config.strify()} has served no call yet")
+        )
