@@ -45,7 +45,7 @@ class Unit:
     seeds: tuple[int, ...]
     methods: Mapping[str, Method]
     others: tuple[str, ...]
-    spacings: Mapping[str, tuple[int, int]]
+    spacings: Mapping[str, tuple[float, float]]
 
     @property
     def key(self) -> str:
@@ -194,7 +194,7 @@ def compared(unit: Unit) -> list[dict[str, Any]]:
     if subject.limit is not None and unit.sampler not in subject.noisy:
         limit = exact(subject, seeds)
 
-    def record(role: str, name: str, sampler: str, steps: int, result: Sampled, budget: int) -> dict[str, Any]:
+    def record(role: str, name: str, sampler: str, steps: int, result: Sampled, budget: float) -> dict[str, Any]:
         first = next(iter(subject.metrics.values()))
         return {
             "subject": subject.name,
@@ -229,16 +229,16 @@ def compared(unit: Unit) -> list[dict[str, Any]]:
     return records
 
 
-def spacing(subject: Subject, sampler: str, seed: int) -> tuple[int, int]:
+def spacing(subject: Subject, sampler: str, seed: int) -> tuple[float, float]:
     """The calls that a sampler makes in two steps, and how many more in each further step."""
     two, three = (subject.sample(sampler, steps, None, [seed]).calls for steps in (2, 3))
     return two, max(1, three - two)
 
 
-def within(spacing: tuple[int, int], budget: int) -> int | None:
+def within(spacing: tuple[float, float], budget: float) -> int | None:
     """The most steps that a sampler makes with so many calls; None where it cannot make any."""
     at_two, more = spacing
-    steps = 2 + (budget - at_two) // more
+    steps = 2 + int((budget - at_two) // more)
     return steps if steps >= 1 else None
 
 

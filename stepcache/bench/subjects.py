@@ -29,9 +29,9 @@ class Sampled:
     report: Report
 
     @property
-    def calls(self) -> int:
-        """Calls made for one condition; where conditions differ, for the one that had most."""
-        return max((self.report.fates(name).count("C") for name in self.report.conditions), default=0)
+    def calls(self) -> float:
+        """Calls made for one condition, in the mean over conditions."""
+        return self.report.calls / max(1, len(self.report.conditions))
 
 
 class Subject(Protocol):
