@@ -157,7 +157,7 @@ def test_a_new_size_in_mid_run_cannot_be_leant_on():
 
 def test_it_is_an_option_of_every_method_and_needs_a_deciding_anchor():
     assert Forecast(skip="followers").skip == UCache(skip="followers").skip == "followers"
-    with pytest.raises(OptionError, match="unknown skip 'uncond'. Accepted: all, followers"):
+    with pytest.raises(OptionError, match=r"unknown skip 'uncond'\. Accepted: all, followers"):
         Method(skip="uncond")
     with pytest.raises(OptionError, match="skip='followers' with decide='each': the anchor is always computed"):
         cached(Rows(), FOLLOW, conditions=BOTH, decide="each")
