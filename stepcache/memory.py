@@ -70,6 +70,10 @@ class Evidence:
             return None
         return value if math.isfinite(value) else None
 
+    def take(self, number: Tensor) -> Reading:
+        """A number measured by the asker (0-dimensional), to come over with the others."""
+        return self._readings.take(number)
+
     @cached_property
     def moved(self) -> Tensor:
         """x - x' with x' the input of the last computed evaluation, in float32 or wider; there must be one."""

@@ -65,13 +65,17 @@ class Sampled:
 
 
 @torch.no_grad()
-def run(setup: Setup, sampler: str, steps: int, method: Method | None, samples: int, seed: int) -> Sampled:
+def run(
+    setup: Setup, sampler: str, steps: int, method: Method | None, samples: int, seed: int, guidance: float = GUIDANCE
+) -> Sampled:
     """Samples `samples` digits, the classes in turn, from the noise of `seed`; the cache sits inside the guidance."""
     label = torch.arange(samples) % networks.CLASSES
     sigmas = setup.sigmas(steps)
     noise = torch.randn(samples, 1, networks.SIZE, networks.SIZE, generator=torch.Generator().manual_seed(seed))
-    cached = CachedDenoiser(setup.denoiser, method, conditions=("uncond", "cond"))
+    cached = CachedDenoiser(setup.denoiser, method, conditions=("uncond", "cond"), guidance=guidance)
     torch.manual_seed(seed + 1)  # the ancestral sampler's noise
     begun = time.perf_counter()
-    images = sample(sampler, Guided(cached), noise * sigmas[0], sigmas, extra_args={"label": label}, disable=True)
+    images = sample(
+        sampler, Guided(cached, guidance), noise * sigmas[0], sigmas, extra_args={"label": label}, disable=True
+    )
     return Sampled(images, time.perf_counter() - begun, cached.report)
