@@ -773,7 +773,7 @@ def _coordinate(scheduler: Any) -> Callable[[float], float] | None:
 def _exposure(scheduler: Any) -> Callable[[float], float] | None:
     """`Run.exposure` by what the network predicts: a flow's velocity, noise, v, or the sample itself."""
     if _is_flow(scheduler):
-        return lambda sigma: 1.0
+        return lambda t: 1 / math.hypot(t, 1 - t)
     if not _has_sigma(scheduler):
         return None
     predicted = getattr(scheduler, "config", {}).get("prediction_type", "epsilon")

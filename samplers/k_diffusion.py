@@ -407,9 +407,10 @@ class TrainingTable:
 
 
 class Exposure:
-    """sigma -> c_in |c_out| / sigma: what a unit of output does to the scaled latent x c_in, over a unit of sigma.
+    """`Run.exposure`: |c_out| / sigma, what a unit of output does to x over a unit of sigma, divided by the scale of x.
 
-    Where the output stands for denoised, c_in says nothing of the latent's scale, which is sqrt(sigma^2 + 1) then.
+    That is sqrt(sigma^2 + 1), latents being of scale 1 at sigma = 0, or sqrt(sigma^2 + (1 - sigma)^2) where
+    scalings="flow".
     """
 
     def __init__(self, scalings: Scalings) -> None:
@@ -417,9 +418,9 @@ class Exposure:
 
     @torch.no_grad()
     def __call__(self, sigma: float) -> float:
-        _, c_out, c_in = self._scalings(torch.tensor([sigma], dtype=torch.float32))
-        scale = (sigma * sigma + 1) ** -0.5 if self._scalings is denoised_scalings else float(c_in)
-        return scale * abs(float(c_out)) / sigma
+        _, c_out, _ = self._scalings(torch.tensor([sigma], dtype=torch.float32))
+        data = 1 - sigma if self._scalings is flow_scalings else 1.0
+        return abs(float(c_out)) / sigma / math.hypot(sigma, data)
 
 
 def _scalings(model: Any, given: str | Scalings | None) -> Scalings:

@@ -5,7 +5,7 @@ The core knows no host; adapters live in `stepcache.samplers`. See docs/design.m
 
 from typing import Any
 
-from .criteria import Always, Criterion, Never, Verdict, state
+from .criteria import Always, Criterion, Never, ToleranceRule, Verdict, state
 from .gates import Every, Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, SpectrumCadence, Tally, Warmup, Window
 from .masks import StepMask
 from .memory import Evidence, Node
@@ -64,6 +64,7 @@ __all__ = [
     "StepMask",
     "Tally",
     "TaylorSeer",
+    "ToleranceRule",
     "UCache",
     "Verdict",
     "Warmup",

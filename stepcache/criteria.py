@@ -255,7 +255,7 @@ class _Miss(NamedTuple):
 
     path: tuple[tuple[int | None, float | None], ...]
     off: Reading | None
-    size: Reading
+    size: Reading | None
 
 
 @dataclass
@@ -267,8 +267,9 @@ class ToleranceRule(Criterion):
 
         E = 0.4 sqrt(sum over gaps (sum over skips k of the gap of u_k e_k)^2)
 
-    u_k the change of the scaled latent by one unit of output over the step (`Run.exposure`): |d sigma| / sqrt(sigma^2 +
-    1) for a network that predicts noise, |dt| for a flow. 0.4 stands for what the rest of the run damps, and for what
+    u_k the change of the scaled latent by one unit of output over the step (`Run.exposure`): |d sigma| /
+    sqrt(sigma^2 + 1) for a network that predicts noise, |dt| / sqrt(t^2 + (1 - t)^2) for a flow. Errors of one gap add
+    up, those of different gaps in squares. 0.4 stands for what the rest of the run damps, and for what
     errors of different gaps undo of each other. After every computed evaluation n, with a and b the two before it,
 
         e_k = r |(s_k - s_a) (s_k - s_b)|,   r = e_n / |(s_n - s_a) (s_n - s_b)|
@@ -289,7 +290,7 @@ class ToleranceRule(Criterion):
         tolerance: 0.003 is about 52 dB from the full run, 0.01 about 47 dB, 0.03 about 42 dB, where latents lie in
             [-1, 1]. 0 never skips. Default 0.02.
 
-    Keeps one latent a condition until the next evaluation. Source: ours; measured in docs/tolerance.md.
+    Keeps one latent a condition, at first two, until the next evaluation. Source: ours; measured in docs/tolerance.md.
     """
 
     tolerance: float = 0.02
@@ -333,7 +334,8 @@ class ToleranceRule(Criterion):
             self._path = tuple((self.places.index(w), evidence.coordinate(w)) for w in (evidence.where, *nodes))
         predicted = evidence.prediction
         self._offs[name] = None if predicted is None else predicted - evidence.out
-        self._residuals[name] = evidence.out - evidence.x
+        if self.rate is None:
+            self._residuals[name] = evidence.out - evidence.x
 
     def _close(self, evidence: Evidence) -> None:
         """Turns what the conditions of the last computed evaluation showed into numbers, on the device."""
@@ -341,7 +343,8 @@ class ToleranceRule(Criterion):
             return
         known = all(off is not None for off in self._offs.values())
         off = self._take(_rms(self._guided(self._offs, evidence))) if known else None
-        self._misses.append(_Miss(self._path, off, self._take(_rms(self._guided(self._residuals, evidence)))))
+        size = self._take(_rms(self._guided(self._residuals, evidence))) if self._residuals else None
+        self._misses.append(_Miss(self._path, off, size))
         self._where = None
         self._offs.clear()
         self._residuals.clear()
@@ -358,7 +361,7 @@ class ToleranceRule(Criterion):
 
     def decide(self, evidence: Evidence) -> Verdict:
         index = None if self.places is None else self.places.index(evidence.where)
-        if index is None:
+        if index is None or self._where is evidence.where:  # another condition has been computed here already
             return Verdict(False, threshold=self.tolerance)
         self._close(evidence)
         for miss in self._misses:
@@ -373,7 +376,8 @@ class ToleranceRule(Criterion):
         return Verdict(index < self.due and index < self.places.last, estimate, self.tolerance)
 
     def _learn(self, miss: _Miss) -> None:
-        off, self.size = None if miss.off is None else float(miss.off), float(miss.size)
+        off = None if miss.off is None else float(miss.off)
+        self.size = self.size if miss.size is None else float(miss.size)
         path = tuple(place for place in miss.path if None not in place)
         if len(path) < len(miss.path):
             self.path, self.rate = (), None  # off the schedule: begin again

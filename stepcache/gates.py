@@ -49,11 +49,12 @@ class Run:
     `schedule` is sigmas[0..n] or None; `training_sigma(share)` is the sigma at a share of the training timetable
     (0 = most noise) or None where the model has no such table; `stages` the evaluations of a step, None if not known;
     `second_only` whether the method leaves the first of two aside; `coordinate(sigma)` the coordinate that predictors
-    extrapolate in: log sigma, or t for flow models. `exposure(sigma)` is how fast the latent, scaled to 1, changes with
-    sigma for one unit of the network's output: 1 / sqrt(sigma^2 + 1) where that is noise, 1 for a flow in its t; None
-    where it is not known. `guidance` is the scale of uncond + guidance (cond - uncond), None if not known. Sentences in
-    `notes` go into the report; those in `warnings`, about
+    extrapolate in: log sigma, or t for flow models. Sentences in `notes` go into the report; those in `warnings`, about
     options that cannot act, are also said aloud, once a session.
+
+    `exposure(sigma)` is how fast the latent, scaled to 1, changes with sigma for one unit of the network's output:
+    1 / sqrt(sigma^2 + 1) where that is noise, 1 / sqrt(t^2 + (1 - t)^2) for a flow in its t; None where it is not
+    known. `guidance` is the scale of uncond + guidance (cond - uncond), None if not known.
     """
 
     schedule: tuple[float, ...] | None = None

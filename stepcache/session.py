@@ -199,7 +199,7 @@ class Session:
             self._free_if_over(evaluation)
             return answer
         evidence = {
-            name: Evidence(where, state.run, x, self._memory(name), self.method.predictor, state.readings)
+            name: Evidence(where, state.run, x, self._memory(name, where), self.method.predictor, state.readings)
             for name, x in zip(request.names, request.inputs(), strict=True)
         }
 
@@ -349,11 +349,14 @@ class Session:
             return "sigmas differ in the batch"
         return None
 
-    def _memory(self, name: str) -> History:
-        """The condition's memory; empty where it is older than the anchor's, because something changed in between."""
+    def _memory(self, name: str, where: Where) -> History:
+        """The condition's memory; empty where it is older than the anchor's, because something changed in between.
+
+        What the anchor has just remembered of this same evaluation does not count.
+        """
         state = self._state
         memory = state.histories.get(name, deque())
-        anchors = state.histories.get(state.anchor)
+        anchors = [node for node in state.histories.get(state.anchor, ()) if node.where is not where]
         stale = memory and anchors and memory[-1].where.evaluation < anchors[-1].where.evaluation
         return deque() if stale else memory
 
