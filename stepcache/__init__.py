@@ -6,7 +6,7 @@ The core knows no host; adapters live in `stepcache.samplers`. See docs/design.m
 from typing import Any
 
 from .compat import load_config, parse
-from .criteria import Always, Criterion, Never, RelativeChange, Verdict, state
+from .criteria import Always, Criterion, Never, RelativeChange, ToleranceRule, Verdict, state
 from .gates import Every, Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, SpectrumCadence, Tally, Warmup, Window
 from .masks import StepMask
 from .memory import Evidence, Node
@@ -71,6 +71,7 @@ __all__ = [
     "Tally",
     "TaylorSeer",
     "TaylorSeerCache",
+    "ToleranceRule",
     "UCache",
     "Verdict",
     "Warmup",

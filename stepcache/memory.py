@@ -77,6 +77,10 @@ class Evidence:
             return None
         return value if math.isfinite(value) else None
 
+    def take(self, number: Tensor) -> Reading:
+        """A number measured by the asker (0-dimensional), to come over with the others."""
+        return self._readings.take(number)
+
     def lean(self, lead: Tensor | None) -> None:
         """From now on x is another condition's output. One of another shape, or none, cannot be leant on."""
         fits = lead is not None and lead.shape == self.shape and lead.device == self.device

@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, Literal
 
 from . import options
-from .criteria import Always, Criterion, EasyCacheRule, Never, UCacheRule
+from .criteria import Always, Criterion, EasyCacheRule, Never, ToleranceRule, UCacheRule
 from .gates import (
     Every,
     Gate,
@@ -148,22 +148,40 @@ def accepted_options(function: Callable[..., Method]) -> dict[str, Any]:
 
 
 @_known
-def Forecast(every: int = 2, **common: Any) -> Method:
+def Forecast(every: int | None = None, tolerance: float | None = None, **common: Any) -> Method:
     """Our own: computes every second evaluation and predicts the others, by an order that chooses itself.
 
-    Nothing is calibrated and nothing depends on the latents but the order; calls are known before the run. What is
-    computed stands at `stepcache.gates.Every`, the prediction as a formula at `stepcache.predictors.SelfOrder`.
+    Nothing is calibrated. With `every` nothing depends on the latents but the order, and the calls are known before the
+    run; with `tolerance` the error is, and the calls follow. What is computed stands at `stepcache.gates.Every` and
+    `stepcache.criteria.ToleranceRule`, the prediction as a formula at `stepcache.predictors.SelfOrder`.
 
     Args:
-        every: of so many evaluations one is computed: 2 is half the calls, 3 a third. 1 computes everything. The last
-            step is computed too.
+        every: of so many evaluations one is computed: 2 (the default) is half the calls, 3 a third. 1 computes
+            everything. The last step is computed too.
+        tolerance: instead of `every`: the error that all skips together may leave in the result, as a share of the
+            latent's scale. 0.01 to 0.03 is usual; 0 never skips. It needs the schedule, as `sample` and diffusers give
+            it, and where cond and uncond are seen apart the guidance scale.
         **common: every option of `Method`: start, end, mask, warmup, last_step, max_cached, predictor, ...
 
     For samplers with two evaluations a step (Heun, DPM2, DPM++ SDE) it should know so: use `sample`, or `sigmas` and
-    the sampler's callback. What it reaches, and where it does not help, is measured in docs/measurements.md.
+    the sampler's callback. What it reaches, and where it does not help, is measured in docs/measurements.md and, with a
+    tolerance, in docs/tolerance.md.
     """
-    gates = (Every(every), *common.pop("gates", ()))
-    return Method(**{"predictor": SelfOrder(), "gates": gates, "last_step": True, "name": "forecast", **common})
+    chosen: dict[str, Any] = {"predictor": SelfOrder(), "last_step": True, "name": "forecast"}
+    if tolerance is None:
+        chosen["gates"] = (Every(2 if every is None else every), *common.pop("gates", ()))
+    elif every is not None:
+        raise options.OptionError(
+            f"every={every!r}, tolerance={tolerance!r}: each says how much is skipped; leave one of them out"
+        )
+    else:
+        chosen["criterion"] = ToleranceRule(tolerance)
+        if common.get("skip", "all") != "all":
+            raise options.OptionError(
+                f"tolerance={tolerance!r}, skip={common['skip']!r}: a tolerance counts errors of every condition; with "
+                "skip='followers' give every"
+            )
+    return Method(**{**chosen, **common})
 
 
 @_known
@@ -275,7 +293,16 @@ METHODS: dict[str, Callable[..., Method]] = {
     "static": Static,
     "none": Off,
 }
-AS_TEXT = {"mask": "", "window": "", "steps": 0, "preset": "", "policy": "", "block": ""}
+AS_TEXT = {
+    "mask": "",
+    "window": "",
+    "steps": 0,
+    "every": 2,
+    "tolerance": 0.0,
+    "preset": "",
+    "policy": "",
+    "block": "",
+}
 """Of which type options without a default are, where they come as text."""
 
 

@@ -136,6 +136,8 @@ class Session:
         sigmas: the schedule, sigmas[0..n], of runs that the host does not announce with `begin`.
         training_sigma: share of the training timetable (0 to 1) -> sigma, where the model has such a table.
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: log sigma.
+        exposure, guidance: as in `Run`; what `criteria.ToleranceRule` needs to know of the host. None: not known.
+            `guidance` may be a function, which is asked when a run begins.
         lowest_sigma: the model's lowest sigma: at or below it a run without a schedule is over and its memory is freed.
         group: a torch.distributed process group whose ranks work on one sample together. All of them then take the same
             decision: to skip where every rank would. None: no communication.
@@ -156,6 +158,8 @@ class Session:
         sigmas: Tensor | Iterable[float] | None = None,
         training_sigma: Callable[[float], float] | None = None,
         coordinate: Callable[[float], float] | None = None,
+        exposure: Callable[[float], float] | None = None,
+        guidance: float | Callable[[], float | None] | None = None,
         lowest_sigma: float = 0.0,
         group: Any = None,
         notes: Iterable[str] = (),
@@ -172,6 +176,8 @@ class Session:
         self._each = decide == "each"
         self._training_sigma = training_sigma
         self._coordinate = coordinate or math.log
+        self._exposure = exposure
+        self._guidance = guidance
         self._lowest_sigma = lowest_sigma
         self._group = group
         self._state: RunState | None = None
@@ -230,7 +236,7 @@ class Session:
             self._free_if_over(evaluation)
             return answer
         evidence = {
-            name: Evidence(where, state.run, x, self._memory(name), self.method.predictor, state.readings)
+            name: Evidence(where, state.run, x, self._memory(name, where), self.method.predictor, state.readings)
             for name, x in zip(request.names, request.inputs(), strict=True)
         }
         self._lean(evaluation, evidence)
@@ -255,6 +261,8 @@ class Session:
             held = KEPT if hold is None and one.out is not None else hold
             decides, checked = name in state.rules, name in state.rules or one.leans
             if held is not None and held is not KEPT:
+                for rule in state.rules.values() if held.observe else ():
+                    rule.witness(name, one)
                 if checked:
                     one.off  # noqa: B018  measured now, before this evaluation joins the memory it is measured against
                 if decides and held.observe:
@@ -357,7 +365,8 @@ class Session:
         fits = where.step is not None or where.mixed or timeline.schedule is None
         second_only = self.method.evaluations == "second"
         schedule = timeline.schedule if fits else None
-        run = Run(schedule, self._training_sigma, timeline.stages, second_only, self._coordinate)
+        run = Run(schedule, self._training_sigma, timeline.stages, second_only, self._coordinate, self._exposure)
+        run.guidance = self._guidance() if callable(self._guidance) else self._guidance
         self.report = Report(self.method.name, where.run, run.steps, run.notes)
         if not fits:
             run.warnings.append(f"the schedule given lacks the run's first sigma, {where.sigma:g}: taken as not known")
@@ -383,11 +392,14 @@ class Session:
             return "sigmas differ in the batch"
         return None
 
-    def _memory(self, name: str) -> History:
-        """The condition's memory; empty where it is older than the anchor's, because something changed in between."""
+    def _memory(self, name: str, where: Where) -> History:
+        """The condition's memory; empty where it is older than the anchor's, because something changed in between.
+
+        What the anchor has just remembered of this same evaluation does not count.
+        """
         state = self._state
         memory = state.histories.get(name, deque())
-        anchors = state.histories.get(state.anchor)
+        anchors = [node for node in state.histories.get(state.anchor, ()) if node.where is not where]
         stale = memory and anchors and memory[-1].where.evaluation < anchors[-1].where.evaluation
         return deque() if stale else memory
 

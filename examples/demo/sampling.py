@@ -49,7 +49,7 @@ def subject(name: str, guidance: float = GUIDANCE) -> KDiffusion:
         partial(sigmas, denoiser),
         guided=partial(Guided, scale=guidance),
         extra_args=asked,
-        cached={"conditions": ("uncond", "cond")},
+        cached={"conditions": ("uncond", "cond"), "guidance": guidance},
         metrics={**METRICS, "right": right},
     )
 

@@ -1,0 +1,284 @@
+"""A tolerance instead of a threshold: `ToleranceRule` by hand, and what `Forecast(tolerance=)` reaches."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from functools import cache
+
+import pytest
+import torch
+from tiny_pipelines import PIPELINES
+from torch import Tensor
+from toys import Toy, cached, drive, fates, filled
+
+from stepcache import Forecast, OptionError, Run, ToleranceRule, Where, method
+from stepcache.bench import METRICS
+from stepcache.demo import networks, sampling
+from stepcache.readings import Readings
+from stepcache.samplers.diffusers import attach
+from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
+
+TEN = tuple(1 - k / 10 for k in range(11))
+"""Ten steps of 0.1; with coordinate = sigma and exposure 1, u = 0.1 everywhere."""
+
+
+@dataclass
+class Seen:
+    """An `Evidence` of one pixel, with its numbers given."""
+
+    run: Run
+    where: Where
+    off: float = 0.0
+    residual: float = 1.0
+    history: list[Seen] = field(default_factory=list)
+    readings: Readings = field(default_factory=Readings)
+
+    def __post_init__(self) -> None:
+        self.x = filled(0)
+        self.out = filled(self.residual)
+        self.prediction = self.out + self.off if self.history else None
+
+    def coordinate(self, where: Where) -> float:
+        return where.sigma
+
+    def take(self, number: Tensor) -> float:
+        return float(number)
+
+
+class ByHand:
+    """A rule told of computed evaluations, one pixel a condition."""
+
+    def __init__(self, tolerance: float, **run: object) -> None:
+        self.run = Run(TEN, coordinate=float, exposure=lambda sigma: 1.0, **run)
+        self.rule = ToleranceRule(tolerance).begin(self.run)
+        self.history: list[Seen] = []
+
+    def computed(self, k: int, **offs: float) -> None:
+        where = Where(0, k, TEN[k], k)
+        for name, off in (offs or {"guided": 0.0}).items():
+            self.rule.witness(name, Seen(self.run, where, off, history=list(self.history)))
+        self.history.append(Seen(self.run, where))
+
+    def asked(self, k: int) -> tuple[bool, float]:
+        verdict = self.rule.decide(Seen(self.run, Where(0, k, TEN[k], k), history=self.history))
+        assert verdict.threshold == self.rule.tolerance
+        return verdict.skip, verdict.estimate
+
+
+@pytest.mark.parametrize(("tolerance", "skip"), [(0.1, True), (0.036, True), (0.034, False), (0.01, False)])
+def test_after_one_evaluation_half_of_the_residual_is_at_stake(tolerance, skip):
+    """u e = 0.1 / 2 = 0.05, and its square no more than a third of (tolerance / 0.4)^2: from 0.0346 on."""
+    hand = ByHand(tolerance)
+    hand.computed(0)
+    assert hand.asked(1) == (skip, pytest.approx(0.4 * 0.05))
+
+
+def test_what_a_computed_evaluation_reveals_corrects_the_estimate():
+    hand = ByHand(0.1)
+    hand.computed(0)
+    hand.asked(1)
+    hand.computed(2, guided=0.2)  # off by 0.2 at a distance of 0.2: by 0.1 at the skip, which left 0.1 * 0.1
+    _, estimate = hand.asked(3)  # the same once more
+    assert estimate == pytest.approx(0.4 * math.hypot(0.01, 0.01))
+    hand.computed(4, guided=0.08)  # r = 0.08 / (0.2 * 0.4) = 1: at 3 off by 0.1 * 0.3
+    _, estimate = hand.asked(5)
+    assert estimate == pytest.approx(0.4 * math.sqrt(0.01**2 + 0.003**2 + 0.003**2))
+    _, estimate = hand.asked(6)  # two skips of one gap add up: 0.1 (0.1 * 0.3 + 0.2 * 0.4)
+    assert estimate == pytest.approx(0.4 * math.sqrt(0.01**2 + 0.003**2 + 0.011**2))
+
+
+def test_the_gap_grows_by_one_where_the_tolerance_allows_it_and_falls_where_it_does_not():
+    def gap(off: float, tolerance: float) -> int:
+        hand = ByHand(tolerance)
+        hand.computed(0)
+        hand.computed(2, guided=0.002)
+        hand.computed(4, guided=off)
+        return next(m for m in range(1, 6) if not hand.asked(4 + m)[0])
+
+    assert gap(off=0.0001, tolerance=0.05) == 3
+    assert gap(off=0.4, tolerance=0.05) == 2
+    assert gap(off=10.0, tolerance=0.05) == 1
+
+
+def test_the_last_evaluation_and_a_spent_tolerance_are_computed():
+    hand = ByHand(0.05)
+    hand.computed(0)
+    hand.computed(8, guided=0.0001)
+    hand.asked(9)
+    hand.rule.due = 10  # whatever was planned
+    assert not hand.asked(9)[0]
+    hand = ByHand(0.05)
+    hand.computed(0)
+    hand.computed(2, guided=3.0)  # 0.4 * 0.1 * 1.5 = 0.06
+    assert not any(hand.asked(k)[0] for k in range(3, 10))
+
+
+def test_not_a_number_is_computed():
+    hand = ByHand(0.1)
+    hand.computed(0)
+    hand.computed(2, guided=math.nan)
+    assert not hand.asked(3)[0]
+    hand.computed(3, guided=0.0)
+    assert not hand.asked(4)[0]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "off"), [(1.0, 0.2), (3.0, 0.4), (None, 0.1 + 7.5 * 0.1)], ids=["none", "three", "unknown"]
+)
+def test_the_error_is_that_of_the_guided_prediction(guidance, off):
+    hand = ByHand(0.5, guidance=guidance)
+    hand.computed(0, uncond=0.0, cond=0.0)
+    hand.computed(2, uncond=0.1, cond=0.2)
+    assert hand.asked(3)[1] == pytest.approx(0.4 * math.hypot(0.1 * off / 2, 0.1 * off / 2))
+    assert any("7.5" in note for note in hand.run.notes) == (guidance is None)
+
+
+def test_one_condition_alone_is_taken_as_it_is():
+    hand = ByHand(0.5, guidance=3.0)
+    hand.computed(0, cond=0.0)
+    hand.computed(2, cond=0.2)
+    assert hand.asked(3)[1] == pytest.approx(0.4 * math.hypot(0.01, 0.01))
+
+
+def test_without_a_schedule_or_a_scale_everything_is_computed_and_the_report_says_so():
+    model = CachedDenoiser(Toy(), Forecast(tolerance=0.1))
+    drive(model, (10.0, 8.0, 6.0, 4.0), 1.0)
+    assert fates(model) == "CCCC"
+    assert any("tolerance" in note for note in model.report.notes)
+    run = Run(TEN)
+    assert not ToleranceRule(0.1).begin(run).decide(Seen(run, Where(0, 1, 0.9, 1))).skip
+
+
+def test_tolerance_zero_calls_the_model_directly():
+    model = cached(Toy(), Forecast(tolerance=0), sigmas=TEN)
+    drive(model, TEN[:-1], 1.0)
+    assert fates(model) == "C" * 10
+    assert {event.reason for event in model.report.events} == {"off"}
+
+
+def test_the_option_as_text_and_what_is_refused():
+    assert method("forecast", "tolerance=0.01") == Forecast(tolerance=0.01)
+    assert method("forecast", "every=3") == Forecast(3)
+    assert Forecast().gates == Forecast(2).gates
+    for refused in ({"every": 2, "tolerance": 0.1}, {"tolerance": -1}, {"tolerance": math.nan}):
+        with pytest.raises(OptionError, match="tolerance="):
+            Forecast(**refused)
+    with pytest.raises(OptionError, match="guidance="):
+        CachedDenoiser(Toy(), Forecast(tolerance=0.1), guidance="3")
+
+
+def test_nothing_of_a_run_reaches_the_next():
+    chosen = Forecast(tolerance=0.05)
+    model = CachedDenoiser(Toy(lambda x, sigma: x * (1 - 0.1 * torch.sin(sigma.max()))), chosen)
+    first = sample("euler", model, filled(1.0), torch.tensor(TEN), disable=True), fates(model)
+    second = sample("euler", model, filled(1.0), torch.tensor(TEN), disable=True), fates(model)
+    assert torch.equal(first[0], second[0])
+    assert first[1] == second[1]
+    assert "S" in first[1]
+    assert chosen == Forecast(tolerance=0.05)
+
+
+@cache
+def reached(network: str, sampler: str, tolerance: float) -> tuple[float, str]:
+    """PSNR in dB to the full run of 20 steps, and the fates."""
+    subject, seeds = sampling.subject(network), range(6)
+    full = full_run(network, sampler)
+    result = subject.sample(sampler, 20, Forecast(tolerance=tolerance), seeds)
+    return statistics.fmean(METRICS["PSNR"](result.images, full, seeds)), result.report.fates("cond")
+
+
+@cache
+def full_run(network: str, sampler: str) -> Tensor:
+    return sampling.subject(network).sample(sampler, 20, None, range(6)).images
+
+
+def test_one_tolerance_is_about_one_error_on_both_networks():
+    """Bars some dB beside what was measured: rounding may change a decision."""
+    found = [reached("unet", "euler", 0.02), reached("dit", "dpmpp_2m", 0.02)]
+    assert all(33 < psnr < 47 for psnr, _ in found)
+    assert all(report.count("C") < 10 for _, report in found)
+
+
+def test_a_smaller_tolerance_is_a_smaller_error_for_more_calls():
+    loose, tight = (reached("unet", "euler", tolerance) for tolerance in (0.02, 0.005))
+    assert tight[0] > loose[0] + 4
+    assert tight[1].count("C") > loose[1].count("C")
+
+
+def test_the_report_shows_estimate_and_tolerance():
+    report = run_of([3]).report
+    asked = [event for event in report.events if event.condition == "cond" and event.reason == "criterion"]
+    assert {event.threshold for event in asked} == {0.02}
+    assert all(event.estimate <= 0.02 for event in asked if not event.computed)
+    assert any(event.estimate > 0 for event in asked)
+
+
+class InTwoCalls(torch.nn.Module):
+    """Guidance 3 that calls the model for each condition."""
+
+    def __init__(self, inner_model: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner_model = inner_model
+
+    def forward(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        cond = self.inner_model(x, sigma, label=label)
+        uncond = self.inner_model(x, sigma, label=torch.full_like(label, networks.NO_CLASS))
+        return uncond + 3.0 * (cond - uncond)
+
+
+def run_of(labels: list[int], dtype: torch.dtype = torch.float32, separate: bool = False, **options: str):
+    """A run of the DiT for these classes, each from the same noise."""
+    ready = sampling.subject("dit")
+    denoiser = ready.model
+    noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)).expand(len(labels), -1, -1, -1)
+    model = CachedDenoiser(
+        Toy(lambda x, sigma, **extra: denoiser(x.float(), sigma.float(), **extra).to(x.dtype)),
+        Forecast(tolerance=0.02),
+        conditions=InTurn("cond", "uncond") if separate else ("uncond", "cond"),
+        guidance=3.0,
+        scalings=denoiser.get_scalings,
+        coordinate=denoiser.sigma_to_t,
+        **options,
+    )
+    guided = InTwoCalls(model) if separate else sampling.Guided(model)
+    sigmas, keywords = ready.sigmas(12).to(dtype), {"extra_args": {"label": torch.tensor(labels)}, "disable": True}
+    with torch.no_grad():
+        sample("euler", guided, noise.to(dtype) * sigmas[0], sigmas, **keywords)
+    return model
+
+
+def test_decisions_do_not_depend_on_batch_size_order_or_dtype():
+    alone = fates(run_of([3]), "cond")
+    assert "S" in alone
+    assert fates(run_of([3, 3, 3]), "cond") == alone
+    assert fates(run_of([3], torch.float64), "cond") == alone
+    assert fates(run_of([1, 5, 8]), "cond") == fates(run_of([8, 1, 5]), "cond")
+
+
+@pytest.mark.parametrize("decide", ["anchor", "each"])
+def test_conditions_in_separate_calls_are_judged_together(decide):
+    batched, separate = run_of([1, 5]), run_of([1, 5], separate=True, decide=decide)
+    assert fates(separate, "cond") == fates(separate, "uncond") == fates(batched, "cond")
+
+
+def test_one_transfer_a_decided_evaluation(monkeypatch):
+    fetched = []
+    fetch = Readings.fetch
+    monkeypatch.setattr(Readings, "fetch", lambda self: (fetched.append(1), fetch(self)))
+    report = run_of([3]).report
+    assert 0 < len(fetched) <= report.evaluations
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_through_diffusers_schedule_and_guidance_come_from_the_pipeline(name):
+    tiny = PIPELINES[name]
+    pipe = tiny.build()
+    with attach(pipe, "forecast", tolerance=0.5) as loose:
+        pipe(**tiny.call(pipe))
+    with attach(pipe, "forecast", tolerance=1e-6) as tight:
+        pipe(**tiny.call(pipe))
+    assert any("S" in loose.report.fates(condition) for condition in loose.report.conditions)
+    assert all("S" not in tight.report.fates(condition) for condition in tight.report.conditions)
+    assert not any("tolerance" in note for note in loose.report.notes)
