@@ -200,13 +200,18 @@ def _listed(root: nn.Module) -> tuple[nn.Module, str, list[nn.Module]] | None:
     while level:
         for path, module in level:
             lists = [(name, getattr(module, name, None)) for name in CONTAINERS]
-            lists = [(name, list(kept)) for name, kept in lists if isinstance(kept, (nn.ModuleList, nn.Sequential))]
+            lists = [(name, _flat(kept)) for name, kept in lists if isinstance(kept, (nn.ModuleList, nn.Sequential))]
             lists = [(name, kept[1:] if name == "input_blocks" else kept) for name, kept in lists]
             if blocks := [block for _, kept in lists for block in kept]:
                 first = next(name for name, kept in lists if kept)
                 return module, f"{path}{first}", blocks
         level = [(f"{path}{name}.", child) for path, module in level for name, child in module.named_children()]
     return None
+
+
+def _flat(blocks: nn.Module) -> list[nn.Module]:
+    """The blocks of a list; of a list of lists (Stable Cascade) all of theirs, because a list is never called."""
+    return [one for block in blocks for one in (_flat(block) if isinstance(block, nn.ModuleList) else [block])]
 
 
 def _compiled(root: nn.Module, blocks: list[nn.Module]) -> Iterator[nn.Module]:

@@ -42,6 +42,8 @@ class Request(ABC):
     requires_grad: bool = False
     place: tuple[float, int, int] | None = None
     keywords: Mapping[str, Any] = MappingProxyType({})
+    signal: Tensor | None = None
+    """What blocks were seen to add; kept for a host that answers one request twice and computes it once."""
 
     @abstractmethod
     def inputs(self) -> tuple[Tensor, ...]:
@@ -444,7 +446,7 @@ class Session:
                 one.signal = None
 
             def look(signal: Tensor | None) -> bool:
-                rows = 0 if signal is None else len(signal)
+                request.signal, rows = signal, 0 if signal is None else len(signal)
                 parts = [signal] * len(evidence) if not rows or rows % len(evidence) else signal.chunk(len(evidence))
                 for one, part in zip(evidence.values(), parts, strict=True):
                     one.signal = part
@@ -453,6 +455,8 @@ class Session:
                     decision.hold, decision.verdicts = settled.hold, settled.verdicts
                 return decision.hold is None
 
+            if request.signal is not None:
+                look(request.signal)
             answer = self._watch.call(request.compute, look)
             if decision.hold is LOOK:
                 decision.hold = Hold(INVALID_STATE)
