@@ -85,7 +85,7 @@ class Blocks:
         part = self._part(root)
         if self.name is not None:
             path, block = self._named(part)
-            chosen, note = [block], ""
+            chosen, note, label = [block], "", path
         else:
             found = _listed(part)
             if found is None:
@@ -98,14 +98,14 @@ class Blocks:
             count = min(self.count, max(len(blocks) - 1, 1))
             note = f"{type(owner).__name__} has {len(blocks)} blocks: looks at {count}, not {self.count}"
             note = note if count < self.count else ""
-            chosen = blocks[:count]
+            chosen, label = blocks[:count], f"the first {count} of {len(blocks)} blocks ({path})"
         for module in _compiled(root, chosen):
             raise OptionError(
                 f"{type(module).__name__} is compiled (torch.compile), and a hook inside it is not called: compile "
                 "only the blocks behind the one looked at, one by one (block.compile()), or use a method that looks at "
                 "no block (forecast, ucache, static)"
             )
-        return Watch(chosen[0], chosen[-1], path, note)
+        return Watch(chosen[0], chosen[-1], label, note)
 
     def _part(self, root: nn.Module) -> nn.Module:
         parts = dict(root.named_modules())
@@ -134,8 +134,8 @@ class Blocks:
 class Watch:
     """The block observed, and the one that its signal begins with."""
 
-    def __init__(self, first: nn.Module, last: nn.Module, path: str, note: str = "") -> None:
-        self.first, self.last, self.path, self.note = first, last, path, note
+    def __init__(self, first: nn.Module, last: nn.Module, label: str, note: str = "") -> None:
+        self.first, self.last, self.label, self.note = first, last, label, note
         self._choice: int | None = None
 
     def call(self, compute: Callable[[], Any], look: Callable[[Tensor | None], bool]) -> Any:

@@ -474,7 +474,7 @@ class Session:
             return f"{type(network).__name__} has no blocks that are known: the criterion looks at the network's input"
         if self._watch.note:
             self._warn(self._watch.note)
-        return f"looks at {self._watch.path}" + (f"; {self._watch.note}" if self._watch.note else "")
+        return f"looks at {self._watch.label}: run on skipped evaluations too"
 
     def _refuse_skipped_layers(self, request: Request, deciders: list[str]) -> None:
         for key in SKIP_LAYERS:
