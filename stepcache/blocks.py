@@ -175,7 +175,10 @@ class Watch:
                 handle.remove()
 
     def _signal(self, before: Tensor | None, out: Any) -> Tensor | None:
-        """What the blocks add; of several tensors of that shape (text and image) the one nearest to what came in."""
+        """What the blocks add; of several tensors of that shape (text and image) the one nearest to what came in.
+
+        Which that is, is found out once, for one transfer.
+        """
         outs = [one for one in _tensors(out) if one.is_floating_point()]
         alike = [k for k, one in enumerate(outs) if before is not None and one.shape == before.shape]
         if not alike:

@@ -107,13 +107,7 @@ NOT_FINITE = Hold("prediction not finite")
 CRITERION = Hold("criterion")
 LOOK = Hold("not settled")
 
-SKIP_LAYERS = (
-    "skip_layer_mask",
-    "skip_layers",
-    "skip_block_list",
-    "perturbation_mask",
-    "spatio_temporal_guidance_blocks",
-)
+SKIP_LAYERS = ("skip_layer_mask", "skip_layers", "perturbation_mask", "spatio_temporal_guidance_blocks")
 """Names under which models are told to leave blocks out, as spatio-temporal guidance (STG) does."""
 
 
