@@ -1,9 +1,9 @@
 """What a skipped evaluation should return: every predictor at the same calls, beside reuse and fewer steps.
 
-python benchmarks/forecast.py [--samples 60] [--steps 20] [--markdown forecast.md]
+python benchmarks/forecast.py [--samples 64] [--steps 20] [--out forecast-output]
 
-The same table as the demo's, on the two shipped networks, guidance 3; about ten minutes on two cores. All of `every 2`
-compute the same evaluations, and all of `every 3`; only what they return for the others differs.
+On the two shipped networks, guidance 3; about half an hour on two cores. All of `every 2` compute the same evaluations,
+and all of `every 3`; only what they return for the others differs.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from rich.console import Console
 
 from stepcache import DMD, EasyCache, FiniteDifference, Forecast, Lagrange, Method, Reuse, Spectrum, TaylorSeer, UCache
-from stepcache.demo.run import publish, sampled
+from stepcache.bench import bench
+from stepcache.demo.sampling import subject
 
-SAMPLERS = ("euler", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "heun", "dpmpp_sde")
-METHODS: dict[str, Method | None] = {
-    "full run": None,
+SAMPLERS = ("euler", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "heun", "dpm_2", "dpmpp_sde")
+METHODS: dict[str, Method] = {
     "UCache": UCache(),
     "EasyCache": EasyCache(),
     "Spectrum": Spectrum(),
@@ -32,6 +32,7 @@ METHODS: dict[str, Method | None] = {
             "TaylorSeer 1": TaylorSeer(1),
             "TaylorSeer 2": TaylorSeer(2),
             "h2": FiniteDifference(1),
+            "h3": FiniteDifference(2),
             "DMD": DMD(),
         }.items()
     },
@@ -42,13 +43,25 @@ METHODS: dict[str, Method | None] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--steps", type=int, nargs="+", default=[20])
+    parser.add_argument("--out", type=Path, default=Path("forecast-output"))
     options = parser.parse_args()
-    jobs = [(name, sampler, options.steps) for name in ("unet", "dit") for sampler in SAMPLERS]
-    rows = [row for block in sampled(jobs, METHODS, options.samples, 0, Console()) for row in block.rows]
-    publish(rows, Console(), options.markdown)
+    console = Console()
+    others = ("euler", "dpmpp_2m", "heun", "lms")
+    subjects = [subject(name) for name in ("unet", "dit")]
+    results = bench(
+        subjects,
+        SAMPLERS,
+        options.steps,
+        METHODS,
+        options.samples,
+        others=others,
+        out=options.out,
+        workers=2,
+        console=console,
+    )
+    results.show(console)
 
 
 if __name__ == "__main__":

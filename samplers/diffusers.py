@@ -27,6 +27,7 @@ from stepcache.options import flag
 from stepcache.readings import wide, widened
 
 from .inside import Inside, wanted
+from .rows import cut, rows_of
 
 SLOT = "_compiled_call_impl"
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "decoder", "model", "denoiser")
@@ -679,6 +680,15 @@ class _Call(Request):
             if slot.pairing != Pairing():
                 raise _Unpaired
         return widened(out).clone().chunk(len(self.names))
+
+    def part(self, name: str) -> _Call | None:
+        if getattr(self.slot.module, "is_cache_enabled", False):
+            return None  # a cache inside keeps what it saw, for batches of one size
+        rows = len(self.latent)
+        args, keywords = cut(_now((self.args, dict(self.keywords))), rows, rows_of(self.names, name, rows))
+        part = _Call(self.slot, args, keywords)
+        part.names = (name,)
+        return part
 
     def _refuse(self, reason: str) -> None:
         self.slot.refused = f"{reason}: always computed"

@@ -19,6 +19,8 @@ from stepcache.options import OptionError, unknown
 from stepcache.readings import wide, widened
 from stepcache.timeline import same_sigma
 
+from .rows import cut, rows_of
+
 Scalings = Callable[[Tensor], tuple[Tensor | None, Tensor, Tensor]]
 Conditions = Sequence[str] | Callable[..., str | Sequence[str]] | None
 
@@ -335,6 +337,12 @@ class _Call(Request):
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         skipped = self.latent if self.c_skip is None else self.latent * self.c_skip
         return torch.addcmul(skipped, out, self.c_out).to(self.latent.dtype)
+
+    def part(self, name: str) -> _Call:
+        rows = len(self.latent)
+        kept = rows_of(self.names, name, rows)
+        x, sigma, extra = cut((self.latent, self.sigma, self.keywords), rows, kept)
+        return _Call(self.model, self._compute_scalings, (name,), x, sigma, extra)
 
 
 def _spread(c: Tensor, x: Tensor) -> Tensor:

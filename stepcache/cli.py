@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from . import __version__
+from . import __version__, method
+from .extras import need
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,12 +18,64 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to (default %(default)s)")
     demo.add_argument("--samples", type=int, default=10, help="images a run, a multiple of 10 (default %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the noise (default %(default)s)")
+    bench = commands.add_parser("bench", help="measure quality against calls, beside fewer steps and other samplers")
+    bench.add_argument(
+        "--network", nargs="+", default=["unet", "dit"], choices=["unet", "dit"], help="shipped networks"
+    )
+    bench.add_argument("--sampler", nargs="+", default=["euler", "dpmpp_2m", "euler_ancestral"], help="%(default)s")
+    bench.add_argument("--steps", nargs="+", type=int, default=[20, 30], help="%(default)s")
+    bench.add_argument(
+        "--method",
+        nargs="+",
+        metavar="NAME[:OPTIONS]",
+        help="as forecast, forecast:every=3 or ucache:threshold=0.5,reset=0",
+    )
+    bench.add_argument(
+        "--other", nargs="+", default=["euler", "dpmpp_2m", "heun", "lms"], help="rival samplers (default %(default)s)"
+    )
+    bench.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default %(default)s)")
+    bench.add_argument("--samples", type=int, default=64, help="seeds, the same for all (default %(default)s)")
+    bench.add_argument("--batch", type=int, default=16, help="samples drawn at once (default %(default)s)")
+    bench.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")
+    bench.add_argument(
+        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default %(default)s)"
+    )
+    bench.add_argument(
+        "--out", type=Path, default=Path("bench-output"), help="folder; what is there is used (default %(default)s)"
+    )
     options = parser.parse_args(arguments)
-
-    from stepcache.demo.run import demo as run_demo
-
     try:
-        run_demo(options.out, options.samples, options.seed)
+        {"demo": _demo, "bench": _bench}[options.command](options)
     except (ImportError, ValueError) as error:
-        parser.exit(1, f"stepcache demo: {error}\n")
+        parser.exit(1, f"stepcache {options.command}: {error}\n")
     return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from stepcache.demo.run import demo
+
+    demo(options.out, options.samples, options.seed)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from stepcache.bench import bench
+    from stepcache.demo.sampling import subject
+
+    console = need("rich.console", "bench").Console()
+    methods = {text: method(*text.split(":", 1)) for text in options.method} if options.method else None
+    subjects = [subject(name, options.guidance) for name in options.network]
+    results = bench(
+        subjects,
+        options.sampler,
+        options.steps,
+        methods,
+        options.samples,
+        options.seed,
+        options.batch,
+        options.other,
+        options.out,
+        options.workers,
+        console,
+    )
+    results.show(console)
+    console.print(f"Written to {options.out}: table.md, results.json, pareto.png, records.jsonl")

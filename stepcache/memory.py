@@ -49,6 +49,8 @@ class Evidence:
         history: the last computed evaluations of this condition, oldest first, as many as the predictor remembers; not
             empty when a criterion or a predictor is asked.
         out: the network's raw output, once it has been computed (in `Criterion.observe`).
+        leans: whether this condition is predicted from another's output (`Method.skip`). That then stands for x, here
+            and in the memory; x is None until it is known.
         signal: what the criterion compares from one evaluation to the next: what the blocks that it looks at add to
             their input (`Criterion.blocks`), None until the forward has got there; without blocks, x.
     """
@@ -59,8 +61,10 @@ class Evidence:
         self.where = where
         self.run = run
         self.x = x
+        self.shape, self.device = x.shape, x.device
         self.history = history
         self.out: Tensor | None = None
+        self.leans = False
         self.signal: Tensor | None = x
         self._predictor = predictor
         self._readings = readings
@@ -72,6 +76,11 @@ class Evidence:
         except (ValueError, ArithmeticError):
             return None
         return value if math.isfinite(value) else None
+
+    def lean(self, lead: Tensor | None) -> None:
+        """From now on x is another condition's output. One of another shape, or none, cannot be leant on."""
+        fits = lead is not None and lead.shape == self.shape and lead.device == self.device
+        self.leans, self.x = True, lead if fits else None
 
     @cached_property
     def moved(self) -> Tensor:
@@ -95,7 +104,7 @@ class Evidence:
     @cached_property
     def prediction(self) -> Tensor | None:
         """The raw output that the predictor expects here; None where it cannot tell."""
-        return self._predictor.predict(self) if self.history else None
+        return self._predictor.predict(self) if self.history and self.x is not None else None
 
     @cached_property
     def total(self) -> Reading | None:

@@ -46,6 +46,10 @@ class Method:
         max_consecutive: at most so many in a row. Default -1: no limit.
         evaluations: "all" (default) or "second": of steps with two evaluations (Heun, DPM2, DPM++ 2S), only the second
             reads and writes the memory, as stable-diffusion.cpp does it.
+        skip: what a skipped evaluation leaves out: "all" conditions (default), or the "followers", all but the anchor.
+            The anchor is then computed at every evaluation, and what the others add to it is predicted: the predictor
+            finds the anchor's output in the place of the input, `out = out_anchor + ...`. Under fresh noise that
+            difference can be foretold where the output cannot. Needs guidance, and halves what can be saved.
         gates: further gates, asked after these.
         name: how the report calls it.
     """
@@ -61,6 +65,7 @@ class Method:
     max_cached: int = -1
     max_consecutive: int = -1
     evaluations: Literal["all", "second"] = "all"
+    skip: Literal["all", "followers"] = "all"
     gates: tuple[Gate, ...] = ()
     name: str = "custom"
 
@@ -69,6 +74,8 @@ class Method:
             object.__setattr__(self, "mask", StepMask(self.mask))
         if self.evaluations not in ("all", "second"):
             raise options.unknown("evaluations", str(self.evaluations), ("all", "second"))
+        if self.skip not in ("all", "followers"):
+            raise options.unknown("skip", str(self.skip), ("all", "followers"))
         object.__setattr__(self, "last_step", options.flag("last_step", self.last_step))
         for name, kind in (("criterion", Criterion), ("predictor", Predictor)):
             if not isinstance(value := getattr(self, name), kind):

@@ -61,6 +61,10 @@ class Request(ABC):
     def restore(self, outputs: tuple[Tensor, ...]) -> Any:
         """What the host expects, made from raw network outputs."""
 
+    def part(self, name: str) -> Request | None:
+        """The same call for one of its conditions alone; None where the host's call cannot be taken apart."""
+        return None
+
 
 @dataclass
 class Decision:
@@ -83,6 +87,8 @@ class Evaluation:
     names: set[str] = field(default_factory=set)
     expected: frozenset[str] = frozenset()
     decision: Decision | None = None
+    lead: Tensor | None = None
+    """The anchor's output, where the others are predicted from it (`Method.skip`)."""
 
 
 class RunState:
@@ -98,6 +104,7 @@ class RunState:
         self.anchor: str | None = None
         self.rules: dict[str, Criterion] = {}
         self.histories: dict[str, History] = {}
+        self.whole = False
         self.evaluation: Evaluation | None = None
 
 
@@ -106,6 +113,8 @@ NOT_ASKED = Hold("before the anchor", observe=False)
 NOT_FINITE = Hold("prediction not finite")
 CRITERION = Hold("criterion")
 LOOK = Hold("not settled")
+KEPT = Hold("the others follow", observe=False, record=False)
+WHOLE = Hold("cannot be taken apart")
 
 SKIP_LAYERS = ("skip_layer_mask", "skip_layers", "perturbation_mask", "spatio_temporal_guidance_blocks")
 """Names under which models are told to leave blocks out, as spatio-temporal guidance (STG) does."""
@@ -170,6 +179,10 @@ class Session:
         self._watch = None if blocks is None else blocks.find(network)
         if blocks is not None:
             self._notes += (self._looks_at(network),)
+        self._leads = self.method.skip == "followers" and not self.method.never_skips
+        if self._leads and (self._each or blocks is not None):
+            other = "decide='each'" if self._each else f"{self.method.name}, which decides inside the model"
+            raise OptionError(f"skip='followers' with {other}: the anchor is always computed; use skip='all'")
         self._lock, self._busy = threading.RLock(), False
         self._check_mask()
 
@@ -216,35 +229,41 @@ class Session:
             name: Evidence(where, state.run, x, self._memory(name), self.method.predictor, state.readings)
             for name, x in zip(request.names, request.inputs(), strict=True)
         }
+        self._lean(evaluation, evidence)
 
         # May I? Shall I? A criterion that looks inside the model is asked during the forward, which is left on a skip.
         decision = self._decide(evaluation, evidence)
+        if decision.hold is None and self._leads:
+            decision = self._keep_anchor(request, evaluation, evidence, decision)
         answer = LEFT if decision.hold is None else self._compute(request, evidence, decision)
         hold = decision.hold
 
         # What do I return?
         if hold is None:
-            answer = request.restore(tuple(one.prediction for one in evidence.values()))
+            answer = request.restore(tuple(one.prediction if one.out is None else one.out for one in evidence.values()))
         else:
             for one, out in zip(evidence.values(), request.outputs(answer), strict=True):
                 one.out = out
+            self._lean(evaluation, evidence)
 
         # What do I record?
         for name, one in evidence.items():
-            decides = name in state.rules
-            if hold is not None:
-                if decides:
+            held = KEPT if hold is None and one.out is not None else hold
+            decides, checked = name in state.rules, name in state.rules or one.leans
+            if held is not None and held is not KEPT:
+                if checked:
                     one.off  # noqa: B018  measured now, before this evaluation joins the memory it is measured against
-                    if hold.observe:
-                        said = decision.verdicts.get(name)
-                        state.rules[name].observe(one, forced=said is None or said.skip)
-                if hold.record:
+                if decides and held.observe:
+                    said = decision.verdicts.get(name)
+                    state.rules[name].observe(one, forced=said is None or said.skip)
+                if held.record and one.x is not None:
                     memory = state.histories.setdefault(name, deque(maxlen=self.method.predictor.memory))
                     self.method.predictor.remember(memory, one.node(request.latent.dtype))
+            verdict = decision.verdicts.get(name)
             self._record(
-                where, (name,), self._reason(hold), decision.verdicts.get(name), one if decides else None, hold
+                where, (name,), self._reason(held), verdict, one if checked and held is not KEPT else None, held
             )
-        self._count(evaluation, request.names, skipped=hold is None)
+        self._count(evaluation, request.names, skipped=hold is None or hold is KEPT)
         self._free_if_over(evaluation)
         return answer
 
@@ -383,7 +402,7 @@ class Session:
             return Decision(NOT_ASKED)
         if not deciders and evaluation.decision.hold is not None:
             decision = Decision(evaluation.decision.hold)
-        elif any(one.prediction is None for one in evidence.values()):
+        elif any(not one.history if one.x is None else one.prediction is None for one in evidence.values()):
             decision = Decision(NO_MEMORY)
         elif deciders:
             decision = Decision(LOOK) if self._watch is not None else self._ask(evidence, deciders)
@@ -395,23 +414,73 @@ class Session:
             evaluation.decision = decision
         return decision
 
+    def _lean(self, evaluation: Evaluation, evidence: dict[str, Evidence]) -> None:
+        """Puts the anchor's output in the place of the others' input, once it is known, where they lean on it."""
+        if not self._leads:
+            return
+        anchor = self._anchor(evidence)
+        if anchor in evidence:
+            evaluation.lead = evidence[anchor].out
+        for name in evidence.keys() - {anchor}:
+            evidence[name].lean(evaluation.lead)
+
+    def _keep_anchor(
+        self, request: Request, evaluation: Evaluation, evidence: dict[str, Evidence], decision: Decision
+    ) -> Decision:
+        """An evaluation that may be skipped, of which only what follows the anchor is: computes the anchor.
+
+        A call for the anchor alone is computed as it is. Of a batched one the anchor's part is; where that cannot be,
+        or a prediction that leans on it may not be finite, the whole.
+        """
+        anchor = self._state.anchor
+        if anchor not in evidence:
+            return decision
+        if len(evidence) == 1:
+            if evaluation.expected == {anchor}:
+                self._note(f"skip='followers': {anchor} is the only condition, so nothing is skipped")
+            return Decision(KEPT, decision.verdicts)
+        part = None if self._state.whole else request.part(anchor)
+        if part is not None:
+            try:
+                part.inputs()
+                (out,) = part.outputs(part.compute())
+                if out.shape != evidence[anchor].shape:
+                    raise ValueError(f"{tuple(out.shape)} came of {tuple(evidence[anchor].shape)}")
+                evidence[anchor].out = out
+            except (RuntimeError, ValueError, TypeError, LookupError) as error:
+                # Arguments that are not ordered by rows. Of an error of the model's own the whole call dies too.
+                part, self._state.whole = None, True
+                self._note(f"skip='followers': the call for {anchor} alone fails: {error}"[:300])
+        if part is None:
+            self._note(
+                "skip='followers': conditions that come in one call are computed together: it cannot be taken apart"
+            )
+            decision.hold = WHOLE
+            return decision
+        self._lean(evaluation, evidence)
+        if not all(self._sound(one) for name, one in evidence.items() if name != anchor):
+            decision.hold = NOT_FINITE
+        return decision
+
+    def _anchor(self, evidence: dict[str, Evidence]) -> str:
+        """The run's anchor, chosen by its first call."""
+        state = self._state
+        if state.anchor is None:
+            state.anchor = self._named_anchor or ("cond" if "cond" in evidence else next(iter(evidence)))
+        return state.anchor
+
     def _deciders(self, evidence: dict[str, Evidence]) -> list[str]:
         """The conditions of this call that decide; each has a rule of its own for this run."""
         state = self._state
-        if self._each:
-            deciders = list(evidence)
-        else:
-            if state.anchor is None:
-                usual = "cond" if "cond" in evidence else next(iter(evidence))
-                state.anchor = self._named_anchor or usual
-            deciders = [state.anchor] if state.anchor in evidence else []
+        deciders = [name for name in evidence if self._each or name == self._anchor(evidence)]
         for name in deciders:
             if name not in state.rules:
                 state.rules[name] = self.method.criterion.begin(state.run)
         return deciders
 
     def _ask(self, evidence: dict[str, Evidence], deciders: list[str]) -> Decision:
-        for one in evidence.values():
+        predicted = [one for one in evidence.values() if one.x is not None]
+        for one in predicted:
             one.total  # noqa: B018  requested before anything is read: everything comes over in one transfer
         for name in deciders if not self.method.static else ():
             evidence[name].input_change  # noqa: B018
@@ -419,7 +488,7 @@ class Session:
             name: Verdict(True) if self.method.static else self._state.rules[name].decide(evidence[name])
             for name in deciders
         }
-        finite = all(math.isfinite(one.total) for one in evidence.values())
+        finite = all(math.isfinite(one.total) for one in predicted)
         willing = finite and all(verdict.skip for verdict in verdicts.values())
         skip = self._agreed(willing, evidence[deciders[0]].x.device)
         reason = next((verdict.reason for verdict in verdicts.values() if verdict.reason), None)

@@ -626,8 +626,8 @@ def test_under_k_diffusions_samplers_on_the_shipped_transformer(sampler):
     """Two of four blocks are run on a skip; the image is near the full one, and nothing is computed twice."""
     from stepcache.demo import sampling
 
-    chosen = sampling.setup("dit")
-    blocks = chosen.denoiser.inner_model.net.transformer_blocks
+    chosen = sampling.subject("dit")
+    blocks = chosen.model.inner_model.net.transformer_blocks
     ran = [0] * len(blocks)
     handles = []
     for k, block in enumerate(blocks):
@@ -636,11 +636,11 @@ def test_under_k_diffusions_samplers_on_the_shipped_transformer(sampler):
             ran[k] += 1
 
         handles.append(block.register_forward_pre_hook(count))
-    full = sampling.run(chosen, sampler, 8, None, 2, seed=1)
+    full = chosen.sample(sampler, 8, None, [1, 2])
     asked = ran[0]
     assert ran == [asked] * 4
     ran[:] = [0] * 4
-    cached_run = sampling.run(chosen, sampler, 8, DBCache(Fn=2, threshold=0.3, warmup=2), 2, seed=1)
+    cached_run = chosen.sample(sampler, 8, DBCache(Fn=2, threshold=0.3, warmup=2), [1, 2])
     for handle in handles:
         handle.remove()
     computed = cached_run.report.fates("cond").count("C")

@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import re
+import statistics
 import subprocess
 import sys
 import warnings
@@ -19,8 +20,8 @@ from tiny_pipelines import PIPELINES, run
 
 import stepcache
 from stepcache import EasyCache, Off, OptionError, Session, Static, StepMask, UCache
+from stepcache.bench import METRICS
 from stepcache.demo import pipelines, sampling
-from stepcache.demo import run as demo
 from stepcache.samplers.diffusers import SLOT, StepCacheCallback, _training_sigma, attach, plan
 
 MASK = StepMask("fast", "static")
@@ -386,27 +387,22 @@ def test_the_progress_bar_shows_what_was_skipped(sd):
 @pytest.mark.parametrize("method", [UCache(), EasyCache(), Static("fast"), UCache(mask="fast")], ids=lambda m: m.name)
 def test_decisions_agree_with_the_k_diffusion_adapters_on_the_same_schedule(method):
     """The trained U-Net, Euler on Karras sigmas, through both hosts: the same decisions and the same image."""
-    there = sampling.run(sampling.setup("unet"), "euler", 20, method, 10, seed=0)
-    pipe = pipelines.pipeline("unet", "Euler")
-    with attach(pipe, method) as cache:
-        here = pipe(torch.arange(10), generator=torch.Generator().manual_seed(0))
-    assert cache.report.fates("cond") == there.report.fates("cond")
-    assert cache.report.fates("uncond") == there.report.fates("uncond")
-    torch.testing.assert_close(here, there.images, rtol=0, atol=1e-4)
+    there = sampling.subject("unet").sample("euler", 20, method, range(10))
+    here = pipelines.measured("unet").sample("Euler", 20, method, range(10))
+    assert here.report.fates("cond") == there.report.fates("cond")
+    assert here.report.fates("uncond") == there.report.fates("uncond")
+    torch.testing.assert_close(here.images, there.images, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("network", "scheduler"), [(n, s) for n, schedulers in pipelines.SCHEDULERS.items() for s in schedulers]
 )
 def test_the_trained_networks_draw_their_digits_under_every_scheduler(network, scheduler):
-    pipe = pipelines.pipeline(network, scheduler)
-    labels = torch.arange(10)
-    with attach(pipe, UCache()) as cache:
-        cached = pipe(labels, generator=torch.Generator().manual_seed(0))
-    assert 9 <= cache.report.calls / 2 <= 12
-    scores = demo.Scores()
-    assert scores.accuracy(cached) >= 0.9
-    assert scores.psnr(cached, pipe(labels, generator=torch.Generator().manual_seed(0))) > 28
+    subject, seeds = pipelines.measured(network), range(10)
+    cached, full = (subject.sample(scheduler, 20, method, seeds) for method in (UCache(), None))
+    assert 9 <= cached.calls <= 12
+    assert statistics.fmean(sampling.right(cached.images, full.images, seeds)) >= 0.9
+    assert statistics.fmean(METRICS["PSNR"](cached.images, full.images, seeds)) > 28
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import statistics
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from stepcache import EasyCache, Static, UCache
-from stepcache.demo import networks, run, sampling
+from stepcache.bench import METRICS, KDiffusion, Sampled
+from stepcache.demo import networks, sampling
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
 with warnings.catch_warnings():
@@ -26,23 +28,22 @@ SETUPS = ("unet", "dit")
 
 
 @functools.cache
-def setup(name: str) -> sampling.Setup:
-    return sampling.setup(name)
+def subject(name: str) -> KDiffusion:
+    return sampling.subject(name)
 
 
 @functools.cache
-def full(name: str, samples: int = 100) -> sampling.Sampled:
-    return sampling.run(setup(name), "euler", 20, None, samples, seed=5)
+def full(name: str, samples: int = 100) -> Sampled:
+    return subject(name).sample("euler", 20, None, range(samples))
 
 
-@functools.cache
-def scores() -> run.Scores:
-    return run.Scores()
+def share_right(images: torch.Tensor) -> float:
+    return statistics.fmean(sampling.right(images, images, range(len(images))))
 
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_full_runs_are_recognised_as_their_class_at_least_95_percent_of_the_time(name):
-    assert scores().accuracy(full(name).images) >= 0.95
+    assert share_right(full(name).images) >= 0.95
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -69,7 +70,7 @@ def test_the_shipped_weights_are_under_eight_megabytes():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", SETUPS)
 def test_off_is_bit_identical_on_both_networks_under_every_sampler(name, sampler):
-    chosen = setup(name)
+    chosen = subject(name)
     sigmas = chosen.sigmas(4)
     high, low = float(sigmas[0]), float(sigmas[-2])
     arguments = {"sample_dpm_fast": (low, high, 4), "sample_dpm_adaptive": (low, high)}.get(sampler, (sigmas,))
@@ -77,10 +78,10 @@ def test_off_is_bit_identical_on_both_networks_under_every_sampler(name, sampler
     x = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * high
     with torch.no_grad():
         torch.manual_seed(2)
-        plain = sampling.Guided(chosen.denoiser)
+        plain = sampling.Guided(chosen.model)
         expected = getattr(k_sampling, sampler)(plain, x, *arguments, extra_args=extra, disable=True)
         torch.manual_seed(2)
-        cached = sampling.Guided(CachedDenoiser(chosen.denoiser, UCache(0.0), conditions=("uncond", "cond")))
+        cached = sampling.Guided(CachedDenoiser(chosen.model, UCache(0.0), conditions=("uncond", "cond")))
         assert torch.equal(sample(sampler, cached, x, *arguments, extra_args=extra, disable=True), expected)
 
 
@@ -98,16 +99,16 @@ def test_quality_against_calls_is_what_was_measured(name):
     """Bars 2 dB under what 40 samples of Euler, 20 steps, gave; they would catch a wrong residual or a wrong scale."""
     for label, (method, *measured) in MEASURED.items():
         calls, psnr = measured[SETUPS.index(name)]
-        result = sampling.run(setup(name), "euler", 20, method, 40, seed=5)
-        assert run.calls(result) == pytest.approx(calls, abs=1), label
-        assert scores().psnr(result.images, full(name, 40).images) > psnr - 2, label
-        assert scores().accuracy(result.images) >= 0.95, label
+        result = subject(name).sample("euler", 20, method, range(40))
+        assert result.calls == pytest.approx(calls, abs=1), label
+        assert statistics.fmean(METRICS["PSNR"](result.images, full(name, 40).images, range(40))) > psnr - 2, label
+        assert share_right(result.images) >= 0.95, label
 
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_batch_decides_as_a_whole_and_a_repeat_is_bit_identical(name):
-    first = sampling.run(setup(name), "euler", 20, UCache(), 10, seed=1)
-    again = sampling.run(setup(name), "euler", 20, UCache(), 10, seed=1)
+    first = subject(name).sample("euler", 20, UCache(), range(10))
+    again = subject(name).sample("euler", 20, UCache(), range(10))
     assert torch.equal(first.images, again.images)
     assert first.report.fates("cond") == first.report.fates("uncond") == again.report.fates("cond")
 

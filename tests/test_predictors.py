@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ from stepcache import (
     Where,
     method,
 )
+from stepcache.bench import METRICS
 from stepcache.demo import sampling
 from stepcache.readings import Readings
 from stepcache.samplers.k_diffusion import CachedDenoiser, FlowDenoiser, sample
@@ -701,11 +703,10 @@ def count(tally: Tally, computed: bool) -> None:
 
 def quality(network: str, sampler: str, steps: int, method: Method) -> tuple[float, int]:
     """PSNR in dB to the full run, over 10 samples of a shipped network, and the calls of a condition."""
-    ready = sampling.setup(network)
-    full = sampling.run(ready, sampler, steps, None, 10, 0).images.clamp(-1, 1)
-    result = sampling.run(ready, sampler, steps, method, 10, 0)
-    error = (result.images.clamp(-1, 1) - full).square().flatten(1).mean(1)
-    return float((10 * torch.log10(4 / error)).mean()), result.report.fates("cond").count("C")
+    subject, seeds = sampling.subject(network), range(10)
+    full = subject.sample(sampler, steps, None, seeds)
+    result = subject.sample(sampler, steps, method, seeds)
+    return statistics.fmean(METRICS["PSNR"](result.images, full.images, seeds)), result.calls
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from stepcache import bench
+
 from . import networks
-from .sampling import GUIDANCE
+from .sampling import GUIDANCE, asked, subject
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS: dict[str, dict[str, Callable[[], Any]]] = {
@@ -42,12 +45,12 @@ class DigitsPipeline(diffusers.DiffusionPipeline):
         labels: Tensor,
         num_inference_steps: int = 20,
         guidance_scale: float = GUIDANCE,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     ) -> Tensor:
         """Images (B, 1, 16, 16) in about [-1, 1] of the digits `labels` (B,)."""
         self.scheduler.set_timesteps(num_inference_steps)
-        x = torch.randn(len(labels), 1, networks.SIZE, networks.SIZE, generator=generator)
+        x = randn_tensor((len(labels), 1, networks.SIZE, networks.SIZE), generator=generator)
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
         both = torch.cat([torch.full_like(labels, networks.NO_CLASS), labels])
         scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
@@ -60,6 +63,17 @@ class DigitsPipeline(diffusers.DiffusionPipeline):
             if callback_on_step_end is not None:
                 x = callback_on_step_end(self, i, t, {}).pop("latents", x)
         return x
+
+
+def measured(name: str) -> bench.Pipeline:
+    """The shipped network `name` as a subject of `stepcache bench`, its schedulers for samplers."""
+
+    def call(pipe: DigitsPipeline, steps: int, seeds: Sequence[int]) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(asked(seeds)["label"], num_inference_steps=steps, generator=generators)
+
+    pipe = pipeline(name, next(iter(SCHEDULERS[name])))
+    return bench.Pipeline(f"{name}, diffusers", pipe, SCHEDULERS[name], call, metrics=subject(name).metrics)
 
 
 def pipeline(name: str, scheduler: str) -> DigitsPipeline:

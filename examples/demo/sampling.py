@@ -1,16 +1,16 @@
-"""The demo's networks as k-diffusion models: noise schedule, guidance, and the cache in between."""
+"""The demo's networks as k-diffusion models: noise schedule, guidance, and how their samples are marked."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from stepcache import Method, Report
+from stepcache.bench import METRICS, KDiffusion
 from stepcache.extras import need
-from stepcache.samplers.k_diffusion import CachedDenoiser, FlowDenoiser, sample
+from stepcache.samplers.k_diffusion import FlowDenoiser
 
 from . import networks
 
@@ -31,47 +31,49 @@ class Guided(nn.Module):
         return uncond + self.scale * (cond - uncond)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A network ready for k-diffusion's samplers, in x = x0 + sigma noise."""
+def subject(name: str, guidance: float = GUIDANCE) -> KDiffusion:
+    """The shipped network "unet" (eps prediction, Stable Diffusion's betas) or "dit" (rectified flow), to be sampled.
 
-    name: str
-    denoiser: nn.Module
-
-    def sigmas(self, steps: int) -> Tensor:
-        """The U-Net's Karras schedule between its training sigmas, or the flow's equal steps in time; then 0."""
-        if isinstance(self.denoiser, FlowDenoiser):
-            return self.denoiser.get_sigmas(steps)
-        karras = need("k_diffusion.sampling", "k-diffusion").get_sigmas_karras
-        return karras(steps, float(self.denoiser.sigma_min), float(self.denoiser.sigma_max))
-
-
-def setup(name: str) -> Setup:
-    """The shipped network "unet" (eps prediction, Stable Diffusion's betas) or "dit" (rectified flow)."""
+    A seed is a start noise and the digit asked for, its last figure. Samples are in x = x0 + sigma noise, 16x16 pixels.
+    """
     network = networks.load(name)
     if name == "dit":
-        return Setup(name, FlowDenoiser(network))
-    wrapper = need("k_diffusion.external", "k-diffusion").DiscreteEpsDDPMDenoiser
-    return Setup(name, wrapper(network, networks.alphas_cumprod(), quantize=False))
+        denoiser = FlowDenoiser(network)
+    else:
+        wrapper = need("k_diffusion.external", "k-diffusion").DiscreteEpsDDPMDenoiser
+        denoiser = wrapper(network, networks.alphas_cumprod(), quantize=False)
+    return KDiffusion(
+        name if guidance == GUIDANCE else f"{name}, guidance {guidance:g}",
+        denoiser,
+        (1, networks.SIZE, networks.SIZE),
+        partial(sigmas, denoiser),
+        guided=partial(Guided, scale=guidance),
+        extra_args=asked,
+        cached={"conditions": ("uncond", "cond")},
+        metrics={**METRICS, "right": right},
+    )
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """One run: images (B, 1, 16, 16), seconds it took, and its report."""
+def sigmas(denoiser: nn.Module, steps: int) -> Tensor:
+    """The U-Net's Karras schedule between its training sigmas, or the flow's equal steps in time; then 0."""
+    if isinstance(denoiser, FlowDenoiser):
+        return denoiser.get_sigmas(steps)
+    karras = need("k_diffusion.sampling", "k-diffusion").get_sigmas_karras
+    return karras(steps, float(denoiser.sigma_min), float(denoiser.sigma_max))
 
-    images: Tensor
-    seconds: float
-    report: Report
+
+def asked(seeds: Sequence[int]) -> dict[str, Tensor]:
+    """The digits asked for, as the networks' extra argument."""
+    return {"label": torch.tensor(seeds) % networks.CLASSES}
 
 
 @torch.no_grad()
-def run(setup: Setup, sampler: str, steps: int, method: Method | None, samples: int, seed: int) -> Sampled:
-    """Samples `samples` digits, the classes in turn, from the noise of `seed`; the cache sits inside the guidance."""
-    label = torch.arange(samples) % networks.CLASSES
-    sigmas = setup.sigmas(steps)
-    noise = torch.randn(samples, 1, networks.SIZE, networks.SIZE, generator=torch.Generator().manual_seed(seed))
-    cached = CachedDenoiser(setup.denoiser, method, conditions=("uncond", "cond"))
-    torch.manual_seed(seed + 1)  # the ancestral sampler's noise
-    begun = time.perf_counter()
-    images = sample(sampler, Guided(cached), noise * sigmas[0], sigmas, extra_args={"label": label}, disable=True)
-    return Sampled(images, time.perf_counter() - begun, cached.report)
+def right(images: Tensor, reference: Tensor, seeds: Sequence[int]) -> list[float]:
+    """A metric: 1 where the classifier takes a sample for the digit it was asked to be, else 0."""
+    taken = _classifier()(images.clamp(-1, 1)).argmax(1)
+    return (taken == asked(seeds)["label"]).float().tolist()
+
+
+@cache
+def _classifier() -> nn.Module:
+    return networks.load("classifier")
