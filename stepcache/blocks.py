@@ -85,7 +85,7 @@ class Blocks:
         part = self._part(root)
         if self.name is not None:
             path, block = self._named(part)
-            chosen, note = [block], ""
+            chosen, note, label = [block], "", path
         else:
             found = _listed(part)
             if found is None:
@@ -98,14 +98,14 @@ class Blocks:
             count = min(self.count, max(len(blocks) - 1, 1))
             note = f"{type(owner).__name__} has {len(blocks)} blocks: looks at {count}, not {self.count}"
             note = note if count < self.count else ""
-            chosen = blocks[:count]
+            chosen, label = blocks[:count], f"the first {count} of {len(blocks)} blocks ({path})"
         for module in _compiled(root, chosen):
             raise OptionError(
                 f"{type(module).__name__} is compiled (torch.compile), and a hook inside it is not called: compile "
                 "only the blocks behind the one looked at, one by one (block.compile()), or use a method that looks at "
                 "no block (forecast, ucache, static)"
             )
-        return Watch(chosen[0], chosen[-1], path, note)
+        return Watch(chosen[0], chosen[-1], label, note)
 
     def _part(self, root: nn.Module) -> nn.Module:
         parts = dict(root.named_modules())
@@ -134,8 +134,8 @@ class Blocks:
 class Watch:
     """The block observed, and the one that its signal begins with."""
 
-    def __init__(self, first: nn.Module, last: nn.Module, path: str, note: str = "") -> None:
-        self.first, self.last, self.path, self.note = first, last, path, note
+    def __init__(self, first: nn.Module, last: nn.Module, label: str, note: str = "") -> None:
+        self.first, self.last, self.label, self.note = first, last, label, note
         self._choice: int | None = None
 
     def call(self, compute: Callable[[], Any], look: Callable[[Tensor | None], bool]) -> Any:
@@ -175,7 +175,10 @@ class Watch:
                 handle.remove()
 
     def _signal(self, before: Tensor | None, out: Any) -> Tensor | None:
-        """What the blocks add; of several tensors of that shape (text and image) the one nearest to what came in."""
+        """What the blocks add; of several tensors of that shape (text and image) the one nearest to what came in.
+
+        Which that is, is found out once, for one transfer.
+        """
         outs = [one for one in _tensors(out) if one.is_floating_point()]
         alike = [k for k, one in enumerate(outs) if before is not None and one.shape == before.shape]
         if not alike:
@@ -200,13 +203,18 @@ def _listed(root: nn.Module) -> tuple[nn.Module, str, list[nn.Module]] | None:
     while level:
         for path, module in level:
             lists = [(name, getattr(module, name, None)) for name in CONTAINERS]
-            lists = [(name, list(kept)) for name, kept in lists if isinstance(kept, (nn.ModuleList, nn.Sequential))]
+            lists = [(name, _flat(kept)) for name, kept in lists if isinstance(kept, (nn.ModuleList, nn.Sequential))]
             lists = [(name, kept[1:] if name == "input_blocks" else kept) for name, kept in lists]
             if blocks := [block for _, kept in lists for block in kept]:
                 first = next(name for name, kept in lists if kept)
                 return module, f"{path}{first}", blocks
         level = [(f"{path}{name}.", child) for path, module in level for name, child in module.named_children()]
     return None
+
+
+def _flat(blocks: nn.Module) -> list[nn.Module]:
+    """The blocks of a list; of a list of lists (Stable Cascade) all of theirs, because a list is never called."""
+    return [one for block in blocks for one in (_flat(block) if isinstance(block, nn.ModuleList) else [block])]
 
 
 def _compiled(root: nn.Module, blocks: list[nn.Module]) -> Iterator[nn.Module]:

@@ -119,7 +119,7 @@ class RelativeChange(Criterion):
 
     Sources: chengzeyi/Comfy-WaveSpeed (commit 8253745), diffusers' `FirstBlockCacheConfig` (commit 58eb52c0),
     vipshop/cache-dit (commit f86744af); of the input, stable-diffusion.cpp (commit 97d29908).
-    Keeps one signal a deciding condition.
+    Keeps the signal of one call.
     """
 
     threshold: float = 0.08

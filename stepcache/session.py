@@ -42,6 +42,8 @@ class Request(ABC):
     requires_grad: bool = False
     place: tuple[float, int, int] | None = None
     keywords: Mapping[str, Any] = MappingProxyType({})
+    signal: Tensor | None = None
+    """What blocks were seen to add; kept for a host that answers one request twice and computes it once."""
 
     @abstractmethod
     def inputs(self) -> tuple[Tensor, ...]:
@@ -114,13 +116,7 @@ LOOK = Hold("not settled")
 KEPT = Hold("the others follow", observe=False, record=False)
 WHOLE = Hold("cannot be taken apart")
 
-SKIP_LAYERS = (
-    "skip_layer_mask",
-    "skip_layers",
-    "skip_block_list",
-    "perturbation_mask",
-    "spatio_temporal_guidance_blocks",
-)
+SKIP_LAYERS = ("skip_layer_mask", "skip_layers", "perturbation_mask", "spatio_temporal_guidance_blocks")
 """Names under which models are told to leave blocks out, as spatio-temporal guidance (STG) does."""
 
 
@@ -525,7 +521,7 @@ class Session:
                 one.signal = None
 
             def look(signal: Tensor | None) -> bool:
-                rows = 0 if signal is None else len(signal)
+                request.signal, rows = signal, 0 if signal is None else len(signal)
                 parts = [signal] * len(evidence) if not rows or rows % len(evidence) else signal.chunk(len(evidence))
                 for one, part in zip(evidence.values(), parts, strict=True):
                     one.signal = part
@@ -534,6 +530,8 @@ class Session:
                     decision.hold, decision.verdicts = settled.hold, settled.verdicts
                 return decision.hold is None
 
+            if request.signal is not None:
+                look(request.signal)
             answer = self._watch.call(request.compute, look)
             if decision.hold is LOOK:
                 decision.hold = Hold(INVALID_STATE)
@@ -551,7 +549,7 @@ class Session:
             return f"{type(network).__name__} has no blocks that are known: the criterion looks at the network's input"
         if self._watch.note:
             self._warn(self._watch.note)
-        return f"looks at {self._watch.path}" + (f"; {self._watch.note}" if self._watch.note else "")
+        return f"looks at {self._watch.label}: run on skipped evaluations too"
 
     def _refuse_skipped_layers(self, request: Request, deciders: list[str]) -> None:
         for key in SKIP_LAYERS:

@@ -19,7 +19,7 @@ import torch
 from tiny_pipelines import PIPELINES, SD_BETAS, run, sched
 from tiny_pipelines import image as picture
 
-from stepcache import EasyCache, Method, Off, Static, StepMask, UCache
+from stepcache import EasyCache, FBCache, Method, Off, Static, StepMask, UCache
 from stepcache.samplers.diffusers import SLOT, StepCacheCallback, attach
 
 diffusers = pytest.importorskip("diffusers")
@@ -199,6 +199,18 @@ def test_offloading_while_attached_loses_neither_the_cache_nor_the_offloading(sd
         assert sd.skips()
         assert sd.skips()
     assert sd.pipe.unet.__dict__.keys() == other.unet.__dict__.keys()
+    assert sd.bare()
+
+
+@pytest.mark.parametrize("offload", [sequential_offload, block_offload, disk_offload], ids=lambda o: o.__name__)
+def test_a_forward_that_is_left_at_a_block_leaves_the_offloading_whole(sd, offload, tmp_path):
+    method = FBCache(1e9, max_consecutive_cache_hits=1)
+    with attach(sd.pipe, method) as cache:
+        expected, _ = sd.run()
+    assert cache.report.fates("cond") == "CSCSCS"
+    offload(sd.pipe, tmp_path)
+    with attach(sd.pipe, method):
+        assert torch.equal(sd.run()[0], expected)
     assert sd.bare()
 
 

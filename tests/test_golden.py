@@ -66,9 +66,7 @@ def load() -> list[dict[str, Any]]:
 
 def dual_block(case: dict[str, Any]) -> dict[str, Any]:
     """The reference's `rdt` is DBCache's threshold; the threshold beside it is of other modes. Others: unchanged."""
-    if "rdt" not in case["p"]:
-        return case
-    if case["mode"] in ("ucache", "easycache"):
+    if METHODS[case["mode"]] is not DBCache or "rdt" not in case["p"]:
         return case
     return case | {"p": {"Fn": case["p"]["Fn"], "Bn": case["p"]["Bn"], "threshold": case["p"]["rdt"]}}
 
@@ -218,7 +216,7 @@ class Trace:
 def method_of(case: dict[str, Any], **common: Any) -> Method:
     """The case's method. Its threshold "inf" means the default; null stands for NaN."""
     options = {key: math.nan if value is None else value for key, value in case["p"].items()}
-    if "Fn" in options:
+    if METHODS[case["mode"]] is DBCache:
         window = {"start": 0.15, "end": 0.95, "window": "steps"}
         return METHODS[case["mode"]](**options, **{"warmup": 0, "evaluations": "second", **window, **common})
     accepted = ("threshold", "start", "end") + (("decay", "relative", "reset") if case["mode"] == "ucache" else ())
