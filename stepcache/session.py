@@ -263,11 +263,12 @@ class Session:
         sigmas: Tensor | Iterable[float] | None = None,
         stages: int | None = None,
         on_schedule: bool | None = None,
+        loops: bool = True,
     ) -> None:
         """The host announces a run, which lasts until `end`; see `Timeline.begin`."""
         with self._lock:
             self._state = None
-            self.timeline.begin(sigmas, stages, on_schedule)
+            self.timeline.begin(sigmas, stages, on_schedule, loops)
             try:
                 self._check_mask()
             except BaseException:
