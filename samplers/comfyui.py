@@ -155,7 +155,7 @@ class _Run:
         self.sampling = guider.model_patcher.get_model_object("model_sampling")
         self.notes: list[str] = []
         self.evaluation = 0
-        self._seen: set[str] = set()
+        self._seen: list[tuple[str, tuple | None]] = []
         self._forms: dict[str, tuple] = {}
         self._form = 0
         if sampler in ADAPTIVE:
@@ -197,7 +197,6 @@ class _Run:
         names = self._names(conds, timestep, window)
         if names is None:
             return compute()
-        self._seen.update(names.values())
         return self.session.answer(
             _Call(compute, self.sampling, names, len(conds), x, timestep, self.evaluation, (self._form,), self.each)
         )
@@ -214,24 +213,23 @@ class _Run:
             return None
         names: dict[int, str] = {}
         forms: dict[str, tuple] = {}
+        seen = [*self._seen]
+        frames = None if window is None else tuple(getattr(window, "index_list", ()))
         for place, cond in enumerate(conds):
             if cond is None:
                 continue
             role = self._role(cond)
             active = _active(cond, timestep)
-            if role is None or not active:
+            if role is None or not active or (role, frames) in seen:
                 return None
-            name, occurrence = role, 1
-            while window is not None and name in self._seen:
-                occurrence += 1
-                name = f"{role} {occurrence}"
-            if name in self._seen or name in forms:
-                return None
-            names[place] = name
-            forms[name] = (active, None if window is None else tuple(getattr(window, "index_list", ())))
+            occurrence = sum(before == role for before, _ in seen)
+            name = f"{role} {occurrence + 1}" if occurrence else role
+            seen.append((role, frames))
+            names[place], forms[name] = name, (active, frames)
         if any(self._forms.get(name, form) != form for name, form in forms.items()):
             self._form += 1
         self._forms.update(forms)
+        self._seen = seen
         return names or None
 
     def _role(self, cond: list[dict[str, Any]]) -> str | None:
