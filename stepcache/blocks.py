@@ -105,7 +105,7 @@ class Blocks:
                 "only the blocks behind the one looked at, one by one (block.compile()), or use a method that looks at "
                 "no block (forecast, ucache, static)"
             )
-        return Watch(chosen[0], chosen[-1], label, note)
+        return Watch(_end(chosen[0], 0), _end(chosen[-1], -1), label, note)
 
     def _part(self, root: nn.Module) -> nn.Module:
         parts = dict(root.named_modules())
@@ -188,6 +188,13 @@ class Watch:
         elif self._choice not in alike:
             self._choice = min(alike, key=lambda k: float((outs[k] - before).abs().mean()))
         return outs[alike[0] if self._choice is None else self._choice] - before
+
+
+def _end(block: nn.Module, which: int) -> nn.Module:
+    """The first or last module of a block that is a sequence: ComfyUI runs a U-Net's blocks layer by layer."""
+    while isinstance(block, nn.Sequential) and len(block):
+        block = block[which]
+    return block
 
 
 def _module(model: Any) -> nn.Module | None:

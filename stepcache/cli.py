@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import __version__, method
 from .extras import need
+from .install import HOSTS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,9 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument(
         "--out", type=Path, default=Path("bench-output"), help="folder; what is there is used (default %(default)s)"
     )
+    host = commands.add_parser("install", help="put the entry point into a host's folder")
+    host.add_argument("host", choices=sorted(HOSTS), help="which host")
+    host.add_argument("path", type=Path, help="the host's folder, the one with its start script in it")
     options = parser.parse_args(arguments)
     try:
-        {"demo": _demo, "bench": _bench}[options.command](options)
+        {"demo": _demo, "bench": _bench, "install": _install}[options.command](options)
     except (ImportError, ValueError) as error:
         parser.exit(1, f"stepcache {options.command}: {error}\n")
     return 0
@@ -79,3 +83,8 @@ def _bench(options: argparse.Namespace) -> None:
     )
     results.show(console)
     console.print(f"Written to {options.out}: table.md, results.json, pareto.png, records.jsonl")
+
+
+def _install(options: argparse.Namespace) -> None:
+    for sentence in HOSTS[options.host](options.path.expanduser().resolve()):
+        print(sentence)

@@ -64,6 +64,7 @@ class Timeline:
         self.schedule = self._default
         self.stages: int | None = None
         self.bounded = False
+        self._loops = True
         self._run = -1
         self._last: Where | None = None
         self._first_sigma = 0.0
@@ -82,19 +83,21 @@ class Timeline:
         sigmas: Tensor | Iterable[float] | None = None,
         stages: int | None = None,
         on_schedule: bool | None = None,
+        loops: bool = True,
     ) -> None:
         """The host announces a run, which then lasts until `end`.
 
         `stages` is the number of evaluations a step has (1 or 2; the last step, which ends at sigma 0, has one).
         `on_schedule` says that every evaluation stands at a sigma of the schedule, the second of two at the step's end
         as Heun's does; None means so where `stages` is 1. Evaluations on an accelerator are then counted instead of
-        read: no wait for the device.
+        read: no wait for the device. `loops` says that the sampler may loop over the schedule again before `end`, which
+        begins another run; without, whatever comes until `end` belongs to this one.
         """
         if stages not in (None, 1, 2):
             raise ValueError(f"stages={stages!r}: accepted are 1, 2 and None (not known)")
         self.restart()
         self.schedule = as_schedule(sigmas) if sigmas is not None else self._default
-        self.stages, self.bounded, self._on_plan = stages, True, True
+        self.stages, self.bounded, self._on_plan, self._loops = stages, True, True, loops
         self._on_schedule = stages == 1 if on_schedule is None else on_schedule
 
     def end(self) -> None:
@@ -148,7 +151,7 @@ class Timeline:
     def _loops_again(self, value: float, tolerance: float) -> bool:
         """Whether another sampling loop has begun: in an announced run, only after its last step, on its schedule."""
         if self.bounded:
-            over = self.is_last(self._last) and self.schedule[-1] == 0
+            over = self._loops and self.is_last(self._last) and self.schedule[-1] == 0
             if not over or not any(near(value, sigma, tolerance) for sigma in self.schedule):
                 return False
         return self._begins_run(value, tolerance)

@@ -1,0 +1,7 @@
+"""`python -m stepcache`: the command where its folder is not on the path, as in a portable ComfyUI."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

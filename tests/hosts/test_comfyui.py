@@ -1,0 +1,182 @@
+"""The situations of tests/comfyui_situations.py on a real ComfyUI, and the host's own nodes beside ours.
+
+Skipped unless STEPCACHE_COMFYUI is the folder of a checkout; how to prepare one stands in docs/hosts.md.
+"""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CHECKOUT = os.environ.get("STEPCACHE_COMFYUI")
+if not CHECKOUT:
+    pytest.skip("STEPCACHE_COMFYUI is not set", allow_module_level=True)
+
+pytest.register_assert_rewrite("comfyui_situations")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from comfyui_real import Real
+from comfyui_situations import *  # noqa: F403
+from comfyui_situations import SIGMAS, STEPS, chosen, fates, run
+
+from stepcache.cli import main
+from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, cache_of, in_one_line, patched
+
+
+@pytest.fixture(scope="module")
+def host() -> Real:
+    return Real(Path(CHECKOUT))
+
+
+def node(module: str, name: str) -> Any:
+    """One of the host's own nodes."""
+    return getattr(__import__(f"comfy_extras.{module}", fromlist=[name]), name)
+
+
+def first(output: Any) -> Any:
+    return output.result[0]
+
+
+@pytest.mark.parametrize("sampler", Real.samplers)
+def test_what_it_prints(host: Real, sampler: str, capsys: Any) -> None:
+    plain = host.model()
+    bare = run(host, plain, sampler)
+    model = patched(plain, chosen("forecast"))
+    off = (run(host, model, sampler) - bare).norm() / bare.norm()
+    with capsys.disabled():
+        print(f"\n{sampler:16} {in_one_line(cache_of(model).report)}, {fates(model)}, off by {off:.1%}", end="")
+    assert off.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "options"),
+    [
+        ("nodes_pag", "PerturbedAttentionGuidance", {"scale": 3.0}),
+        ("nodes_sag", "SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}),
+    ],
+)
+def test_the_hosts_guidance_nodes(host: Real, module: str, name: str, options: dict[str, float]) -> None:
+    plain = first(node(module, name).execute(host.model(), **options))
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    bare = run(host, plain, x=x)
+    rows = sum(host.rows)
+    off = patched(plain, chosen("none"))
+    assert torch.equal(run(host, off, x=x), bare)
+    model = patched(plain, chosen("forecast"))
+    assert run(host, model, x=x).isfinite().all()
+    report = cache_of(model).report
+    assert rows == 3 * STEPS
+    assert sum(host.rows) == report.calls + STEPS
+    assert fates(model).count("S") == 4
+
+
+def test_the_hosts_easy_cache_on_the_same_model(host: Real) -> None:
+    easy = node("nodes_easycache", "EasyCacheNode")
+    plain = first(easy.execute(host.model(), 0.2, 0.15, 0.95, False))
+    for model in (
+        patched(plain, chosen("forecast")),
+        first(easy.execute(patched(host.model(), chosen("forecast")), 0.2, 0.15, 0.95, False)),
+    ):
+        assert run(host, model).isfinite().all()
+        assert fates(model) == "CSCSCSCSCC"
+        assert "stepcache" not in model.model_options["transformer_options"]
+
+
+def test_ksampler_with_a_part_of_the_schedule(host: Real) -> None:
+    """Img2img (denoise below 1) and KSampler Advanced (steps 3 to 8, leftover noise): shares of this run's steps."""
+    import comfy.sample
+
+    model = patched(host.model(), chosen("ucache", "threshold=1.5"))
+    x = torch.randn(1, 4, 8, 8)
+    for options, steps in (({"denoise": 0.3}, 10), ({"start_step": 3, "last_step": 8, "disable_noise": True}, 5)):
+        with torch.inference_mode():
+            comfy.sample.sample(
+                model,
+                x,
+                10,
+                5.0,
+                "euler",
+                "normal",
+                host.cond(1),
+                host.cond(2),
+                x,
+                seed=1,
+                disable_pbar=True,
+                **options,
+            )
+        report = cache_of(model).report
+        assert (report.steps, report.scheduled_steps) == (steps, steps)
+
+
+def test_inpainting_with_a_mask(host: Real) -> None:
+    import comfy.sample
+
+    plain, x = host.model(), torch.randn(1, 4, 8, 8)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    results = []
+    for model in (plain, patched(plain, chosen("none")), patched(plain, chosen("forecast"))):
+        with torch.inference_mode():
+            results.append(
+                comfy.sample.sample(
+                    model, x, 10, 5.0, "euler", "normal", host.cond(1), host.cond(2), x, noise_mask=mask, seed=1
+                )
+            )
+    assert torch.equal(results[0], results[1])
+    assert torch.allclose(results[2][..., 4:], results[0][..., 4:], atol=1e-4)
+    assert cache_of(model).report.skipped > 0
+
+
+def test_area_conditions(host: Real) -> None:
+    plain = host.model()
+    positive = host.cond(1) + host.cond(3, area=(4, 8, 0, 0), strength=1.0)
+    bare = run(host, plain, positive=positive)
+    assert torch.equal(run(host, patched(plain, chosen("none")), positive=positive), bare)
+    model = patched(plain, chosen("forecast"))
+    run(host, model, positive=positive)
+    assert fates(model) == "CSCSCSCSCC"
+    assert cache_of(model).report.conditions[::-1] == ["cond", "uncond"]
+
+
+def test_guiders_of_the_custom_sampler_nodes(host: Real) -> None:
+    custom = __import__("comfy_extras.nodes_custom_sampler", fromlist=["Guider_DualCFG"])
+    model = patched(host.model(), chosen("forecast"))
+    guider = custom.Guider_DualCFG(model)
+    guider.set_conds(host.cond(1), host.cond(3), host.cond(2))
+    guider.set_cfg(5.0, 3.0)
+    with torch.inference_mode():
+        x = torch.randn(1, 4, 8, 8)
+        guider.sample(x, torch.zeros_like(x), host.sampler("euler"), SIGMAS, seed=1)
+    report = cache_of(model).report
+    assert set(report.conditions) == {"cond", "middle", "uncond"}
+    assert {report.fates(name) for name in report.conditions} == {"CSCSCSCSCC"}
+
+
+def test_the_host_loads_the_installed_folder(host: Real, capsys: Any) -> None:
+    main(["install", "comfyui", CHECKOUT])
+    import nodes
+
+    folder = Path(CHECKOUT) / "custom_nodes" / "stepcache"
+    assert asyncio.run(nodes.load_custom_node(str(folder)))
+    for name in NODE_CLASS_MAPPINGS:
+        found = nodes.NODE_CLASS_MAPPINGS[name]
+        assert found.INPUT_TYPES()["required"]["model"][0] == "MODEL" if name != "StepCacheReport" else True
+    found = nodes.NODE_CLASS_MAPPINGS["StepCache"]
+    given = {
+        key: value[1]["default"]
+        for key, value in found.INPUT_TYPES()["required"].items()
+        if key != "model"
+        if "default" in value[1]
+    }
+    assert given["method"] == "forecast"
+    model = first(found.execute(model=host.model(), **given))
+    run(host, model)
+    latent, text = nodes.NODE_CLASS_MAPPINGS["StepCacheReport"].execute(latent={}, model=model, table=False).result
+    assert (latent, "8 skipped" in text) == ({}, True)

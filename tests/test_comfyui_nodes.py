@@ -1,0 +1,219 @@
+"""ComfyUI's nodes on a double of the host; see tests/hosts for the real one."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.register_assert_rewrite("comfyui_situations")
+
+from comfyui_double import Double, modules
+from comfyui_situations import *  # noqa: F403
+from comfyui_situations import run
+
+from stepcache import OptionError
+from stepcache.cli import main
+from stepcache.samplers import comfyui
+from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, OWN, cache_of, chosen_method
+
+
+@pytest.fixture(scope="module")
+def host() -> Any:
+    before = {name: sys.modules.get(name) for name in modules()}
+    sys.modules.update(modules())
+    yield Double()
+    for name, module in before.items():
+        sys.modules.pop(name) if module is None else sys.modules.update({name: module})
+
+
+def defaults(node: str) -> dict[str, Any]:
+    inputs = NODE_CLASS_MAPPINGS[node].INPUT_TYPES()
+    given = {**inputs["required"], **inputs.get("optional", {})}
+    return {
+        name: options[0]["default"] for name, (kind, *options) in given.items() if options and "default" in options[0]
+    }
+
+
+def test_the_node_with_its_defaults_is_forecast(host: Double) -> None:
+    node = NODE_CLASS_MAPPINGS["StepCache"]()
+    (model,) = node.patch(host.model(), **defaults("StepCache"))
+    run(host, model)
+    latent, text = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({"samples": 1}, model)
+    assert latent == {"samples": 1}
+    assert "forecast: 10 steps, 10 evaluations, 20 calls asked for" in text
+    _, table = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({}, model, table=True)
+    assert len(table.splitlines()) > 20
+    _, text = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({}, host.model())
+    assert "no cache stands on this model" in text
+
+
+def test_the_run_is_in_the_log_in_one_line(host: Double, caplog: Any) -> None:
+    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **defaults("StepCache"))
+    with caplog.at_level("INFO", "stepcache"):
+        run(host, model)
+    (record,) = caplog.records
+    assert record.message == (
+        "StepCache: forecast: 10 steps, 10 evaluations, 12 of 20 calls made, 8 skipped (1.67x fewer)"
+    )
+
+
+def test_the_fields_make_the_method() -> None:
+    made = chosen_method("ucache", 0.5, 0.1, OWN, "fast", "static", "reset=0\nwarmup=2,\n")
+    assert (made.criterion.threshold, made.criterion.reset, made.start, made.end) == (0.5, False, 0.1, 0.95)
+    assert (made.mask.mask, made.mask.policy, made.warmup) == ("fast", "static", 2)
+    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic").gates[0].n == 3
+    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic", "every=4").gates[0].n == 4
+    assert chosen_method("dbcache", 0.2, OWN, OWN, "none", "dynamic").criterion.threshold == 0.2
+    assert chosen_method("static", OWN, OWN, OWN, "none", "dynamic", "mask=110").mask.mask == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("forecast", 2.5, OWN, OWN, "none", "dynamic"), "number=2.5: forecast's every is a whole number"),
+        (("static", OWN, OWN, OWN, "none", "dynamic"), "static needs a mask"),
+        (("static", 3, OWN, OWN, "fast", "dynamic"), "number=3: static has none"),
+        (("ucache", OWN, 0.9, 0.2, "none", "dynamic"), "the window is empty"),
+        (("ucache", OWN, OWN, OWN, "none", "dynamic", "treshold=1"), "Did you mean 'threshold'"),
+    ],
+)
+def test_wrong_fields_are_named(given: tuple, sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        chosen_method(*given)
+
+
+def test_apply_first_block_caches_inputs_are_kept(host: Double) -> None:
+    """Name, order and default of each, so that a workflow's numbers fit after the swap."""
+    assert list(NODE_CLASS_MAPPINGS["StepCacheFirstBlock"].INPUT_TYPES()["required"]) == [
+        "model",
+        "object_to_patch",
+        "residual_diff_threshold",
+        "start",
+        "end",
+        "max_consecutive_cache_hits",
+    ]
+    assert defaults("StepCacheFirstBlock") == {
+        "object_to_patch": "diffusion_model",
+        "residual_diff_threshold": 0.0,
+        "start": 0.0,
+        "end": 1.0,
+        "max_consecutive_cache_hits": -1,
+    }
+    node = NODE_CLASS_MAPPINGS["StepCacheFirstBlock"]()
+    given = {**defaults("StepCacheFirstBlock"), "residual_diff_threshold": 0.5, "max_consecutive_cache_hits": 1}
+    (model,) = node.patch(host.model(), **given)
+    run(host, model)
+    fates = cache_of(model).report.fates("cond")
+    assert "S" in fates
+    assert "SS" not in fates
+    (off,) = node.patch(host.model(), **defaults("StepCacheFirstBlock"))
+    run(host, off)
+    assert cache_of(off).report.skipped == 0
+
+
+def test_a_guider_that_does_not_announce_evaluations_is_left_alone(host: Double) -> None:
+    class Silent(type(host.guider(host.model(), [], []))):
+        def __call__(self, x: Any, timestep: Any, model_options: Any, seed: Any = None) -> Any:
+            return self.predict_noise(x, timestep, model_options, seed)
+
+    class Other(Double):
+        def guider(self, patcher: Any, positive: Any, negative: Any, cfg: float = 5.0) -> Any:
+            return Silent(patcher, positive, negative, cfg)
+
+    other = Other()
+    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(other.model(), **defaults("StepCache"))
+    run(other, model)
+    assert len(other.rows) == 10
+    assert "does not announce its evaluations" in str(cache_of(model).report.notes)
+
+
+def test_an_old_comfyui_is_told_to_update(host: Double, monkeypatch: Any) -> None:
+    monkeypatch.delattr(sys.modules["comfy.patcher_extension"].WrappersMP, "PREDICT_NOISE")
+    with pytest.raises(RuntimeError, match=r"no wrappers at PREDICT_NOISE; update ComfyUI"):
+        NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **defaults("StepCache"))
+
+
+class Field:
+    """An input or output of the double of ComfyUI's second node interface: remembers what it was made with."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        self.args, self.keywords = args, keywords
+
+
+def test_the_second_interface_has_the_same_nodes(host: Double, monkeypatch: Any) -> None:
+    io = types.SimpleNamespace(ComfyNode=type("ComfyNode", (), {}), Schema=Field, NodeOutput=Field, Combo=None)
+    for kind in ("Model", "Latent", "String", "Float", "Int", "Boolean", "Combo"):
+        setattr(io, kind, types.SimpleNamespace(Input=Field, Output=Field))
+    latest = types.ModuleType("comfy_api.latest")
+    latest.io, latest.ComfyExtension = io, type("ComfyExtension", (), {})
+    monkeypatch.setitem(sys.modules, "comfy_api", types.ModuleType("comfy_api"))
+    monkeypatch.setitem(sys.modules, "comfy_api.latest", latest)
+    assert list(comfyui.exports()) == ["comfy_entrypoint"]
+
+    async def listed() -> list[Any]:
+        return await (await comfyui.comfy_entrypoint()).get_node_list()
+
+    nodes = {node.define_schema().keywords["node_id"]: node for node in asyncio.run(listed())}
+    assert list(nodes) == list(NODE_CLASS_MAPPINGS)
+    fields = nodes["StepCache"].define_schema().keywords["inputs"]
+    given = {field.args[0]: field.keywords["default"] for field in fields if "default" in field.keywords}
+    assert given == defaults("StepCache")
+    output = nodes["StepCache"].execute(model=host.model(), **given)
+    run(host, output.args[0])
+    assert cache_of(output.args[0]).report.skipped == 8
+
+
+def test_one_interface_is_exported_never_both(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "comfy_api.latest", None)
+    assert list(comfyui.exports()) == ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for part in ("comfy", "custom_nodes"):
+        (tmp_path / "ComfyUI" / part).mkdir(parents=True)
+    for part in ("nodes.py", "comfy/samplers.py"):
+        (tmp_path / "ComfyUI" / part).write_text("")
+    return tmp_path / "ComfyUI"
+
+
+def test_install_writes_one_file_once(folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    assert main(["install", "comfyui", str(folder)]) == 0
+    file = folder / "custom_nodes" / "stepcache" / "__init__.py"
+    assert f"Wrote {file}" in capsys.readouterr().out
+    assert [one for one in folder.rglob("*.py") if "stepcache" in one.parts] == [file]
+    main(["install", "comfyui", str(folder)])
+    assert "nothing to do" in capsys.readouterr().out
+    file.write_text(file.read_text() + "# an older text\n")
+    main(["install", "comfyui", str(folder)])
+    assert "Wrote" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "comfy_api.latest", None)
+    defined: dict[str, Any] = {}
+    exec(compile(file.read_text(), str(file), "exec"), defined)
+    assert defined["NODE_CLASS_MAPPINGS"] is NODE_CLASS_MAPPINGS
+    assert "comfy_entrypoint" not in defined
+
+
+def test_install_refuses_what_is_no_comfyui_or_not_ours(folder: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["install", "comfyui", str(folder.parent)])
+    assert f"did you mean {folder}?" in capsys.readouterr().err
+    other = folder / "custom_nodes" / "stepcache"
+    other.mkdir()
+    (other / "nodes.py").write_text("")
+    with pytest.raises(SystemExit):
+        main(["install", "comfyui", str(folder)])
+    assert "is not ours" in capsys.readouterr().err
+    assert not (other / "__init__.py").exists()
+
+
+def test_install_says_where_comfyui_has_a_python_of_its_own(folder: Path, capsys: Any) -> None:
+    (folder.parent / "python_embeded").mkdir()
+    main(["install", "comfyui", str(folder)])
+    assert "install stepcache there" in capsys.readouterr().out
