@@ -30,8 +30,10 @@ class Request(ABC):
     A host adapter translates: `sigma` is the noise level (any shape, all elements equal), `names` are the conditions in
     the order of the tensors below, `latent` is what the host passed, `requires_grad` whether gradients are wanted
     through the call. `place` is (sigma, step, stage) where the host keeps count of its steps itself; `sigma` is then
-    not looked at. Inputs and outputs are one tensor a condition, in the network's own space: `x c_in` and the raw
-    output, in float32 or wider, outside autograd.
+    not looked at. `evaluation` is the host's own number of the evaluation, where it counts them: calls stand in one
+    evaluation then if they have one number, whatever their sigma. `form` is what else must stay the same for a memory
+    to hold, such as the prompt or the model itself. Inputs and outputs are one tensor a condition, in the network's own
+    space: `x c_in` and the raw output, in float32 or wider, outside autograd.
     """
 
     sigma: Tensor
@@ -39,6 +41,8 @@ class Request(ABC):
     latent: Tensor
     requires_grad: bool = False
     place: tuple[float, int, int] | None = None
+    evaluation: int | None = None
+    form: tuple = ()
 
     @abstractmethod
     def inputs(self) -> tuple[Tensor, ...]:
@@ -74,6 +78,7 @@ class Evaluation:
     hold: Hold | None
     names: set[str] = field(default_factory=set)
     expected: frozenset[str] = frozenset()
+    number: int | None = None
     decision: Decision | None = None
 
 
@@ -269,6 +274,7 @@ class Session:
             request.latent.dtype,
             request.latent.device,
             threading.get_ident(),
+            request.form,
         )
         if self._state is not None:
             self._forget_changed(request.names, signature)
@@ -282,26 +288,29 @@ class Session:
             self._state = self._begin_run(where)
             self._state.signatures.update(dict.fromkeys(request.names, signature))
         hold = next((h for h in (gate(where, self._state.tally) for gate in self._state.gates) if h is not None), None)
+        expected = frozenset(current.names if current is not None else ())
         self._state.evaluation = Evaluation(
-            where, request.sigma, hold, set(request.names), frozenset(current.names if current is not None else ())
+            where, request.sigma, hold, set(request.names), expected, request.evaluation
         )
         return self._state.evaluation
 
     def _together(self, current: Evaluation, request: Request) -> bool:
         """Whether a call stands where the evaluation in progress does."""
+        if request.evaluation is not None:
+            return request.evaluation == current.number
         if request.place is not None:
             where = current.where
             return request.place == (where.sigma, where.step, where.stage)
         return same_sigma(current.sigma, request.sigma)
 
     def _forget_changed(self, names: tuple[str, ...], signature: tuple) -> None:
-        """Shape, dtype, device or thread has changed: the run ends, or, where the host announced it, the memory."""
+        """Something of the signature has changed: the run ends, or, where the host announced it, the memory."""
         state = self._state
         changed = [name for name in names if state.signatures.setdefault(name, signature) != signature]
         if changed and not self.timeline.bounded:
             self.reset()
         elif changed:
-            sentence = "shape, dtype, device or thread changed within the run: the memory was dropped"
+            sentence = "shape, dtype, device, thread, prompt or model changed within the run: the memory was dropped"
             if sentence not in state.run.notes:
                 state.run.notes.append(sentence)
             for name in changed:

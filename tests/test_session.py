@@ -173,7 +173,7 @@ def test_another_device_begins_a_new_run():
 
 # In a run that the host announced, such a change costs the memory alone.
 
-DROPPED = "shape, dtype, device or thread changed within the run: the memory was dropped"
+DROPPED = "shape, dtype, device, thread, prompt or model changed within the run: the memory was dropped"
 
 
 @pytest.mark.parametrize("stages", [None, 1])
