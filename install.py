@@ -3,18 +3,19 @@
 torch is there already, in the version the host needs. The installation is editable: updating the extension is enough.
 """
 
-import importlib.util
+import json
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
 
 def installed() -> bool:
-    """Whether `import stepcache` finds this checkout."""
-    found = importlib.util.find_spec("stepcache")
-    return found is not None and found.origin is not None and HERE in Path(found.origin).resolve().parents
+    """Whether stepcache is installed from this folder."""
+    sources = (found.read_text("direct_url.json") for found in distributions(name="stepcache"))
+    return any(json.loads(source)["url"] == HERE.as_uri() for source in sources if source)
 
 
 def main() -> None:

@@ -693,7 +693,7 @@ class Seat(ABC):
 
 
 class ForgeSeat(Seat):
-    """Forge, reForge, Forge Classic: the slot for a wrapper in the `model_options` of the U-Net, read at every evaluation.
+    """Forge, reForge, Forge Classic: the slot for a wrapper in the U-Net's `model_options`, read at every evaluation.
 
     The slot is called as (apply_model, {"input", "timestep", "c", "cond_or_uncond"}); timestep is sigma, one a row, the
     result is denoised; the rows are one chunk for each of `cond_or_uncond`, 0 for cond and 1 for uncond.
