@@ -369,10 +369,17 @@ class Job:
         self.method = method
         self.passes: list[str] = []
 
+    def leave_out(self, p: Any) -> None:
+        """A run goes without the cache: nothing is said in the image, unless another of its passes was cached."""
+        if not self.passes:
+            for key in [key for key in p.extra_generation_params if key.split()[0] == TITLE]:
+                del p.extra_generation_params[key]
+
     def record(self, p: Any, report: Report, hires: bool) -> None:
         """The run's line in the console, and its count in the image."""
         total, skipped = report.evaluations, skipped_evaluations(report)
         self.passes.append(f"{skipped}/{total}")
+        p.extra_generation_params.update(self.options.infotext())
         p.extra_generation_params[f"{TITLE} skipped"] = " + ".join(self.passes)
         label = f"{report.method}, hires. fix" if hires else report.method
         print(f"{TITLE}: {label}: skipped {skipped} of {total} evaluations, {report.speedup:.2f}x fewer model calls")
@@ -439,14 +446,15 @@ def running(
     p: Any, job: Job, func: Callable[..., Tensor], denoiser: Any, keywords: dict[str, Any], hires: bool
 ) -> Iterator[None]:
     """One sampling loop. What cannot be cached runs as it is, with a sentence."""
-    run = None
     try:
         run = Run(p, job, func, denoiser, keywords)
     except OptionError as error:
-        say(p, f"{error}; this run goes without the cache")
+        run, why = None, str(error)
     except Exception as error:
-        say(p, f"this run goes without the cache: {type(error).__name__}: {error}")
+        run, why = None, f"{type(error).__name__}: {error}"
     if run is None:
+        say(p, f"{why}; this run goes without the cache")
+        job.leave_out(p)
         yield
         return
     _running.append(run)
@@ -559,9 +567,11 @@ class Run:
         """What the user should know about the run that is over."""
         if self.failure is not None:
             return [self.failure]
-        if not self.session.report.events:
-            return ["no call of the model was seen in this run: another extension stands in its place"]
-        return []
+        if self.session.report.events:
+            return []
+        if self.auxiliary:
+            return ["nothing was cached: the images of a batch have different numbers of prompts joined by AND"]
+        return ["no call of the model was seen in this run: another extension stands in its place"]
 
     def close(self) -> None:
         self.seat.leave()
@@ -605,6 +615,10 @@ class Plan:
     def of(cls, func: Callable[..., Tensor], keywords: dict[str, Any], seat: Seat) -> Plan:
         """From the sampler and the keywords it is called with."""
         name = getattr(func, "__name__", "")
+        if name == "sample_dpm_adaptive":
+            raise OptionError(
+                "DPM adaptive chooses its steps by the model's answers, and predicted ones make it take more"
+            )
         if "timesteps" in keywords:
             return cls._of_timesteps(name, keywords, seat)
         sigmas = keywords.get("sigmas", keywords.get("sigma_sched"))

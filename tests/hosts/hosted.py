@@ -1,9 +1,8 @@
 """Runs a real checkout of A1111 or Forge headless on the CPU, with a tiny random network, through `process_images`.
 
-A process of its own, because every host calls its package `modules`: `python hosted.py HOST CHECKOUT` with HOST one of
-a1111 and forge. What is the host's own: its processing, scripts, prompt parser, samplers, CFG denoiser and, in Forge, the
-U-Net, the patcher and the sampling function. What is ours: the weights, a text encoder and a decoder in a few lines.
-`Host.job` runs one job; `situations.py` says which, and prints what they came to as JSON.
+A process of its own, because every host calls its package `modules`: see `situations.py`. What is the
+host's own: its processing, scripts, prompt parser, samplers, CFG denoiser and, in the Forge family, the U-Net, the
+patcher and the sampling function. What is ours: the weights, a text encoder and a decoder in a few lines.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import tempfile
 import types
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +73,14 @@ class Host:
         self.model = self.make_model()
 
     flags: tuple[str, ...] = ()
-    options: dict[str, Any] = {
+    hires: ClassVar[dict[str, Any]] = {}
+    options: ClassVar[dict[str, Any]] = {
         "live_previews_enable": False,
         "samples_save": False,
         "grid_save": False,
         "do_not_reload_embeddings": True,
         "sd_vae_encode_method": "Full",
+        "sd_model_checkpoint": "tiny",
     }
 
     def start(self) -> None:
@@ -92,6 +93,14 @@ class Host:
     def calls(self) -> list[int]:
         """Rows of every call of the network since it was last emptied."""
         raise NotImplementedError
+
+    def network_failure(self, hook: Any) -> None:
+        """`hook` is called before every call of the network, and may raise; None for none."""
+        if self._failure is not None:
+            self._failure.remove()
+        self._failure = None if hook is None else self.network.register_forward_pre_hook(lambda *a: hook())
+
+    _failure: Any = None
 
     def load(self, *paths: str | Path) -> None:
         """Scripts of the host's or ours, registered as its own loader does it."""
@@ -129,7 +138,9 @@ class Host:
             arguments[script.args_from : script.args_to] = mine + values[len(mine) :]
         return arguments
 
-    def job(self, image: Any = None, given: dict[str, list[Any]] | None = None, watch: Any = None, **fields: Any) -> Any:
+    def job(
+        self, image: Any = None, given: dict[str, list[Any]] | None = None, watch: Any = None, **fields: Any
+    ) -> Any:
         """One job; `given`: script arguments by title; `watch(p)` is called with it before it begins."""
         kind = "Txt2Img" if image is None else "Img2Img"
         is_img2img = image is not None
@@ -149,6 +160,8 @@ class Host:
             **({"init_images": [image]} if is_img2img else {}),
             **fields,
         }
+        if fields.get("enable_hr"):
+            fields.update(self.hires)
         p = getattr(self.processing, f"StableDiffusionProcessing{kind}")(**fields)
         runner = self.runner(is_img2img)
         p.scripts, p.script_args = runner, self.arguments(runner, given or {})
@@ -167,9 +180,9 @@ class Host:
             result.error = f"{type(error).__name__}: {error}"
         result.said = [line for line in said.getvalue().splitlines() if line.startswith("StepCache")]
         result.calls, result.p = list(self.calls), p
-        result.latents = [latent.clone() for latent in p.latents_after_sampling] if hasattr(
-            p, "latents_after_sampling"
-        ) else []
+        result.latents = (
+            [latent.clone() for latent in p.latents_after_sampling] if hasattr(p, "latents_after_sampling") else []
+        )
         pixels = b"".join(image.tobytes() for image in result.images)
         result.digest = hashlib.sha256(pixels).hexdigest()[:12]
         p.close()
@@ -217,8 +230,12 @@ class A1111(Host):
         return self.shared.sd_model
 
     @property
+    def network(self) -> nn.Module:
+        return TinyLatentDiffusion.network
+
+    @property
     def calls(self) -> list[int]:
-        return TinyLatentDiffusion.network.calls
+        return self.network.calls
 
 
 class TinyLatentDiffusion(nn.Module):
@@ -239,7 +256,8 @@ class TinyLatentDiffusion(nn.Module):
         self.sd_model_hash, self.is_sdxl, self.is_sdxl_inpaint, self.is_sd1 = title, False, False, True
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.cond_stage_model_empty_prompt = self.empty
-        self.first_stage_model, self.lowvram = types.SimpleNamespace(dtype=torch.float32), False
+        self.first_stage_model, self.lowvram = nn.Module(), False
+        self.first_stage_model.dtype = torch.float32
         self.is_sd2 = self.is_sd3 = self.is_ssd = False
 
     def get_learned_conditioning(self, prompts: list[str]) -> Tensor:
@@ -266,6 +284,7 @@ class TinyLatentDiffusion(nn.Module):
 class Forge(Host):
     name = "forge"
     flags = ("--always-cpu", "--no-prompt-history")
+    hires: ClassVar[dict[str, Any]] = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 5.0}
 
     def start(self) -> None:
         from modules_forge.initialization import initialize_forge
@@ -291,6 +310,10 @@ class Forge(Host):
         self.processing.apply_circular_forge = lambda model, tiling: None
         self.processing.apply_token_merging = lambda model, ratio: None
         return model
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model.forge_objects_original.unet.model.diffusion_model
 
     @property
     def calls(self) -> list[int]:
