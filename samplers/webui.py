@@ -273,9 +273,10 @@ class Extension:
         job.passes.clear()
         if hasattr(super(), "process_before_every_sampling"):
             return
-        if getattr(p, "sampler", None) is not None:
+        if hasattr(p, "init_images"):  # img2img has one sampler for all batches; elsewhere it is the last batch's
             follow(p)
-        _follow_when_conditioned(p)
+        else:
+            _follow_when_conditioned(p)
 
     def before_hr(self, p: Any, *arguments: Any) -> None:
         follow(p)
