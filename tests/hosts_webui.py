@@ -43,7 +43,7 @@ class Network(nn.Module):
         self.calls.append(len(x))
         if self.fails_at == len(self.calls):
             raise torch.OutOfMemoryError("pretended")
-        mixed = torch.einsum("oc,bchw->bohw", self.weight, x)
+        mixed = (self.weight @ x.flatten(2)).view(x.shape)
         return torch.tanh(mixed) + told[:, None, None, None] + torch.sin(t / 200)[:, None, None, None] + self.offset
 
 
@@ -263,11 +263,9 @@ class Denoiser(nn.Module):
         self, x: Tensor, sigma: Tensor, told: Tensor, untold: Tensor, weights: Any, scale: float, drop: bool
     ) -> Tensor:
         """Rows: the conditions of image 0, of image 1, ..., then uncond of every image; split in slices of a batch."""
-        host, repeats = self.sampler.host, torch.tensor([len(one) for one in weights])
-        rows, level = (
-            torch.cat([x.repeat_interleave(repeats, 0), x]),
-            torch.cat([sigma.repeat_interleave(repeats), sigma]),
-        )
+        host = self.sampler.host
+        owners = [image for image, own in enumerate(weights) for _ in own]
+        rows, level = torch.cat([x[owners], x]), torch.cat([sigma[owners], sigma])
         self.announce(rows, level, told, untold)
         texts = torch.cat([told, untold])
         drop = drop and scale != 1  # at CFG 1 A1111 computes both
@@ -281,9 +279,9 @@ class Denoiser(nn.Module):
             ]
         )
         base = x.new_zeros(x.shape) if drop else out[-len(x) :]
-        firsts = [0, *repeats.cumsum(0).tolist()]
+        firsts = [owners.index(image) for image in range(len(x))]
         if drop:
-            base = torch.stack([out[first] for first in firsts[:-1]])
+            base = out[firsts]
         answer = base.clone()
         for image, own in enumerate(weights):
             for k, weight in enumerate(own):
