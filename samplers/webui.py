@@ -287,7 +287,9 @@ class Extension:
 
 def _hints(name: str) -> tuple[str, str]:
     main = main_number(name)
-    return ("this method has none", "") if main is None else (f"the method's {main[0]}", f"{main[1]:g}")
+    if main is None:
+        return f"{name} has none", ""
+    return f"{name}'s {main[0]}; empty: {main[1]:g}", f"{main[1]:g}"
 
 
 def _paste_fields(components: Sequence[Any]) -> list[tuple[Any, Callable[[dict[str, str]], Any]]]:

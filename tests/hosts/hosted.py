@@ -53,7 +53,8 @@ class TinyNetwork(nn.Module):
 class Host:
     """What both families share: a job, and what is left of it."""
 
-    name: str
+    family = "forge"
+    refiner: Any = None
 
     def __init__(self, checkout: Path) -> None:
         self.checkout = checkout
@@ -161,7 +162,8 @@ class Host:
             **fields,
         }
         if fields.get("enable_hr"):
-            fields.update(self.hires)
+            known = getattr(self.processing, f"StableDiffusionProcessing{kind}").__dataclass_fields__
+            fields.update({key: value for key, value in self.hires.items() if key in known})
         p = getattr(self.processing, f"StableDiffusionProcessing{kind}")(**fields)
         runner = self.runner(is_img2img)
         p.scripts, p.script_args = runner, self.arguments(runner, given or {})
@@ -190,7 +192,7 @@ class Host:
 
 
 class A1111(Host):
-    name = "a1111"
+    family = "a1111"
     flags = ("--no-half", "--use-cpu", "all")
 
     def start(self) -> None:
@@ -282,8 +284,7 @@ class TinyLatentDiffusion(nn.Module):
 
 
 class Forge(Host):
-    name = "forge"
-    flags = ("--always-cpu", "--no-prompt-history")
+    flags = ("--always-cpu",)
     hires: ClassVar[dict[str, Any]] = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 5.0}
 
     def start(self) -> None:
@@ -301,7 +302,6 @@ class Forge(Host):
     def make_model(self) -> Any:
         from modules import sd_models, sd_unet, sd_vae
 
-        self.refiner = None
         model = tiny_forge_engine("tiny")
         sd_models.model_data.sd_model = model
         sd_models.forge_model_reload = lambda: (self.shared.sd_model, False)
@@ -312,12 +312,92 @@ class Forge(Host):
         return model
 
     @property
+    def memory(self) -> Any:
+        from backend import memory_management
+
+        return memory_management
+
+    @property
     def network(self) -> nn.Module:
         return self.model.forge_objects_original.unet.model.diffusion_model
 
     @property
     def calls(self) -> list[int]:
         return self.model.calls
+
+
+class Patched(Forge):
+    """reForge and Forge Classic, whose U-Net, patcher and sampling function are in ldm_patched."""
+
+    def make_model(self) -> Any:
+        import modules_forge.forge_loader as loader
+        from ldm_patched.modules import model_base, supported_models
+        from modules import sd_models, sd_unet, sd_vae
+        from modules_forge.unet_patcher import UnetPatcher
+
+        torch.manual_seed(3)
+        config = supported_models.SD15({**TINY_UNET, "image_size": 32, "dtype": torch.float32})
+        if not hasattr(config, "manual_cast_dtype"):
+            config.manual_cast_dtype = None
+        base = randomised(model_base.BaseModel(config, model_base.ModelType.EPS, device=torch.device("cpu")))
+        cpu = torch.device("cpu")
+        model = TinyLatentDiffusion()
+        model.calls = counted(base.diffusion_model)
+        kept = getattr(loader, "ForgeObjects", None) or loader.ForgeSD
+        model.forge_objects = kept(UnetPatcher(base, load_device=cpu, offload_device=cpu), None, None, None)
+        model.forge_objects.vae = types.SimpleNamespace(latent_channels=4)
+        model.forge_objects_original = model.forge_objects.shallow_copy()
+        model.forge_objects_after_applying_lora = model.forge_objects.shallow_copy()
+        model.current_lora_hash = str([])
+        sd_models.model_data.sd_model = self.shared.sd_model = model
+        sd_models.model_data.was_loaded_at_least_once = True
+        sd_models.reload_model_weights = lambda *arguments, **keywords: model
+        sd_unet.apply_unet = lambda option=None: None
+        sd_vae.get_loaded_vae_name = sd_vae.get_loaded_vae_hash = lambda: None
+        self.processing.apply_circular_forge = lambda model, tiling: None
+        self.processing.apply_token_merging = lambda model, ratio: None
+        return model
+
+    @property
+    def memory(self) -> Any:
+        from ldm_patched.modules import model_management
+
+        return model_management
+
+
+TINY_UNET: dict[str, Any] = {
+    "in_channels": 4,
+    "model_channels": 32,
+    "out_channels": 4,
+    "num_res_blocks": [1, 1],
+    "channel_mult": (1, 2),
+    "num_heads": 2,
+    "use_spatial_transformer": True,
+    "transformer_depth": [1, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1, 1, 1, 1],
+    "context_dim": WIDTH,
+}
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """Random weights where the host left them at 0 or unset."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.5 / weight[0].numel() ** 0.5)
+            else:
+                weight.zero_()
+        for module in network.modules():
+            if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                module.weight.fill_(1)
+    return network.eval().requires_grad_(False)
+
+
+def counted(network: nn.Module) -> list[int]:
+    calls: list[int] = []
+    network.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
+    return calls
 
 
 def tiny_forge_engine(title: str) -> Any:
@@ -339,28 +419,10 @@ def tiny_forge_engine(title: str) -> Any:
             return torch.cat([small, small[:, :1]], 1)
 
     torch.manual_seed(3)
-    network = IntegratedUNet2DConditionModel(
-        in_channels=4,
-        model_channels=32,
-        out_channels=4,
-        num_res_blocks=1,
-        channel_mult=(1, 2),
-        num_heads=2,
-        use_spatial_transformer=True,
-        transformer_depth=[1, 1],
-        transformer_depth_middle=1,
-        transformer_depth_output=[1, 1, 1, 1],
-        context_dim=WIDTH,
-    )
-    with torch.no_grad():
-        for weight in network.parameters():
-            if weight.ndim > 1 and not weight.any():
-                weight.normal_(0, 0.02)
-    network = network.eval().requires_grad_(False)
+    network = randomised(IntegratedUNet2DConditionModel(**{**TINY_UNET, "num_res_blocks": 1}))
     network.storage_dtype = network.computation_dtype = torch.float32
     network.load_device = network.offload_device = network.initial_device = torch.device("cpu")
-    calls: list[int] = []
-    network.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
+    calls = counted(network)
     config = types.SimpleNamespace(inpaint_model=lambda: False, huggingface_repo="", ztsnr=False)
     unet = UnetPatcher.from_model(
         model=network, diffusers_scheduler=None, config=config, k_predictor=Prediction(prediction_type="epsilon")
@@ -378,4 +440,4 @@ def tiny_forge_engine(title: str) -> Any:
     return engine
 
 
-HOSTS = {"a1111": A1111, "forge": Forge}
+HOSTS = {"a1111": A1111, "forge": Forge, "reforge": Patched, "classic": Patched}

@@ -1,6 +1,6 @@
 """What is run on a real web UI, and what it came to: `python situations.py HOST CHECKOUT` prints JSON after RESULT.
 
-HOST is a1111 or forge. `test_webui.py` runs this and judges it.
+HOST is a1111, forge, reforge or classic. `test_webui.py` runs this and judges it.
 """
 
 from __future__ import annotations
@@ -87,15 +87,13 @@ def jobs(host: Host) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def host_jobs(host: Host) -> Iterator[tuple[str, dict[str, Any]]]:
-    if host.name == "a1111":
+    if host.family == "a1111":
         split = {"watch": lambda p: host.shared.opts.data.update(batch_cond_uncond=False)}
         yield "low memory", split
         yield "low memory, AND, batch of 2", {"prompt": "a cat AND a house", "batch_size": 2, **split}
         yield "low memory, Heun, NGMS", {"s_min_uncond": 5.0, "sampler_name": "Heun", **split}
         return
-    from backend import memory_management
-
-    free = memory_management.get_free_memory
+    free = host.memory.get_free_memory
     turns = iter(range(10**9))
 
     def scarce(watch: Callable[[], bool]) -> Callable[[Any], None]:
@@ -103,7 +101,7 @@ def host_jobs(host: Host) -> Iterator[tuple[str, dict[str, Any]]]:
             def left(device: Any = None, torch_free_too: bool = False) -> Any:
                 return free(device, torch_free_too) if torch_free_too or not watch() else 1.0
 
-            memory_management.get_free_memory = left
+            host.memory.get_free_memory = left
 
         return set_memory
 
@@ -119,18 +117,17 @@ def host_jobs(host: Host) -> Iterator[tuple[str, dict[str, Any]]]:
     ):
         if title in titles:
             yield situation, {"given": {title: arguments}}
-    yield "PAG, AND", {"given": {"PerturbedAttentionGuidance Integrated": [True]}, "prompt": "a cat AND a house"}
+    if "PerturbedAttentionGuidance Integrated" in titles:
+        yield "PAG, AND", {"given": {"PerturbedAttentionGuidance Integrated": [True]}, "prompt": "a cat AND a house"}
 
 
 def reset(host: Host) -> None:
     host.watchers.clear()
     host.shared.opts.data["batch_cond_uncond"] = True
-    if host.name == "forge":
-        from backend import memory_management
-
+    if host.family == "forge":
         if not hasattr(host, "free"):
-            host.free = memory_management.get_free_memory
-        memory_management.get_free_memory = host.free
+            host.free = host.memory.get_free_memory
+        host.memory.get_free_memory = host.free
     else:
         host.switched(info=host.model.sd_checkpoint_info)
 
@@ -153,7 +150,7 @@ def left(host: Host, objects: list[Any]) -> list[str]:
             found.append("forward of the inner model")
         if hasattr(getattr(denoiser.sampler, "func", None), "stepcache_follows"):
             found.append("func of the sampler")
-    if host.name == "forge":
+    if host.family == "forge":
         engine = host.model
         for which in ("forge_objects", "forge_objects_original", "forge_objects_after_applying_lora"):
             wrapper = getattr(engine, which).unet.model_options.get("model_function_wrapper")
@@ -193,11 +190,11 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
     cond = extra["cond"].batch[0][0].schedules[0].cond[None]
     uncond = extra["uncond"][0][0].cond[None]
     chosen = webui.Options.of([True, *method]).as_method()
-    if host.name == "forge":
+    if host.family == "forge":
         kmodel = host.model.forge_objects.unet.model
         order, both = ("uncond", "cond"), torch.cat([uncond, cond])
         inner = lambda x, sigma: kmodel.apply_model(x, sigma, c_crossattn=both)  # noqa: E731
-        table = kmodel.predictor
+        table = kmodel.predictor if hasattr(kmodel, "predictor") else kmodel.model_sampling
         wrapped = torch.nn.Module()
         wrapped.forward, wrapped.sigmas = inner, table.sigmas
         wrapped.t_to_sigma = lambda t: table.sigma(t)
@@ -214,7 +211,7 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
         inner_model = seen["runs"][-1].denoiser.inner_model
 
         def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            more = {} if host.name == "forge" else {"cond": both}
+            more = {} if host.family == "forge" else {"cond": both}
             answers = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), **more).chunk(2)
             parts = dict(zip(order, answers, strict=True))
             return parts["uncond"] + (parts["cond"] - parts["uncond"]) * extra["cond_scale"]
@@ -228,7 +225,7 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
         sigmas = keywords["sigmas"]
         p.all_seeds, p.iteration = [7], 0
         keywords["noise_sampler"] = caught["noise"](x, sigmas, p)
-    with torch.inference_mode() if host.name == "forge" else torch.no_grad():
+    with torch.inference_mode() if host.family == "forge" else torch.no_grad():
         latents = adapter.sample(func, Guided(), x, cache=cached, **keywords)
     return {
         "host": report.fates("cond"),
@@ -239,12 +236,10 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
 
 def main(name: str, checkout: Path) -> None:
     host = prepared(name, checkout)
-    if name == "forge":
-        host.load(
-            "extensions-builtin/sd_forge_perturbed_attention/scripts/forge_perturbed_attention.py",
-            "extensions-builtin/sd_forge_sag/scripts/forge_sag.py",
-            "extensions-builtin/sd_forge_multidiffusion/scripts/forge_multidiffusion.py",
-        )
+    if host.family == "forge":
+        wanted = ("perturbed_attention", "sag", "multidiffusion")
+        found = [checkout.glob(f"extensions-builtin/sd_forge_{name}/scripts/*.py") for name in wanted]
+        host.load(*(path for paths in found for path in paths))
     else:
         host.load()
     reset(host)
@@ -350,7 +345,10 @@ def main(name: str, checkout: Path) -> None:
         axes["[StepCache] Number"].apply(p, 0.4, [])
 
     found["axis"] = summary(run(host, {}, ON, watch=apply))
-    from modules import infotext_utils
+    try:
+        from modules import infotext_utils
+    except ImportError:  # A1111 before 1.8
+        from modules import generation_parameters_copypaste as infotext_utils
 
     text = run(host, {}, [True, "ucache", 0.5, "0.1-0.9", "1,1,1,0,0,1,0,0,1,0,0,1", "static", False]).infotexts[0]
     parsed = infotext_utils.parse_generation_parameters(text)
