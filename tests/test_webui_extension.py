@@ -574,6 +574,20 @@ def test_importing_the_module_needs_no_host():
     assert done.stdout == "[]\n"
 
 
+def test_the_entry_point_can_be_put_into_a_web_ui(tmp_path):
+    with pytest.raises(OptionError, match="the folder of a web UI"):
+        webui.install(tmp_path)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "scripts.py").touch()
+    (tmp_path / "extensions").mkdir()
+    entry = webui.install(tmp_path)
+    assert entry == webui.install(tmp_path)
+    assert entry.read_bytes() == (Path(__file__).parents[1] / "scripts" / "stepcache_webui.py").read_bytes()
+    (tmp_path / "extensions" / "stepcache" / "install.py").touch()
+    with pytest.raises(OptionError, match="from its repository"):
+        webui.install(tmp_path)
+
+
 @pytest.mark.parametrize("with_launch", [False, True])
 def test_install_installs_this_checkout_once_without_dependencies(with_launch, tmp_path):
     """install.py in an interpreter where pip, and `launch.run_pip`, only write down what they are asked."""

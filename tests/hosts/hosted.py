@@ -251,7 +251,8 @@ class TinyLatentDiffusion(nn.Module):
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0).float())
         self.register_buffer("empty", encoded([""]), persistent=False)
         self.title, self.parameterization, self.cond_stage_key = title, "eps", "txt"
-        self.model = types.SimpleNamespace(conditioning_key="crossattn")
+        self.model = nn.Module()
+        self.model.conditioning_key = "crossattn"
         self.sd_checkpoint_info = types.SimpleNamespace(
             name_for_extra=title, short_title=title, title=title, filename=title
         )

@@ -2,7 +2,7 @@
 
     STEPCACHE_FORGE=~/stable-diffusion-webui-forge pytest tests/hosts/test_webui.py
 
-Of STEPCACHE_A1111, STEPCACHE_FORGE, STEPCACHE_REFORGE and STEPCACHE_CLASSIC each names a checkout; without it its tests
+STEPCACHE_A1111, STEPCACHE_FORGE, STEPCACHE_REFORGE, STEPCACHE_CLASSIC each name a checkout; without it the tests are
 skipped. The interpreter is that of the checkout's `venv`, or what STEPCACHE_A1111_PYTHON and so on name; stepcache must
 be installed there (`python install.py`). docs/webui.md says how to prepare a checkout without a GPU, and what was run.
 """
