@@ -328,7 +328,7 @@ def say(p: Any, sentence: str) -> None:
         p.comment(f"{TITLE}: {sentence}")
 
 
-ENTRY = '''"""The entry point that A1111, Forge, reForge and Forge Classic look for; everything is in samplers/webui.py."""
+ENTRY = '''"""The entry point for A1111, Forge, reForge and Forge Classic; everything is in samplers/webui.py."""
 
 from modules import script_callbacks, scripts
 

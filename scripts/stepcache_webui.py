@@ -1,4 +1,4 @@
-"""The entry point that A1111, Forge, reForge and Forge Classic look for; everything is in samplers/webui.py."""
+"""The entry point for A1111, Forge, reForge and Forge Classic; everything is in samplers/webui.py."""
 
 from modules import script_callbacks, scripts
 
