@@ -353,6 +353,7 @@ class Patched(Forge):
         sd_models.model_data.sd_model = self.shared.sd_model = model
         sd_models.model_data.was_loaded_at_least_once = True
         sd_models.reload_model_weights = lambda *arguments, **keywords: model
+        sd_models.select_checkpoint = lambda: model.sd_checkpoint_info
         sd_unet.apply_unet = lambda option=None: None
         sd_vae.get_loaded_vae_name = sd_vae.get_loaded_vae_hash = lambda: None
         self.processing.apply_circular_forge = lambda model, tiling: None

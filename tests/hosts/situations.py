@@ -1,4 +1,5 @@
-"""What is run on a real web UI, and what it came to: `python situations.py HOST CHECKOUT` prints JSON after RESULT.
+"""What is run on a real web UI, and what it came to: `python situations.py HOST CHECKOUT [SITUATION ...]` prints JSON
+after RESULT. With situations named, only those, and no comparison with the k-diffusion adapter.
 
 HOST is a1111, forge, reforge or classic. `test_webui.py` runs this and judges it.
 """
@@ -109,16 +110,16 @@ def host_jobs(host: Host) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "low memory, AND", {"prompt": "a cat AND a house", "watch": scarce(lambda: True)}
     yield "low memory at times", {"watch": scarce(lambda: next(turns) % 5 in (0, 3))}
     yield "low memory, Heun, NGMS", {"s_min_uncond": 5.0, "sampler_name": "Heun", "watch": scarce(lambda: True)}
-    titles = {script.title(): script for script in host.runner(False).scripts}
-    for situation, title, arguments in (
-        ("PAG", "PerturbedAttentionGuidance Integrated", [True]),
-        ("SAG", "SelfAttentionGuidance Integrated (SD 1.x, SD 2.x, SDXL)", [True]),
-        ("MultiDiffusion", "MultiDiffusion Integrated", [True, "MultiDiffusion", 64, 64, 16, 4]),
+    titles = [script.title() for script in host.runner(False).scripts]
+    for situation, begins, arguments, fields in (
+        ("PAG", "PerturbedAttention", [True], {}),
+        ("PAG, AND", "PerturbedAttention", [True], {"prompt": "a cat AND a house"}),
+        ("SAG", "SelfAttention", [True], {}),
+        ("MultiDiffusion", "MultiDiffusion", [True, "MultiDiffusion", 64, 64, 16, 4], {}),
     ):
-        if title in titles:
-            yield situation, {"given": {title: arguments}}
-    if "PerturbedAttentionGuidance Integrated" in titles:
-        yield "PAG, AND", {"given": {"PerturbedAttentionGuidance Integrated": [True]}, "prompt": "a cat AND a house"}
+        for title in titles:
+            if title.startswith(begins):
+                yield situation, {"given": {title: arguments}, **fields}
 
 
 def reset(host: Host) -> None:
@@ -234,7 +235,7 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
     }
 
 
-def main(name: str, checkout: Path) -> None:
+def main(name: str, checkout: Path, only: list[str]) -> None:
     host = prepared(name, checkout)
     if host.family == "forge":
         wanted = ("perturbed_attention", "sag", "multidiffusion")
@@ -244,11 +245,12 @@ def main(name: str, checkout: Path) -> None:
         host.load()
     reset(host)
     found: dict[str, Any] = {"situations": {}, "compared": {}, "broken off": {}}
-    chosen = list(jobs(host))
+    chosen = [(situation, fields) for situation, fields in jobs(host) if not only or situation in (*only, "Euler")]
     for situation, fields in chosen:
         found["situations"][situation] = {"without": summary(run(host, fields, None))}
 
-    host.load(REPOSITORY / "scripts" / "stepcache_webui.py", "scripts/xyz_grid.py")
+    (plot,) = [*checkout.glob("scripts/xyz_grid.py"), *checkout.glob("extensions-builtin/*/scripts/xyz_grid.py")]
+    host.load(REPOSITORY / "scripts" / "stepcache_webui.py", plot)
     from stepcache.samplers import webui
 
     seen: dict[str, Any] = {"runs": [], "spy": None}
@@ -278,8 +280,8 @@ def main(name: str, checkout: Path) -> None:
         return running(p, job, func, denoiser, keywords, hires)
 
     webui.running = spied
-    chosen = list(jobs(host))
-    for situation, fields in chosen:
+    again = dict(jobs(host))  # the host's scripts have new places among the arguments
+    for situation, fields in ((situation, again[situation]) for situation, _ in chosen):
         entry = found["situations"][situation]
         seen["runs"].clear()
         entry["never"] = summary(run(host, fields, [True, "forecast", 1]))
@@ -290,7 +292,7 @@ def main(name: str, checkout: Path) -> None:
         entry["notes"] = sorted({note for one in seen["runs"] for note in one.session.report.notes})
         entry["off"] = [summary(run(host, fields, [False]))["digest"] for _ in range(2)]
 
-    for sampler in COMPARED:
+    for sampler in COMPARED if not only else ():
         for method in METHODS:
             found["compared"][f"{sampler}, {method[0]}"] = compare(host, sampler, method, seen)
 
@@ -359,4 +361,4 @@ def main(name: str, checkout: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
