@@ -357,7 +357,7 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
     (script,) = [one for one in host.runner(False).scripts if one.title() == "StepCache"]
     found["pasted"] = [read(parsed) for _, read in script.infotext_fields]
     found["pasted without"] = [read({"Steps": "12"}) for _, read in script.infotext_fields]
-    print("RESULT", json.dumps(found))
+    print("\nRESULT", json.dumps(found))  # after a progress bar
 
 
 if __name__ == "__main__":
