@@ -1235,6 +1235,45 @@ def test_a_session_without_a_host_answers_requests():
     assert ((skipped == 4 + 3).all(), nothing) == (True, None)
 
 
+class Counted(Request):
+    """A call of a host that counts its evaluations; its network is `twice`."""
+
+    def __init__(self, x: float, sigma: float, evaluation: int, name: str = "cond", form: tuple = ()) -> None:
+        self.latent, self.sigma, self.names = filled(x), level(sigma), (name,)
+        self.evaluation, self.form = evaluation, form
+
+    def inputs(self):
+        return (self.latent.clone(),)
+
+    def compute(self):
+        return 2 * self.latent
+
+    def outputs(self, answer):
+        return (answer.clone(),)
+
+    def restore(self, outputs):
+        return outputs[0]
+
+
+def test_the_hosts_number_of_an_evaluation_counts_and_not_the_sigma():
+    """uncond is left out of evaluation 0; evaluation 1 begins with it, at the same sigma, as Heun's does."""
+    for numbers, expected in (((0, 1, 1), [0, 1, 1]), ((None, None, None), [0, 0, 1])):
+        session = Session(Method(), sigmas=SIX)
+        session.begin(SIX)
+        for number, name in zip(numbers, ("cond", "uncond", "cond"), strict=True):
+            session.answer(Counted(1, 8, number, name))
+        assert [event.where.evaluation for event in session.report.events] == expected
+
+
+def test_a_change_of_form_drops_the_memory_of_an_announced_run():
+    session = Session(Method(), sigmas=SIX)
+    session.begin(SIX)
+    for number, form in enumerate(((1,), (1,), (2,), (2,))):
+        session.answer(Counted(1, SIX[number], number, form=form))
+    assert session.report.fates("cond") == "CSCS"
+    assert DROPPED in session.report.notes
+
+
 def test_quiet_runs_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,0 +1,12 @@
+"""The entry point for A1111, Forge, reForge and Forge Classic; everything is in samplers/webui.py."""
+
+from modules import script_callbacks, scripts
+
+from stepcache.samplers import webui
+
+
+class StepCache(webui.Extension, scripts.Script):
+    """The panel and the hooks of `webui.Extension` as a script of the host."""
+
+
+webui.register(script_callbacks, scripts)

@@ -1,0 +1,134 @@
+"""The web UI extension on real checkouts of its hosts, headless on the CPU, with tiny random networks.
+
+    STEPCACHE_FORGE=~/stable-diffusion-webui-forge pytest tests/hosts/test_webui.py
+
+STEPCACHE_A1111, STEPCACHE_FORGE, STEPCACHE_REFORGE, STEPCACHE_CLASSIC each name a checkout; without it the tests are
+skipped. The interpreter is that of the checkout's `venv`, or what STEPCACHE_A1111_PYTHON and so on name; stepcache must
+be installed there (`python install.py`). docs/webui.md says how to prepare a checkout without a GPU, and what was run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HOSTS = ("A1111", "FORGE", "REFORGE", "CLASSIC")
+HERE = Path(__file__).parent
+LATENTS = 1e-4
+"""Of the largest latent: rounding, over a run."""
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What `situations.py` prints for this host; it takes a minute or two."""
+    name = request.param
+    checkout = os.environ.get(f"STEPCACHE_{name}")
+    if not checkout:
+        pytest.skip(f"STEPCACHE_{name} names no checkout")
+    checkout = Path(checkout).expanduser().resolve()
+    own = checkout / "venv" / "bin" / "python"
+    python = os.environ.get(f"STEPCACHE_{name}_PYTHON") or (str(own) if own.exists() else sys.executable)
+    command = [python, "-W", "ignore", str(HERE / "situations.py"), name.lower(), str(checkout)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def test_every_situation_runs_through(found):
+    errors = {
+        situation: [entry[kind]["error"] for kind in ("without", "never", "on", "mask")]
+        for situation, entry in found["situations"].items()
+    }
+    assert {situation: error for situation, error in errors.items() if any(error)} == {}
+    assert len(errors) >= 35
+
+
+def test_disabled_and_never_skipping_are_bit_identical_to_the_host_without_it(found):
+    for situation, entry in found["situations"].items():
+        bare = entry["without"]
+        assert entry["off"] == [bare["digest"]] * 2, situation
+        assert (entry["never"]["digest"], entry["never"]["calls"]) == (bare["digest"], bare["calls"]), situation
+
+
+def test_calls_are_skipped_and_counted(found):
+    for situation, entry in found["situations"].items():
+        if situation == "DPM adaptive":
+            assert entry["on"]["calls"] == entry["without"]["calls"]
+            assert "DPM adaptive chooses its steps" in entry["on"]["said"][0]
+        elif situation == "AND, unequal batch" and not entry["on"]["evaluations"][0]:
+            assert "different numbers of prompts joined by AND" in entry["on"]["said"][-1]
+        else:
+            assert entry["on"]["calls"] < entry["without"]["calls"], situation
+            counts = zip(entry["on"]["skipped"], entry["on"]["evaluations"], strict=True)
+            text = " + ".join(f"{skipped}/{all_}" for skipped, all_ in counts)
+            last = text.split(" + ")[-1] if "2 batches" in situation or "twice" in situation else text
+            assert f"StepCache skipped: {last}" in entry["on"]["infotext"], situation
+
+
+def test_plain_runs_have_the_counts_that_follow_from_their_steps(found):
+    """12 steps of one evaluation, 23 of two; DDIM as many as its host runs it for."""
+    for sampler in ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE"):
+        entry = found["situations"][sampler]
+        assert (entry["on"]["skipped"], entry["on"]["evaluations"]) == ([5], [12]), sampler
+        assert entry["mask"]["calls"] == 12, sampler
+    assert found["situations"]["Heun"]["on"]["evaluations"] == [23]
+    for sampler in ("DDIM", "UniPC"):
+        entry = found["situations"][sampler]
+        assert entry["on"]["evaluations"][0] == entry["without"]["calls"] / 2
+
+
+def test_nothing_is_left_in_the_host(found):
+    assert {situation: entry["left"] for situation, entry in found["situations"].items() if entry["left"]} == {}
+    for what, entry in found["broken off"].items():
+        assert (entry["left"], entry["memory"], entry["then off"]) == ([], [], True), what
+
+
+def test_broken_off_runs_end_as_the_host_ends_them(found):
+    broken = found["broken off"]
+    assert (broken["interrupt"]["error"], broken["skip"]["error"]) == (None, None)
+    assert broken["interrupt"]["evaluations"] == [6]
+    assert broken["out of memory"]["error"].startswith("OutOfMemoryError")
+
+
+def test_the_same_decisions_and_latents_as_the_k_diffusion_adapter(found):
+    for what, entry in found["compared"].items():
+        assert entry["host"] == entry["adapter"], what
+        assert entry["latents off"] < LATENTS, what
+    if found["compared"]:
+        assert any("S" in entry["host"] for what, entry in found["compared"].items() if "easycache" in what)
+
+
+def test_auxiliary_calls_pass_through(found):
+    for situation in ("PAG", "SAG", "PAG, AND"):
+        if situation in found["situations"]:
+            assert found["situations"][situation]["auxiliary"] == 36, situation  # three runs of 12 evaluations
+            assert found["situations"][situation]["mask"]["skipped"] == [6], situation
+
+
+def test_wrong_options_are_said_and_the_image_is_the_host_s_own(found):
+    wrong = dict(found["wrong options"])
+    plain = wrong.pop("plain")
+    for arguments, entry in wrong.items():
+        assert entry["digest"] == plain, arguments
+        assert "without the cache" in entry["said"][0], arguments
+        assert "StepCache" not in entry["infotext"], arguments
+
+
+def test_hires_can_be_left_out(found):
+    assert (found["hires off"]["error"], found["hires off"]["skipped"]) == (None, [5])
+
+
+def test_the_xyz_plot_and_the_infotext(found):
+    assert found["axes"] == [f"[StepCache] {name}" for name in ("Enabled", "Method", "Number", "Preset", "Mask")]
+    assert "StepCache: ucache, StepCache number: 0.4" in found["axis"]["infotext"]
+    mask = "1,1,1,0,0,1,0,0,1,0,0,1"
+    assert found["pasted"] == [True, "ucache", "0.5", "0.1-0.9", mask, "static", False, 0, -1, ""]
+    assert found["pasted without"] == [False, *[None] * 9]

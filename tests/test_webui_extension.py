@@ -1,0 +1,620 @@
+"""The web UI extension on doubles of its hosts; `tests/hosts/test_webui.py` runs it on the real ones."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hosts_webui import SAMPLERS, STEPS, Host, Network, Tiles, controlnet, multidiffusion, pag, sag
+from k_diffusion import sampling
+from k_diffusion.external import CompVisDenoiser
+
+from stepcache import OptionError, StepMask
+from stepcache.samplers import webui
+from stepcache.samplers.k_diffusion import CachedDenoiser, sample
+
+NAMES = ("a1111-1.10", "a1111-1.7", "a1111-1.6", "forge")
+ON = [True, "forecast"]
+MASKED = [True, "static", "", "", "1001010011"]
+"""Six of ten steps are computed."""
+HORSE = [(1.0, ((STEPS * 4, 0.3),))]
+TWO = [(1.0, ((STEPS * 4, 0.3),)), (0.6, ((STEPS * 4, -0.5),))]
+EDITED = [(1.0, ((4, 0.3), (STEPS * 4, 0.9)))]
+SITUATIONS = {
+    **{name: {"sampler_name": name} for name in SAMPLERS if name != "DPM adaptive"},
+    "hires": {"hr": 7},
+    "img2img": {"img2img": True},
+    "img2img, DDIM, twice": {"img2img": True, "sampler_name": "DDIM", "n_iter": 2},
+    "batch of 2, twice": {"prompt": [HORSE, EDITED], "n_iter": 2},
+    "AND": {"prompt": [TWO]},
+    "AND, batch of 2": {"prompt": [TWO, TWO]},
+    "AND, unequal": {"prompt": [TWO, HORSE]},
+    "prompt editing": {"prompt": [EDITED]},
+    "NGMS": {"s_min_uncond": 3.0},
+    "CFG 1": {"cfg_scale": 1.0},
+    "refiner": {"refiner_at": 5},
+}
+
+
+@pytest.fixture(autouse=True)
+def host_modules(monkeypatch):
+    """What the extension imports of a host, at the moment it needs it."""
+    shared = types.ModuleType("modules.shared")
+    shared.opts = types.SimpleNamespace(uni_pc_skip_type="time_uniform")
+    scripts = types.ModuleType("modules.scripts")
+    scripts.AlwaysVisible = object()
+    package = types.ModuleType("modules")
+    package.shared, package.scripts = shared, scripts
+    for name, module in (("modules", package), ("modules.shared", shared), ("modules.scripts", scripts)):
+        monkeypatch.setitem(sys.modules, name, module)
+    return package
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The runs that are begun, each with where it stands."""
+    begun = []
+    begin = webui.Run.__init__
+
+    def noted(self, *arguments):
+        begin(self, *arguments)
+        begun.append(self)
+
+    monkeypatch.setattr(webui.Run, "__init__", noted)
+    return begun
+
+
+def same(p, q):
+    return len(p.latents) == len(q.latents) and all(map(torch.equal, p.latents, q.latents))
+
+
+def left(host, runs):
+    """What of ours is still in the host."""
+    found = list(webui._running)
+    for run in runs:
+        found += [run for inner in [run.denoiser.inner_model] if "forward" in vars(inner)]
+        found += [run for func in [run.denoiser.sampler.func] if hasattr(func, "stepcache_follows")]
+        found += [run for state in [run.session._state] if state is not None]
+    for model in (host.first, host.refiner) if host.forge else ():
+        found += [one for one in model.forge_objects.unet.model_options.values() if hasattr(one, "stepcache_run")]
+    found += list(host.original.model_options) if host.forge else []
+    return found
+
+
+def fates(run, condition="cond"):
+    return run.session.report.fates(condition)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_disabled_or_never_skipping_is_bit_identical_and_nothing_is_left(name, situation, runs):
+    host, fields = Host(name), SITUATIONS[situation]
+    bare = host.job(None, **fields)
+    calls = list(host.network.calls)
+    never = host.job([True, "forecast", 1], **fields)
+    assert host.network.calls == calls
+    assert same(never, bare)
+    cached = host.job(ON, **fields)
+    if situation != "AND, unequal" or host.forge:
+        assert sum(host.network.calls) < sum(calls)
+        assert not same(cached, bare)
+    assert left(host, runs) == []
+    for _ in range(2):
+        disabled = host.job([False], **fields)
+        assert host.network.calls == calls
+        assert same(disabled, bare)
+        assert disabled.extra_generation_params == {}
+    assert len(runs) == 2 * (bare.n_iter + (bare.hr is not None))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sampler", ["Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "UniPC"])
+def test_a_static_mask_skips_exactly_its_steps(name, sampler, runs):
+    host = Host(name)
+    host.job(MASKED, sampler_name=sampler)
+    assert fates(runs[0]) == "CSSCSCSSCC"
+    assert fates(runs[0], "uncond") == "CSSCSCSSCC"
+    assert host.network.calls == [2] * 5
+    assert [event.where.step for event in runs[0].session.report.events if event.condition == "cond"] == [*range(10)]
+
+
+@pytest.mark.parametrize("name", ["a1111-1.10", "forge"])
+def test_steps_are_told_from_evaluations(name, runs):
+    """DDIM runs one step fewer than asked for, as its hosts have it; PLMS evaluates the first of them twice."""
+    host, nine = Host(name), [True, "static", "", "", "100101001"]
+    host.job(nine, sampler_name="DDIM")
+    host.job(nine, sampler_name="PLMS")
+    host.job(MASKED, sampler_name="Heun")
+    assert [fates(run) for run in runs] == ["CSSCSCSSC", "CCSSCSCSSC", "CCSSSSCCSSCCSSSSCCC"]
+    assert [run.session.report.steps for run in runs] == [9, 9, 10]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM++ 2M SDE", "Heun", "DPM2", "DPM++ SDE"])
+@pytest.mark.parametrize("method", [["forecast"], ["ucache", 0.3], ["easycache", 0.8], ["static", "", "", "fast"]])
+def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, runs):
+    host = Host(name)
+    caught = {}
+    func = SAMPLERS[sampler]
+
+    def spy(model, x, *, extra_args=None, callback=None, **keywords):
+        caught.update(keywords, x=x)
+        return func(model, x, extra_args=extra_args, callback=callback, **keywords)
+
+    spy.__signature__, spy.__name__ = inspect.signature(func), func.__name__
+    SAMPLERS["spied"] = spy
+    try:
+        p = host.job([True, *method], sampler_name="spied")
+    finally:
+        del SAMPLERS["spied"]
+    network = Network()
+    inner = CompVisDenoiser(types.SimpleNamespace(apply_model=network, alphas_cumprod=products_of(host)))
+    names, texts = (("uncond", "cond"), (-0.2, 0.3)) if host.forge else (("cond", "uncond"), (0.3, -0.2))
+    cached = CachedDenoiser(inner, webui.Options.of([True, *method]).as_method(), conditions=names)
+
+    def guided(x, sigma):
+        answers = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), told=torch.tensor(texts)).chunk(2)
+        parts = dict(zip(names, answers, strict=True))
+        return parts["uncond"] + (parts["cond"] - parts["uncond"]) * 4.0
+
+    x = caught.pop("x")
+    if "noise_sampler" in caught:
+        noise = torch.Generator().manual_seed(3)
+        caught["noise_sampler"] = lambda *sigmas: torch.randn(x.shape, generator=noise)
+    latents = sample(func, guided, x, cache=cached, **caught)
+    assert fates(runs[0]) == cached.report.fates("cond")
+    assert "S" in fates(runs[0])
+    assert torch.allclose(latents, p.latents[0], rtol=1e-3, atol=1e-3)
+
+
+def products_of(host):
+    return host.first.alphas_cumprod if not host.forge else 1 / (host.original.model.predictor.sigmas**2 + 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hires_counts_both_passes_or_only_the_first(name, runs):
+    host = Host(name)
+    p = host.job(ON, hr=7)
+    assert p.extra_generation_params["StepCache skipped"] == "4/10 + 3/7"
+    assert [len(fates(run)) for run in runs] == [10, 7]
+    p = host.job([*ON, "", "", "", "dynamic", False], hr=7)
+    assert p.extra_generation_params["StepCache skipped"] == "4/10"
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_batch_is_a_run_of_its_own(name, runs):
+    p = Host(name).job(ON, n_iter=3)
+    assert [fates(run) for run in runs] == ["CSCSCSCSCC"] * 3
+    assert p.extra_generation_params["StepCache skipped"] == "4/10"
+    assert same(p, Host(name).job(ON, n_iter=3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_joined_by_and_have_a_memory_each(name, runs):
+    host = Host(name)
+    host.job(MASKED, prompt=[TWO])
+    assert runs[0].session.report.conditions in (["cond", "cond 2", "uncond"], ["uncond", "cond", "cond 2"])
+    assert host.network.calls == [3] * 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prompt", [[HORSE], [TWO], [TWO, TWO]])
+def test_calls_split_for_want_of_memory_answer_as_one_call_does(name, prompt, runs):
+    whole = Host(name).job(MASKED, prompt=prompt)
+    host = Host(name)
+    host.low_memory = lambda: True
+    split = host.job(MASKED, prompt=prompt)
+    assert torch.allclose(whole.latents[0], split.latents[0], rtol=1e-4, atol=1e-4)
+    assert host.network.calls == [len(prompt)] * (5 * (1 + len(prompt[0])))
+    assert runs[1].auxiliary == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_split_at_some_evaluations_only_keep_the_conditions_apart(name, runs):
+    host, turns = Host(name), itertools.cycle([False, True, True, False, True])
+    host.low_memory = lambda: next(turns)
+    host.job(MASKED)
+    report = runs[0].session.report
+    assert sorted(report.conditions) == ["cond", "uncond"]
+    assert len(fates(runs[0])) == len(fates(runs[0], "uncond")) == 10
+    assert fates(runs[0]) == "CSSCSCSSCC"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heun_without_uncond_at_some_evaluations_keeps_two_of_one_sigma_apart(name, runs):
+    """Split calls: cond alone at one evaluation, then uncond first at the next, at the same sigma."""
+    host = Host(name)
+    host.low_memory = lambda: True
+    p = host.job(ON, sampler_name="Heun", s_min_uncond=20.0)
+    assert len(p.saw) == 19
+    assert any(a == b for a, b in itertools.pairwise(p.saw))
+    assert runs[0].session.report.evaluations == 19
+    assert len(fates(runs[0])) == 19
+    assert 0 < len(fates(runs[0], "uncond")) < 19
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_edited_prompt_is_computed_where_it_changes(name, runs):
+    host = Host(name)
+    host.job([True, "static", "", "", "1000000001"], prompt=[EDITED])
+    assert fates(runs[0]) == "CSSSSCSSSC"
+    assert any("prompt" in note for note in runs[0].session.report.notes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_words_that_alternate_are_computed_at_every_change(name, runs):
+    words = tuple((step, 0.3 if step % 2 else 0.8) for step in range(STEPS * 2))
+    host = Host(name)
+    host.job([True, "static", "", "", "1000000001"], prompt=[[(1.0, words)]])
+    assert fates(runs[0]) == "C" * 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_refiner_begins_with_a_computed_evaluation_and_is_cached_too(name, runs):
+    host = Host(name)
+    host.job([True, "static", "", "", "1000000001"], refiner_at=6)
+    assert fates(runs[0]) == "CSSSSSCSSC"
+    assert left(host, runs) == []
+
+
+@pytest.mark.parametrize("extension", [pag, sag])
+@pytest.mark.parametrize("prompt", [[HORSE], [TWO]])
+@pytest.mark.parametrize("low", [False, True])
+def test_pag_and_sag_pass_through_and_are_never_stored(extension, prompt, low, runs):
+    host = Host("forge")
+    host.extensions, host.low_memory = [extension(host)], lambda: low
+    bare = host.job(None, prompt=prompt)
+    assert same(host.job([True, "forecast", 1], prompt=prompt), bare)
+    host.job(MASKED, prompt=prompt)
+    again = (len(prompt[0]) if extension is pag else 1) * (low or extension is sag) or 1
+    assert runs[-1].auxiliary == 10 * (again if low else 1)
+    assert fates(runs[-1]) == "CSSCSCSSCC"
+    conditions = {"cond", "uncond"} | ({"cond 2"} if prompt == [TWO] else set())
+    assert set(runs[-1].session.report.conditions) == conditions
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_multidiffusion_is_kept_called_and_skipped_whole(late, runs):
+    host = Host("forge")
+    host.extensions = [multidiffusion(host)]
+    if late:
+        host.extensions.insert(0, pag(host))
+    bare = host.job(None)
+    tiled = list(host.network.calls)
+    assert same(host.job([True, "forecast", 1]), bare)
+    host.job(MASKED)
+    assert len(host.network.calls) == len(tiled) / 2 + (10 if late else 0)
+    assert isinstance(host.first.forge_objects.unet.model_options["model_function_wrapper"], Tiles)
+
+
+def test_a_controlnet_that_ends_in_the_run_is_computed_where_it_does(runs):
+    host = Host("forge")
+    host.extensions = [controlnet(host, until=4)]
+    host.job([True, "static", "", "", "1000000001"])
+    assert fates(runs[0]) == "CSSSCSSSSC"
+
+
+def test_inpainting_noise_at_every_evaluation_does_not_disturb():
+    host = Host("forge")
+    host.inpainting = True
+    bare = host.job(None)
+    assert same(host.job([True, "forecast", 1]), bare)
+    cached = host.job(ON)
+    assert cached.extra_generation_params["StepCache skipped"] == "4/10"
+    assert cached.latents[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interrupt_leaves_nothing_and_the_next_job_is_untouched(name, runs):
+    host = Host(name)
+    bare = host.job(None)
+    host.stop_at = 5
+    stopped = host.job(ON)
+    assert stopped.extra_generation_params["StepCache skipped"] == "2/5"
+    assert left(host, runs) == []
+    host.stop_at = None
+    assert same(host.job([False]), bare)
+    assert same(host.job(ON), Host(name).job(ON))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_out_of_memory_is_raised_leaves_nothing_and_the_next_job_is_untouched(name, runs):
+    host = Host(name)
+    bare = host.job(None)
+    host.network.fails_at = 3
+    with pytest.raises(torch.OutOfMemoryError, match="pretended"):
+        host.job(ON)
+    assert len(host.network.calls) == 3, "the failed call was not made again"
+    host.network.fails_at = None
+    assert left(host, runs) == []
+    assert same(host.job([False]), bare)
+    assert same(host.job(ON), Host(name).job(ON))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_error_of_our_own_costs_the_speed_and_not_the_image(name, runs, monkeypatch, capsys):
+    bare = Host(name).job(None)
+
+    def broken(*arguments):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(webui.ForgeSeat, "scalings", broken)
+    monkeypatch.setattr(webui.A1111Seat, "scalings", broken)
+    if name == "forge":
+        monkeypatch.setattr(webui.ForgeSeat, "coordinate", lambda self: None)
+    host = Host(name)
+    p = host.job(ON)
+    assert same(p, bare)
+    assert p.comments == ["StepCache: the rest of this run was computed: RuntimeError: a bug"]
+    assert p.comments[0] in capsys.readouterr().out
+    assert left(host, runs) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([True, "forcast"], "Did you mean 'forecast'?"),
+        ([True, "ucache", -1], "threshold=-1.0: accepted is a number of at least 0"),
+        ([True, "ucache", "much"], "threshold='much': accepted is a number"),
+        ([True, "forecast", 2.5], "every='2.5': accepted is a whole number"),
+        ([True, "static"], "static needs a mask"),
+        ([True, "static", 3, "", "fast"], "static has none; leave it empty"),
+        ([True, "forecast", "", "half"], "window='half': accepted are two shares"),
+        ([True, "forecast", "", "0.9-0.1"], "the window is empty"),
+        ([True, "forecast", "", "", "110"], "the mask has 3 entries, the run has 10 steps"),
+        ([True, "forecast", "", "", "fast", "stern"], "unknown policy 'stern'"),
+        ([True, "ucache", "", "", "", "dynamic", True, 0, -1, "decays=1"], "Did you mean 'decay'?"),
+        ([*ON, *[None] * 9, 1], "12 arguments: accepted are 11"),
+    ],
+)
+def test_wrong_options_are_said_and_the_job_runs_without_the_cache(name, arguments, said, capsys):
+    host = Host(name)
+    bare, p = host.job(None), host.job(arguments)
+    assert same(p, bare)
+    assert said in p.comments[0]
+    assert said in capsys.readouterr().out
+    assert p.extra_generation_params == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dpm_adaptive_goes_without_the_cache_and_says_so(name):
+    host = Host(name)
+    p = host.job(ON, sampler_name="DPM adaptive")
+    assert "DPM adaptive chooses its steps" in p.comments[0]
+
+
+def test_a_run_in_which_no_call_is_seen_says_so():
+    host = Host("forge")
+    host.calculate = lambda unet, x, level, conds, uncond: ([x * 0.9 for _ in conds], x * 0.8)
+    p = host.job(ON)
+    assert p.comments == ["StepCache: no call of the model was seen in this run: another extension stands in its place"]
+
+
+def test_a_batch_of_unequal_and_prompts_is_computed_on_a1111_and_says_so():
+    p = Host("a1111-1.10").job(ON, prompt=[TWO, HORSE])
+    assert "different numbers of prompts joined by AND" in p.comments[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_console_line_and_the_infotext_count_evaluations(name, capsys):
+    p = Host(name).job([True, "ucache", 0.5, "0-1", "fast", "static", True, 1, 3, "decay=0.5"])
+    assert p.extra_generation_params == {
+        "StepCache": "ucache",
+        "StepCache number": "0.5",
+        "StepCache window": "0-1",
+        "StepCache mask": "fast",
+        "StepCache policy": "static",
+        "StepCache hires": True,
+        "StepCache warm-up": 1,
+        "StepCache max in a row": 3,
+        "StepCache options": "decay=0.5",
+        "StepCache skipped": "6/10",
+    }
+    assert capsys.readouterr().out == "StepCache: ucache: skipped 6 of 10 evaluations, 2.50x fewer model calls\n"
+
+
+def test_the_table_goes_to_the_console_when_asked_for(capsys):
+    Host("forge").job([*ON, *[None] * 8, True])
+    assert (
+        len([line for line in capsys.readouterr().out.splitlines() if "every 2" in line or "criterion" in line]) >= 10
+    )
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_network_space_on_a1111s_timestep_samplers_is_that_of_sigma(prediction):
+    """The raw output recovered from eps at a timestep is the network's own, whatever it predicts."""
+    table = (1 - torch.linspace(0.0001, 0.02, 1000)).cumprod(0)
+    x, v = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    a = table[300]
+    given = v if prediction == "eps" else a.sqrt() * v + (1 - a).sqrt() * x
+    inner = types.SimpleNamespace(inner_model=types.SimpleNamespace(alphas_cumprod=table))
+    if prediction == "v":
+        inner.predict_eps_from_z_and_v = None
+    seat = webui.A1111Seat(types.SimpleNamespace(denoiser=types.SimpleNamespace(inner_model=inner)))
+    sigma = seat.sigma_at(torch.tensor([300.0, 300.0]))
+    assert torch.allclose(sigma, ((1 - a) / a).sqrt())
+    call = webui.Call(lambda: given, seat.scalings, ("cond",), x, sigma)
+    assert torch.equal(call.inputs()[0], x)
+    assert torch.allclose(call.outputs(given)[0], v, atol=1e-5)
+    assert torch.allclose(call.restore(call.outputs(given)), given, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flow"), [("eps", False), ("v", False), ("edm", False), ("flow", True)], ids=lambda value: str(value)
+)
+def test_forges_parametrisation_is_asked_for_whatever_it_is(kind, flow):
+    """c_skip, c_out and c_in of eps, v, EDM's and flow models, from the host's own two functions."""
+    root = lambda s: (s * s + 1).sqrt()  # noqa: E731
+    skip = {"v": lambda s: 1 / (s * s + 1), "edm": lambda s: 1 / (s * s + 1)}.get(kind, torch.ones_like)
+    out = {"v": lambda s: -s / root(s), "edm": lambda s: s / root(s)}.get(kind, lambda s: -s)
+    spread = lambda s: s.view(-1, 1, 1, 1)  # noqa: E731
+    sampled = types.SimpleNamespace(
+        calculate_input=lambda s, x: x if flow else x / root(spread(s)),
+        calculate_denoised=lambda s, o, x: skip(spread(s)) * x + out(spread(s)) * o,
+        percent_to_sigma=lambda share: 1 - share,
+    )
+    unet = types.SimpleNamespace(model=types.SimpleNamespace(model_sampling=sampled))
+    engine = types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=unet))
+    denoiser = types.SimpleNamespace(inner_model=types.SimpleNamespace(inner_model=engine))
+    seat = webui.ForgeSeat(types.SimpleNamespace(denoiser=denoiser))
+    sigma = torch.tensor([0.3, 0.7])
+    c_skip, c_out, c_in = seat.scalings(sigma)
+    assert torch.allclose(c_skip, skip(sigma))
+    assert torch.allclose(c_out, out(sigma))
+    assert torch.allclose(c_in, torch.ones(2) if flow else 1 / root(sigma))
+    assert seat.coordinate() is (float if flow else None)
+    assert seat.training_sigma()(0.25) == 0.75
+
+
+def test_stable_diffusion_3_on_a1111_is_a_flow_model():
+    inner = types.SimpleNamespace(sigma_to_t=None, sigma_max=torch.tensor(1.0), inner_model=None)
+    seat = webui.A1111Seat(types.SimpleNamespace(denoiser=types.SimpleNamespace(inner_model=inner)))
+    c_skip, c_out, c_in = seat.scalings(torch.tensor([0.4]))
+    assert (c_skip, float(c_out), float(c_in)) == (None, pytest.approx(-0.4), 1.0)
+    assert seat.coordinate() is float
+
+
+@pytest.mark.parametrize(("spacing", "power"), [("time_uniform", 1), ("time_quadratic", 2), ("logSNR", None)])
+def test_unipcs_own_times(spacing, power, host_modules):
+    host_modules.shared.opts.uni_pc_skip_type = spacing
+    times = webui._unipc_times(False, torch.arange(0, 1000, 100))
+    if power is None:
+        assert times is None
+        return
+    assert len(times) == 11
+    assert float(times[0]) == pytest.approx(999.0)
+    assert float(times[-1]) == pytest.approx(0.0, abs=1e-2)
+    roots = ((times / 1000) + 1 / 1000) ** (1 / power)
+    assert torch.allclose(roots.diff(), roots.diff()[:1].expand(10), atol=1e-4)
+    assert float(webui._unipc_times(True, torch.arange(0, 500, 100))[0]) == pytest.approx(400)
+
+
+def test_options_by_position_with_defaults_for_those_missing():
+    assert webui.Options.of([True, "ucache"]) == webui.Options(enabled=True, method="ucache")
+    assert webui.Options.of([True, None, 3]) == webui.Options(enabled=True, number=3)
+    assert webui.Options.of([]) == webui.Options()
+    method = webui.Options.of([True, "ucache", "0.5", "0.2-0.8", "fast", "static"]).as_method()
+    assert (method.criterion.threshold, method.start, method.end) == (0.5, 0.2, 0.8)
+    assert method.mask == StepMask("fast", "static")
+    assert webui.Options.of([True, "ucache"]).as_method().start == 0.15
+
+
+def test_further_options_win_over_the_fields():
+    method = webui.Options(method="ucache", number=1, warmup=2, text="threshold=0.25,warmup=3").as_method()
+    assert (method.criterion.threshold, method.warmup) == (0.25, 3)
+    with pytest.raises(OptionError, match="Did you mean 'warmup'"):
+        webui.Options(text="warm=3").as_method()
+
+
+def test_every_method_has_a_place_in_the_panel():
+    assert webui.main_number("forecast") == ("every", 2)
+    assert webui.main_number("ucache") == ("threshold", 1.0)
+    assert webui.main_number("spectrum") == ("window_size", 2)
+    assert webui.main_number("static") is None
+    for name in webui.METHODS:
+        if name not in ("none", "static"):
+            assert webui.Options(method=name, number=webui.main_number(name)[1]).as_method() == webui.METHODS[name]()
+
+
+def test_the_infotext_is_pasted_back_into_every_component():
+    written = webui.Options.of([True, "ucache", 0.5, "0.1-0.9", "1,1,0", "static", False, 2, 3, "decay=0.5"]).infotext()
+    text = {key: str(value) for key, value in written.items()}
+    read = [value(text) for _, value in webui._paste_fields(list(range(11)))]
+    assert read == [True, "ucache", "0.5", "0.1-0.9", "1,1,0", "static", False, 2, 3, "decay=0.5"]
+    plain = {key: str(value) for key, value in webui.Options(enabled=True).infotext().items()}
+    assert [value(plain) for _, value in webui._paste_fields(list(range(11)))] == [
+        *(True, "forecast", "2", "0-1", "none", "dynamic", True, 0, -1, "")
+    ]
+    assert [value({"Steps": "20"}) for _, value in webui._paste_fields(list(range(11)))] == [False, *[None] * 9]
+
+
+def test_the_xyz_plot_gets_its_axes_once_and_they_act():
+    class AxisOption:
+        def __init__(self, label, type, apply, choices=None):
+            self.label, self.type, self.apply, self.choices = label, type, apply, choices
+
+    plot = types.SimpleNamespace(axis_options=[AxisOption("Seed", int, None)], AxisOption=AxisOption)
+    script = type("Script", (), {"__module__": "xyz_grid.py"})
+    scripts = types.SimpleNamespace(scripts_data=[types.SimpleNamespace(script_class=script, module=plot)])
+    webui.add_axes(scripts)
+    webui.add_axes(scripts)
+    axes = {axis.label: axis for axis in plot.axis_options[1:]}
+    assert list(axes) == [f"[StepCache] {name}" for name in ("Enabled", "Method", "Number", "Preset", "Mask")]
+    assert "forecast" in axes["[StepCache] Method"].choices()
+    host = Host("forge")
+    script = host.script
+    p = types.SimpleNamespace(extra_generation_params={}, comments=[])
+    p.comment = p.comments.append
+    axes["[StepCache] Method"].apply(p, "ucache", [])
+    axes["[StepCache] Number"].apply(p, 0.4, [])
+    script.process(p, True)
+    assert p.stepcache_job.method.criterion.threshold == 0.4
+    script.process(p, False)
+    assert p.stepcache_job is None
+    assert "has no effect while StepCache is not enabled" in p.comments[0]
+    axes["[StepCache] Enabled"].apply(p, axes["[StepCache] Enabled"].type("True"), [])
+    script.process(p, False)
+    assert p.stepcache_job is not None
+
+
+def test_importing_the_module_needs_no_host():
+    code = (
+        "import sys, stepcache.samplers.webui; print(sorted({'gradio', 'modules', 'k_diffusion'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_entry_point_can_be_put_into_a_web_ui(tmp_path):
+    with pytest.raises(OptionError, match="the folder of a web UI"):
+        webui.install(tmp_path)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "scripts.py").touch()
+    (tmp_path / "extensions").mkdir()
+    entry = webui.install(tmp_path)
+    assert entry == webui.install(tmp_path)
+    assert entry.read_bytes() == (Path(__file__).parents[1] / "scripts" / "stepcache_webui.py").read_bytes()
+    (tmp_path / "extensions" / "stepcache" / "install.py").touch()
+    with pytest.raises(OptionError, match="from its repository"):
+        webui.install(tmp_path)
+
+
+@pytest.mark.parametrize("with_launch", [False, True])
+def test_install_installs_this_checkout_once_without_dependencies(with_launch, tmp_path):
+    """install.py in an interpreter where pip, and `launch.run_pip`, only write down what they are asked."""
+    here = Path(__file__).parents[1]
+    asked = tmp_path / "asked"
+    (tmp_path / "pip.py").write_text(f"import sys; open({str(asked)!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
+    if with_launch:
+        (tmp_path / "launch.py").write_text(
+            f"def run_pip(command, name): open({str(asked)!r}, 'a').write(command + '\\n')\n"
+        )
+    command = [sys.executable, "-S", str(here / "install.py")]
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
+    subprocess.run(command, env=environment, check=True)
+    (written,) = asked.read_text().splitlines()
+    assert written.replace('"', "") == f"install --no-deps --editable {here}"
+    info = tmp_path / "stepcache-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stepcache\nVersion: 0.1.0\n")
+    (info / "direct_url.json").write_text(json.dumps({"url": here.as_uri(), "dir_info": {"editable": True}}))
+    subprocess.run(command, env=environment, check=True)
+    assert len(asked.read_text().splitlines()) == 1
+
+
+def test_the_schedule_of_a_followed_sampler_is_still_its_own(runs):
+    """The host reads the signature of `sampler.func`, wrapped or not."""
+    host = Host("a1111-1.10")
+    host.job(ON)
+    assert runs[0].plan.sigmas is not None
+    assert runs[0].plan.stages == 1
+    assert SAMPLERS["Euler"] is sampling.sample_euler
