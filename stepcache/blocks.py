@@ -191,7 +191,7 @@ class Watch:
 
 
 def _end(block: nn.Module, which: int) -> nn.Module:
-    """The first or last module of a block that is a sequence: ComfyUI runs a U-Net's blocks layer by layer."""
+    """The first or last module of a block that is a sequence: there are networks that run its layers one by one."""
     while isinstance(block, nn.Sequential) and len(block):
         block = block[which]
     return block

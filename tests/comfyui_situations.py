@@ -250,6 +250,7 @@ def test_a_skipped_evaluation_of_every_kind_of_model_gives_denoised(host: Any) -
         x, sigma = noise(2), torch.tensor([0.6, 0.6])
         answer = [torch.randn_like(x), torch.randn_like(x)]
         call = comfyui._Call(lambda: answer, sampling, {0: "cond", 1: "uncond"}, 2, x, sigma, 1, (), False)  # noqa: B023
+        assert call.names == ("uncond", "cond")  # as ComfyUI batches them
         c_in = sampling.calculate_input(sigma, x)
         assert all(torch.allclose(given, c_in, atol=1e-6) for given in call.inputs())
         outs = call.outputs(answer)
@@ -365,6 +366,7 @@ def test_two_nodes_on_one_model_the_last_one_holds(host: Any) -> None:
     alone = patched(plain, chosen("forecast"))
     assert torch.equal(run(host, both), run(host, alone))
     assert cache_of(both).report.method == "forecast"
+    assert len(both.get_wrappers("outer_sample", "stepcache")) == 1
     other = patched(alone, chosen("none"))
     assert torch.equal(run(host, other), run(host, plain))
     assert cache_of(alone).report.method == "forecast"
@@ -389,6 +391,8 @@ def test_the_models_options_can_be_copied_at_any_time(host: Any) -> None:
     model = patched(plain, chosen("forecast")).clone().clone()
     run(host, model)
     assert len(copies) == STEPS
+    kept = [one["transformer_options"]["wrappers"]["calc_cond_batch"]["stepcache"][0].__self__ for one in copies]
+    assert all(one is kept[0] for one in kept)
     assert "S" in fates(model)
 
 
@@ -397,8 +401,16 @@ def test_other_wrappers_see_every_evaluation(host: Any) -> None:
         seen.append(len(args[1]))
         return executor(*args)
 
+    def outermost(executor: Any, *args: Any) -> Any:
+        options = executor.class_obj.model_options
+        result = executor(*args)
+        assert executor.class_obj.model_options is options
+        return result
+
     seen: list[int] = []
-    model = patched(host.model(), chosen("forecast"))
+    plain = host.model()
+    plain.add_wrapper_with_key("outer_sample", "other", outermost)
+    model = patched(plain, chosen("forecast"))
     usual = run(host, model)
     model.add_wrapper_with_key("calc_cond_batch", "other", other)
     assert torch.equal(run(host, model), usual)
@@ -422,8 +434,9 @@ def test_conditions_asked_for_one_by_one(host: Any) -> None:
 
     def one_by_one(args: dict[str, Any]) -> list[Tensor]:
         rest = args["input"], args["sigma"], args["model_options"]
-        cond, _ = host.calc_cond_batch(args["model"], [args["conds"][0], None], *rest)
+        cond, left_out = host.calc_cond_batch(args["model"], [args["conds"][0], None], *rest)
         _, uncond = host.calc_cond_batch(args["model"], [None, args["conds"][1]], *rest)
+        assert not left_out.any()
         return [cond, uncond]
 
     plain = host.model()
@@ -432,6 +445,33 @@ def test_conditions_asked_for_one_by_one(host: Any) -> None:
     assert close(run(host, model), together, 1e-4)
     assert fates(model) == fates(model, "uncond")
     assert cache_of(model).report.calls == sum(host.rows)
+
+
+def test_guidance_that_ends_in_the_run_leaves_cond_its_memory(host: Any) -> None:
+    def ending(args: dict[str, Any]) -> list[Tensor]:
+        late = args["sigma"][0] < 1
+        conds = [args["conds"][0], None if late else args["conds"][1]]
+        cond, uncond = host.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
+        return [cond, cond if late else uncond]
+
+    model = patched(with_option(host.model(), "sampler_calc_cond_batch_function", ending), chosen("forecast"))
+    run(host, model)
+    assert fates(model) == "CSCSCSCSCC"
+    assert fates(model, "uncond") == "CSCSCS"
+    assert not cache_of(model).report.notes
+
+
+def test_prompts_that_are_not_the_guiders_come_first_and_are_left_alone(host: Any) -> None:
+    def before(args: dict[str, Any]) -> list[Tensor]:
+        rest = args["input"], args["sigma"], args["model_options"]
+        host.calc_cond_batch(args["model"], [[{**args["conds"][0][0], "uuid": object()}]], *rest)
+        return host.calc_cond_batch(args["model"], args["conds"], *rest)
+
+    plain = host.model()
+    usual = run(host, patched(plain, chosen("forecast")))
+    model = patched(with_option(plain, "sampler_calc_cond_batch_function", before), chosen("forecast"))
+    assert torch.equal(run(host, model), usual)
+    assert sum(host.rows) == cache_of(model).report.calls + STEPS
 
 
 def test_without_guidance_there_is_one_condition(host: Any) -> None:

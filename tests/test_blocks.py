@@ -22,6 +22,27 @@ from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
 pytestmark = pytest.mark.filterwarnings("ignore:.*blocks. looks at")
 
 
+class LayerByLayer(nn.Module):
+    """Runs the layers of its blocks itself, never the blocks, as ComfyUI's U-Net does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_blocks = nn.ModuleList(nn.Sequential(Add(), Add()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.input_blocks:
+            for layer in block:
+                x = layer(x)
+        return x
+
+
+def test_a_block_whose_layers_are_run_one_by_one_is_seen() -> None:
+    network, seen = LayerByLayer(), []
+    answer = Blocks().find(network).call(lambda: network(filled(1.0)), lambda signal: seen.append(float(signal.mean())))
+    assert seen == [2.0]
+    assert answer is not None
+
+
 class Add(nn.Module):
     """x + signal: what it adds is known. As a tuple, with a text stream before or behind, where asked."""
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import types
 from pathlib import Path
@@ -172,6 +173,17 @@ def test_the_second_interface_has_the_same_nodes(host: Double, monkeypatch: Any)
 def test_one_interface_is_exported_never_both(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "comfy_api.latest", None)
     assert list(comfyui.exports()) == ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+
+
+def test_the_example_workflow_names_every_input_of_our_nodes() -> None:
+    workflow = json.loads((Path(__file__).parents[1] / "examples" / "comfyui" / "text_to_image.json").read_text())
+    ours = [node for node in workflow.values() if node["class_type"] in NODE_CLASS_MAPPINGS]
+    assert [node["class_type"] for node in ours] == ["StepCache", "StepCacheReport"]
+    for node in ours:
+        inputs = NODE_CLASS_MAPPINGS[node["class_type"]].INPUT_TYPES()
+        assert set(node["inputs"]) == {*inputs["required"], *inputs.get("optional", {})}
+        given = {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+        assert given == defaults(node["class_type"])
 
 
 @pytest.fixture
