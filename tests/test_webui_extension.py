@@ -189,6 +189,21 @@ def test_hires_counts_both_passes_or_only_the_first(name, runs):
     assert len(runs) == 3
 
 
+def test_the_callback_names_the_steps_of_a_sampler_nobody_knows(runs, monkeypatch):
+    """Two evaluations a step at sigmas off the schedule, under a name that is in no table."""
+    func = SAMPLERS["DPM2"]
+
+    def sample_unheard_of(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return func(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
+
+    monkeypatch.setitem(SAMPLERS, "unheard of", sample_unheard_of)
+    seen = []
+    monkeypatch.setattr(webui.Session, "note", lambda self, step: seen.append(step))
+    Host("forge").job(ON, sampler_name="unheard of")
+    assert seen == [*range(10)]
+    assert runs[0].plan.stages is None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_batch_is_a_run_of_its_own(name, runs):
     p = Host(name).job(ON, n_iter=3)
