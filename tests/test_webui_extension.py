@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts_webui import SAMPLERS, STEPS, Host, Network, Tiles, controlnet, multidiffusion, pag, sag
+from hosts_webui import SAMPLERS, STEPS, Denoiser, Host, Network, Tiles, controlnet, multidiffusion, pag, sag
 from k_diffusion import sampling
 from k_diffusion.external import CompVisDenoiser
 
@@ -189,6 +189,21 @@ def test_hires_counts_both_passes_or_only_the_first(name, runs):
     assert len(runs) == 3
 
 
+def test_the_callback_names_the_steps_of_a_sampler_nobody_knows(runs, monkeypatch):
+    """Two evaluations a step at sigmas off the schedule, under a name that is in no table."""
+    func = SAMPLERS["DPM2"]
+
+    def sample_unheard_of(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return func(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
+
+    monkeypatch.setitem(SAMPLERS, "unheard of", sample_unheard_of)
+    seen = []
+    monkeypatch.setattr(webui.Session, "note", lambda self, step: seen.append(step))
+    Host("forge").job(ON, sampler_name="unheard of")
+    assert seen == [*range(10)]
+    assert runs[0].plan.stages is None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_batch_is_a_run_of_its_own(name, runs):
     p = Host(name).job(ON, n_iter=3)
@@ -238,7 +253,8 @@ def test_heun_without_uncond_at_some_evaluations_keeps_two_of_one_sigma_apart(na
     assert any(a == b for a, b in itertools.pairwise(p.saw))
     assert runs[0].session.report.evaluations == 19
     assert len(fates(runs[0])) == 19
-    assert 0 < len(fates(runs[0], "uncond")) < 19
+    uncond = [event.where.evaluation for event in runs[0].session.report.events if event.condition == "uncond"]
+    assert uncond == [*range(0, 19, 2)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -279,6 +295,22 @@ def test_pag_and_sag_pass_through_and_are_never_stored(extension, prompt, low, r
     assert fates(runs[-1]) == "CSSCSCSSCC"
     conditions = {"cond", "uncond"} | ({"cond 2"} if prompt == [TWO] else set())
     assert set(runs[-1].session.report.conditions) == conditions
+
+
+def test_further_calls_on_a1111_pass_through_and_are_never_stored(runs, monkeypatch):
+    """An extension that asks the inner model once more, after the evaluation's own rows."""
+    once = Denoiser.a1111
+
+    def again(self, x, sigma, told, *arguments):
+        answer = once(self, x, sigma, told, *arguments)
+        return answer + 0.1 * self.inner_model(x, sigma, cond=told * 0.5)
+
+    monkeypatch.setattr(Denoiser, "a1111", again)
+    host = Host("a1111-1.10")
+    host.job(MASKED)
+    assert (runs[0].auxiliary, fates(runs[0])) == (10, "CSSCSCSSCC")
+    assert host.network.calls == [2, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 2, 1, 2, 1]
+    assert same(host.job([True, "forecast", 1]), host.job(None))
 
 
 @pytest.mark.parametrize("late", [False, True])
