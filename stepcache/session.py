@@ -481,7 +481,8 @@ class Session:
             decision.hold = WHOLE
             return decision
         self._lean(evaluation, evidence)
-        if not all(self._sound(one) for name, one in evidence.items() if name != anchor):
+        sound = all(self._sound(one) for name, one in evidence.items() if name != anchor)
+        if not self._agreed(sound, out.device):
             decision.hold = NOT_FINITE
         return decision
 

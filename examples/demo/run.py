@@ -60,7 +60,7 @@ def strips(network: Subject, seed: int) -> tuple[dict[str, Tensor], Report]:
     seeds = range(seed, seed + 10)
     runs = {name: network.sample(*SHOWN, method, seeds) for name, method in {"full run": None, **METHODS}.items()}
     images = {name: result.images for name, result in runs.items()}
-    fewer = network.sample(SHOWN[0], runs["UCache"].calls, None, seeds)
+    fewer = network.sample(SHOWN[0], round(runs["UCache"].calls), None, seeds)
     return {**images, "fewer steps": fewer.images}, runs["UCache"].report
 
 
