@@ -55,6 +55,18 @@ def test_what_it_prints(host: Real, sampler: str, capsys: Any) -> None:
     assert off.isfinite()
 
 
+def test_every_sampler_of_the_host_counts_right(host: Real) -> None:
+    import comfy.samplers
+
+    model = patched(host.model(), chosen("forecast"))
+    for name in comfy.samplers.SAMPLER_NAMES:
+        assert run(host, model, name).isfinite().all(), name
+        report = cache_of(model).report
+        assert report.calls == sum(host.rows), name
+        assert report.steps == STEPS or name in ("dpm_fast", "dpm_adaptive"), name
+        assert report.skipped > 0 or name == "dpm_adaptive", name
+
+
 @pytest.mark.parametrize(
     ("module", "name", "options"),
     [
