@@ -32,6 +32,7 @@ from torch import nn
 
 from stepcache import DBCache, EasyCache, FBCache, Forecast, Method, Reuse, SelfOrder, Static, TaylorSeer, UCache
 from stepcache.bench import Pipeline, Results, Sampled, bench
+from stepcache.bench.results import Interval
 from stepcache.demo import pipelines
 from stepcache.extras import need
 
@@ -274,12 +275,14 @@ def side_by_side(search: Search) -> dict[str, Setting]:
         work = search.subject.sample(SAMPLER, steps, alone, CALIBRATION[:1]).calls
         whole = round((work - steps / 4) / 0.75)  # evaluations of four blocks, where the first always runs
         intervals = {2: (2, 3), 3: (3, 2)}[every]
+        calls = taylor_mask(steps, *intervals)
         found |= {f"{name}, {work:g}": setting for name, setting in {
             "Forecast" if every == 2 else "Forecast(3)": alone,
             "UCache": search(f"UCache, {work:g}", lambda t: Setting(UCache(t)), work),
             "EasyCache": search(f"EasyCache, {work:g}", lambda t: Setting(EasyCache(t)), work),
             "MagCache": search(f"MagCache, {work:g}", lambda t: Setting(None, Mag(t, ratios)), work),
-            "Forecast at TaylorSeer's calls": Setting(Static(taylor_mask(steps, *intervals), predictor=SelfOrder())),
+            "Forecast at TaylorSeer's calls": Setting(Static(calls, predictor=SelfOrder())),
+            "our taylorseer": Setting(Static(calls, predictor=TaylorSeer(1, of="output"))),
             "TaylorSeer": Setting(None, Taylor(*intervals)),
             "TaylorSeer, order 2": Setting(None, Taylor(*intervals, 2)),
             "TaylorSeer, lite": Setting(None, lite(*intervals)),
@@ -319,7 +322,10 @@ def first_block(search: Search, label: str, work: float, whole: int, warmup: int
 
 
 def together(search: Search) -> dict[str, Setting]:
-    """Every cache inside alone and under stepcache, with the thresholds that alone make about half the work."""
+    """Every cache inside alone and under stepcache, with the thresholds that alone make about half the work.
+
+    Those that count calls are told how many are left.
+    """
     steps, outside = search.steps, Forecast()
     half = search.subject.sample(SAMPLER, steps, Setting(outside), CALIBRATION[:1]).calls
     ratios = search.ratios()
@@ -330,13 +336,15 @@ def together(search: Search) -> dict[str, Setting]:
         "FirstBlockCache": (blocks["FirstBlockCache"].inside,) * 2,
         "MagCache": (mag, under),
         "TaylorSeer": (Taylor(2, 3),) * 2,
+        "TaylorSeer, lite": (lite(2, 3),) * 2,
         "DBCache": (blocks["DBCache"].inside, replace(blocks["DBCache"].inside, steps=int(half))),
         "DBCache+TaylorSeer": (
             blocks["DBCache+TaylorSeer"].inside,
             replace(blocks["DBCache+TaylorSeer"].inside, steps=int(half)),
         ),
     }
-    found = {"Forecast": Setting(outside), "Forecast, reuse": Setting(outside.but(predictor=Reuse()))}
+    found = {"Forecast": Setting(outside), "Forecast(3)": Setting(Forecast(3)), "Forecast(4)": Setting(Forecast(4))}
+    found["reuse at Forecast's calls"] = Setting(outside.but(predictor=Reuse()))
     for name, (alone, below) in inside.items():
         found[name] = Setting(None, alone)
         found[f"{name} under Forecast"] = Setting(outside, below)
@@ -347,18 +355,30 @@ def together(search: Search) -> dict[str, Setting]:
 
 
 def markdown(results: Results) -> Iterator[str]:
-    """Work and time as shares of the full run; in brackets what fewer steps give with no more work."""
-    yield "| method | work | time | PSNR | fewer steps (gain) | SSIM | right |"
-    yield "|---|---|---|---|---|---|---|"
+    """Work and time as shares of the full run, and how far PSNR is ahead of others, sample by sample.
+
+    Fewer steps make no more work. Forecast is that of the same group, or, where the group has none, the first one.
+    """
+    psnr = {
+        name: [value for r in results.records if r["name"] == name for value in r["scores"]["PSNR"]]
+        for name in (row.method for row in results.rows)
+    }
+    forecasts = [name for name in psnr if name.startswith("Forecast")]
+    yield "| method | work | time | PSNR | fewer steps | ahead of fewer steps | ahead of Forecast | SSIM | right |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for row in results.rows:
-        psnr, ssim, right = (row.scores[name] for name in ("PSNR", "SSIM", "right"))
-        fewer = "" if row.fewer is None else f"{row.fewer.scores['PSNR']:.1f} ({row.fewer.gain.text(sign=True)})"
-        share = f"{row.calls:g}" if row.calls == int(row.calls) else f"{row.calls:.2f}"
-        yield (
-            f"| {row.method} | {share} = {row.calls / row.asked:.2f} | {1 / row.speedup:.2f} | "
-            f"{'same' if row.same else psnr.text()} | {fewer} | "
-            f"{ssim.mean:.4f} ±{ssim.half or 0:.4f} | {right.mean:.1%} ±{right.half or 0:.1%} |"
-        )
+        group = row.method.rpartition(", ")[2]
+        rival = next((name for name in forecasts if name.endswith(f", {group}")), forecasts[0])
+        gains = [a - b for a, b in zip(psnr[row.method], psnr[rival], strict=True)]
+        ahead = "" if row.same or row.method == rival else Interval.of(gains).text(sign=True)
+        fewer = (f"{row.fewer.scores['PSNR']:.1f}", row.fewer.gain.text(sign=True)) if row.fewer else ("", "")
+        mark, ssim, right = (row.scores[name] for name in ("PSNR", "SSIM", "right"))
+        work = f"{row.calls:.4g} = {row.calls / row.asked:.2f}"
+        cells = (
+            row.method, work, f"{1 / row.speedup:.2f}", "same" if row.same else mark.text(), *fewer, ahead,
+            f"{ssim.mean:.4f} ±{ssim.half or 0:.4f}", f"{right.mean:.1%} ±{right.half or 0:.1%}",
+        )  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def run(subject, monkeypatch):
     """Samples a setting; `run.calls` is how often the network was called."""
     forward = networks.DiT.forward
 
+    @wraps(forward)  # what stepcache reads the conditions from
     def counting(self, *arguments, **keywords):
         sample.calls += 1
         return forward(self, *arguments, **keywords)
@@ -138,10 +140,17 @@ def test_settings_come_from_other_seeds_and_are_kept(subject, tmp_path, monkeypa
 
 
 def test_the_table(subject):
-    settings = {"half": Setting(Static("101010")), "first": Setting(None, FirstBlock(1e9))}
+    settings = {"Forecast": Setting(Static("101010")), "first": Setting(None, FirstBlock(1e9))}
     results = bench(subject, [peers.SAMPLER], [STEPS], settings, 4, 0, 2, ())
     header, line, full, half, first = peers.markdown(results)
     assert header.count("|") == line.count("|") == full.count("|")
     assert [row.split("|")[2].strip() for row in (full, half, first)] == ["6 = 1.00", "3 = 0.50", "2.25 = 0.38"]
+    assert [row.split("|")[7].strip() for row in (full, half)] == ["", ""]
+    gains = [
+        a - b
+        for r in zip(results.records[2::5], results.records[1::5], strict=True)
+        for a, b in zip(*(one["scores"]["PSNR"] for one in r), strict=True)
+    ]
+    assert first.split("|")[7].split()[0] == f"{sum(gains) / 4:+.1f}"
     assert results.rows[1].fewer.steps == 3
     assert results.rows[2].fewer.steps == 2
