@@ -28,6 +28,7 @@ from torch import Tensor
 
 from stepcache import METHODS, Method, OptionError, Report, Session, StepMask
 from stepcache.masks import PRESETS
+from stepcache.methods import main_number
 from stepcache.methods import method as make_method
 from stepcache.options import flag, number, unknown
 
@@ -35,17 +36,7 @@ from .k_diffusion import EVALUATIONS, ModelScalings, Scalings, TrainingTable, de
 from .k_diffusion import _Call as DenoiserCall
 
 TITLE = "StepCache"
-MAIN = {"spectrum": "window_size"}
-"""The number to turn first, where it is not the method's first number."""
 SLOT = "model_function_wrapper"
-
-
-def main_number(name: str) -> tuple[str, int | float] | None:
-    """Name and default of a method's main number; None where it has none."""
-    own = inspect.signature(METHODS[name]).parameters.values()
-    numbers = {p.name: p.default for p in own if type(p.default) in (int, float)}
-    key = MAIN.get(name, next(iter(numbers), None))
-    return None if key is None else (key, numbers[key])
 
 
 def own_window(name: str) -> str:
