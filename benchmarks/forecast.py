@@ -10,6 +10,7 @@ on its schedule shifted so, as Stable Diffusion 3's (3) and Flux's are.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from pathlib import Path
 from rich.console import Console
 
 from stepcache import DMD, EasyCache, FiniteDifference, Forecast, Lagrange, Method, Reuse, Spectrum, TaylorSeer, UCache
-from stepcache.bench import KDiffusion, bench
+from stepcache.bench import KDiffusion, Results, bench
+from stepcache.bench.results import Row
 from stepcache.demo.sampling import sigmas, subject
 from stepcache.samplers.k_diffusion import FlowDenoiser
 
@@ -52,6 +54,55 @@ def shifted(shift: float) -> KDiffusion:
     return replace(plain, name=f"dit, shift {shift:g}", model=denoiser, sigmas=partial(sigmas, denoiser))
 
 
+def tables(results: Results, steps: int) -> Iterator[str]:
+    """The predictors side by side, the others' caches, and the distance to the limit, in Markdown."""
+    cells: dict[str, dict[str, Row]] = {}
+    for row in results.rows:
+        if row.steps == steps:
+            cells.setdefault(f"{row.subject}, {row.sampler}", {})[row.method] = row
+    methods = list(next(iter(cells.values())))
+    for n in (2, 3):
+        predictors = [name for name in methods if name.startswith(f"every {n}, ")]
+        names = (name.partition(", ")[2] for name in predictors)
+        lines = [[f"every {n}", "calls", "fewer steps", "**Forecast**", "ahead of fewer", "ahead of reuse", *names]]
+        for label, found in cells.items():
+            ours = found[f"Forecast({n})"]
+            gains = ours.fewer.gain, results.ahead(ours, f"every {n}, reuse")
+            marks = f"{ours.fewer.scores['PSNR']:.1f}", f"**{ours.scores['PSNR'].text()}**"
+            others = (mark(found[name]) for name in predictors)
+            lines.append([label, f"{ours.calls:g}", *marks, *(gain.text(sign=True) for gain in gains), *others])
+        yield from table(lines)
+
+    published = [name for name in ("UCache", "EasyCache", "Spectrum") if name in methods]
+    lines = [["PSNR at calls", *published, *(f"Forecast(2) ahead of {name}" for name in published)]]
+    for label, found in cells.items():
+        gains = (results.ahead(found["Forecast(2)"], name) for name in published)
+        marks = (f"{mark(found[name])} at {found[name].calls:g}" for name in published)
+        lines.append([label, *marks, *(gain.text(sign=True) for gain in gains)])
+    yield from table(lines)
+
+    forecasts = [name for name in methods if name.startswith("Forecast")]
+    rivals = (text for name in forecasts for text in (name, "fewer steps", "best other sampler"))
+    lines = [["to the limit", "full run", *rivals]]
+    for label, found in cells.items():
+        if found["full run"].limit:
+            lines.append([label, f"{found['full run'].limit.mean:.1f}"])
+            for row in (found[name] for name in forecasts):
+                other = f"{row.other.limit:.1f} {row.other.sampler}"
+                lines[-1] += [f"{row.limit.mean:.1f}", f"{row.fewer.limit:.1f}", other]
+    yield from table(lines)
+
+
+def mark(row: Row) -> str:
+    return "same" if row.same else f"{row.scores['PSNR'].mean:.1f}"
+
+
+def table(lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]):
+        yield f"| {' | '.join(line)} |"
+    yield ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--samples", type=int, default=64)
@@ -76,6 +127,8 @@ def main() -> None:
         console=console,
     )
     results.show(console)
+    text = "\n".join(line for steps in options.steps for line in tables(results, steps))
+    (options.out / "predictors.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

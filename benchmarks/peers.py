@@ -32,7 +32,6 @@ from torch import nn
 
 from stepcache import DBCache, EasyCache, FBCache, Forecast, Method, Reuse, SelfOrder, Static, TaylorSeer, UCache
 from stepcache.bench import Pipeline, Results, Sampled, bench
-from stepcache.bench.results import Interval
 from stepcache.demo import pipelines
 from stepcache.extras import need
 
@@ -359,18 +358,13 @@ def markdown(results: Results) -> Iterator[str]:
 
     Fewer steps make no more work. Forecast is that of the same group, or, where the group has none, the first one.
     """
-    psnr = {
-        name: [value for r in results.records if r["name"] == name for value in r["scores"]["PSNR"]]
-        for name in (row.method for row in results.rows)
-    }
-    forecasts = [name for name in psnr if name.startswith("Forecast")]
+    forecasts = [row.method for row in results.rows if row.method.startswith("Forecast")]
     yield "| method | work | time | PSNR | fewer steps | ahead of fewer steps | ahead of Forecast | SSIM | right |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in results.rows:
         group = row.method.rpartition(", ")[2]
         rival = next((name for name in forecasts if name.endswith(f", {group}")), forecasts[0])
-        gains = [a - b for a, b in zip(psnr[row.method], psnr[rival], strict=True)]
-        ahead = "" if row.same or row.method == rival else Interval.of(gains).text(sign=True)
+        ahead = "" if row.same or row.method == rival else results.ahead(row, rival).text(sign=True)
         fewer = (f"{row.fewer.scores['PSNR']:.1f}", row.fewer.gain.text(sign=True)) if row.fewer else ("", "")
         mark, ssim, right = (row.scores[name] for name in ("PSNR", "SSIM", "right"))
         work = f"{row.calls:.4g} = {row.calls / row.asked:.2f}"

@@ -101,7 +101,7 @@ class Results:
             (r["role"], r["own_sampler"], r["budget"], _seeds(r)): r for r in cell if r["role"] in ("fewer", "other")
         }
         for name in dict.fromkeys(r["name"] for r in cell if r["role"] in ("full", "method")):
-            mine = [r for r in cell if r["name"] == name and r["role"] in ("full", "method")]
+            mine = _made_by(cell, name)
             yield Row(
                 *(mine[0][key] for key in ("subject", "sampler", "steps")),
                 method=name,
@@ -135,6 +135,12 @@ class Results:
             steps = statistics.fmean(r["own_steps"] for r in theirs)
             found.append(Rival(sampler, steps, scores, Interval.of(gains), limit))
         return max(found, key=lambda rival: _rank(rival, metric), default=None)
+
+    def ahead(self, row: Row, method: str) -> Interval:
+        """How far a row's first metric is ahead of another method's of the same cell, sample by sample."""
+        cell = self.cells[row.subject, row.sampler, row.steps]
+        mine, theirs = (_values(_made_by(cell, name), self.metrics[0]) for name in (row.method, method))
+        return Interval.of([a - b for a, b in zip(mine, theirs, strict=True)])
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Every row, as plain numbers; also written to `path` if one is given."""
@@ -249,6 +255,10 @@ def _rank(rival: Rival, metric: str) -> float:
 
 def _bracket(value: float | None, form: str) -> str:
     return "" if value is None else f" ({form.format(value)})"
+
+
+def _made_by(cell: list[Record], name: str) -> list[Record]:
+    return [r for r in cell if r["name"] == name and r["role"] in ("full", "method")]
 
 
 def _seeds(record: Record) -> tuple[int, ...]:
