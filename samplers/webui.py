@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -326,39 +325,6 @@ def say(p: Any, sentence: str) -> None:
     print(f"{TITLE}: {sentence}")
     if hasattr(p, "comment"):
         p.comment(f"{TITLE}: {sentence}")
-
-
-ENTRY = '''"""The entry point for A1111, Forge, reForge and Forge Classic; everything is in samplers/webui.py."""
-
-from modules import script_callbacks, scripts
-
-from stepcache.samplers import webui
-
-
-class StepCache(webui.Extension, scripts.Script):
-    """The panel and the hooks of `webui.Extension` as a script of the host."""
-
-
-webui.register(script_callbacks, scripts)
-'''
-
-
-def install(host: str | Path) -> Path:
-    """Puts the entry point into a web UI's extensions, where stepcache itself comes from pip; returns the file.
-
-    `host` is the web UI's folder. OptionError where it is none, or where the extension is there as a checkout.
-    """
-    host = Path(host).expanduser()
-    if not (host / "modules" / "scripts.py").is_file() or not (host / "extensions").is_dir():
-        raise OptionError(f"{host}: accepted is the folder of a web UI, with modules/scripts.py and extensions in it")
-    entry = host / "extensions" / "stepcache" / "scripts" / "stepcache_webui.py"
-    if (entry.parents[1] / "install.py").exists():
-        raise OptionError(
-            f"{entry.parents[1]}: the extension is there already, from its repository; update that instead"
-        )
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    entry.write_text(ENTRY, encoding="utf-8")
-    return entry
 
 
 def register(script_callbacks: Any, scripts: Any) -> None:

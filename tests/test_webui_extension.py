@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import inspect
 import itertools
 import json
@@ -17,6 +18,7 @@ from k_diffusion import sampling
 from k_diffusion.external import CompVisDenoiser
 
 from stepcache import OptionError, StepMask
+from stepcache.cli import main
 from stepcache.samplers import webui
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
@@ -606,18 +608,88 @@ def test_importing_the_module_needs_no_host():
     assert done.stdout == "[]\n"
 
 
-def test_the_entry_point_can_be_put_into_a_web_ui(tmp_path):
-    with pytest.raises(OptionError, match="the folder of a web UI"):
-        webui.install(tmp_path)
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "scripts.py").touch()
-    (tmp_path / "extensions").mkdir()
-    entry = webui.install(tmp_path)
-    assert entry == webui.install(tmp_path)
-    assert entry.read_bytes() == (Path(__file__).parents[1] / "scripts" / "stepcache_webui.py").read_bytes()
-    (tmp_path / "extensions" / "stepcache" / "install.py").touch()
-    with pytest.raises(OptionError, match="from its repository"):
-        webui.install(tmp_path)
+@pytest.fixture
+def folder(tmp_path):
+    for part in ("modules", "extensions"):
+        (tmp_path / "webui" / part).mkdir(parents=True)
+    for part in ("modules/scripts.py", "modules/processing.py"):
+        (tmp_path / "webui" / part).touch()
+    return tmp_path / "webui"
+
+
+def test_install_writes_an_entry_point_once_that_loads(folder, capsys, host_modules):
+    assert main(["install", "webui", str(folder)]) == 0
+    file = folder / "extensions" / "stepcache" / "scripts" / "stepcache_webui.py"
+    assert f"Wrote {file}" in capsys.readouterr().out
+    written = sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*") if "stepcache" in one.parts)
+    assert [one for one in written if (folder / one).is_file()] == [
+        "extensions/stepcache/metadata.ini",
+        "extensions/stepcache/scripts/stepcache_webui.py",
+    ]
+    metadata = configparser.ConfigParser()
+    metadata.read(folder / "extensions" / "stepcache" / "metadata.ini")
+    ours = configparser.ConfigParser()
+    ours.read(Path(__file__).parents[1] / "metadata.ini")
+    assert metadata == ours
+    main(["install", "webui", str(folder)])
+    assert "nothing to do" in capsys.readouterr().out
+    file.write_text(file.read_text() + "# an older text\n")
+    main(["install", "webui", str(folder)])
+    assert "Wrote" in capsys.readouterr().out
+    callbacks = types.SimpleNamespace(on_cfg_denoiser=[].append, on_before_ui=[].append)
+    host_modules.script_callbacks, host_modules.scripts.Script = callbacks, type("Script", (), {})
+    defined = {"__name__": "stepcache_webui.py"}
+    exec(compile(file.read_text(), str(file), "exec"), defined)
+    assert issubclass(defined["StepCache"], (webui.Extension, host_modules.scripts.Script))
+    assert callbacks.on_cfg_denoiser.__self__ == [webui.on_cfg_denoiser]
+
+
+def test_the_entry_point_says_where_the_package_is_missing(folder, host_modules, monkeypatch):
+    main(["install", "webui", str(folder)])
+    host_modules.script_callbacks = None
+    monkeypatch.setitem(sys.modules, "stepcache.samplers", None)
+    file = folder / "extensions" / "stepcache" / "scripts" / "stepcache_webui.py"
+    with pytest.raises(ImportError, match="needs the package stepcache in the web UI's own Python"):
+        exec(compile(file.read_text(), str(file), "exec"), {})
+
+
+def test_install_refuses_what_is_no_web_ui_or_not_ours(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder.parent)])
+    said = capsys.readouterr().err
+    assert "is no web UI: it lacks modules/scripts.py, modules/processing.py, extensions" in said
+    assert f"did you mean {folder}?" in said
+    other = folder / "extensions" / "stepcache"
+    other.mkdir()
+    (other / "notes.txt").touch()
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert "is not ours" in capsys.readouterr().err
+    (other / "notes.txt").unlink()
+    (other / "metadata.ini").write_text("[Extension]\nName = another\n")
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert "was not written by stepcache" in capsys.readouterr().err
+    assert not (other / "scripts").exists()
+
+
+@pytest.mark.parametrize("name", ["stepcache", "step-cache-main"])
+def test_install_refuses_a_second_panel_beside_a_checkout(name, folder, capsys):
+    checkout = folder / "extensions" / name
+    (checkout / "scripts").mkdir(parents=True)
+    for part in ("install.py", "scripts/stepcache_webui.py"):
+        (checkout / part).write_bytes((Path(__file__).parents[1] / part).read_bytes())
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert f"there already, from its repository: {checkout}" in capsys.readouterr().err
+    assert [one.name for one in (folder / "extensions").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("own", ["venv", "../system/python"])
+def test_install_says_where_the_web_ui_has_a_python_of_its_own(own, folder, capsys):
+    (folder / own).mkdir(parents=True)
+    main(["install", "webui", str(folder)])
+    assert f"the web UI seems to run on the Python in {(folder / own).resolve()}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("with_launch", [False, True])
