@@ -27,6 +27,7 @@ from torch import Tensor
 
 from stepcache import METHODS, Method, OptionError, Report, Session, StepMask
 from stepcache.masks import PRESETS
+from stepcache.methods import AS_TEXT
 from stepcache.methods import method as make_method
 from stepcache.options import flag, number, unknown
 
@@ -42,7 +43,8 @@ SLOT = "model_function_wrapper"
 def main_number(name: str) -> tuple[str, int | float] | None:
     """Name and default of a method's main number; None where it has none."""
     own = inspect.signature(METHODS[name]).parameters.values()
-    numbers = {p.name: p.default for p in own if type(p.default) in (int, float)}
+    defaults = {p.name: AS_TEXT.get(p.name) if p.default is None else p.default for p in own}
+    numbers = {name: default for name, default in defaults.items() if type(default) in (int, float)}
     key = MAIN.get(name, next(iter(numbers), None))
     return None if key is None else (key, numbers[key])
 
