@@ -33,6 +33,7 @@ from stepcache.options import flag, number, unknown
 
 from .k_diffusion import EVALUATIONS, ModelScalings, Scalings, TrainingTable, denoised_scalings, flow_scalings
 from .k_diffusion import _Call as DenoiserCall
+from .rows import Uncut, cut_exactly, may_be_ordered, rows_of
 
 TITLE = "StepCache"
 MAIN = {"spectrum": "window_size"}
@@ -70,6 +71,8 @@ class Options:
     max_consecutive: at most so many skipped evaluations in a row; -1: no limit.
     text: further options of the method, `key=value,key=value`; what is written here wins over the fields above.
     table: a row for every evaluation in the console.
+    negative_only: `skip="followers"`: the prompt is computed at every evaluation, and only the others (the negative
+        prompt, further ones joined by AND) are predicted, from it. For samplers that add noise.
     """
 
     enabled: bool = False
@@ -83,6 +86,7 @@ class Options:
     max_consecutive: int = -1
     text: str = ""
     table: bool = False
+    negative_only: bool = False
 
     @classmethod
     def of(cls, arguments: Sequence[Any], **changes: Any) -> Options:
@@ -115,6 +119,8 @@ class Options:
             chosen["warmup"] = warmup
         if (most := number("max_consecutive", self.max_consecutive, low=-1, whole=True)) >= 0:
             chosen["max_consecutive"] = most
+        if flag("negative_only", self.negative_only):
+            chosen["skip"] = "followers"
         text = _text(self.text)
         for key in (part.partition("=")[0].strip() for part in text.split(",")):
             chosen.pop(key, None)
@@ -135,6 +141,7 @@ class Options:
             "warm-up": self.warmup or None,
             "max in a row": self.max_consecutive if self.max_consecutive >= 0 else None,
             "options": _text(self.text) or None,
+            "negative prompt only": True if flag("negative_only", self.negative_only) else None,
         }
         return {f"{TITLE} {key}".strip(): value for key, value in written.items() if value is not None}
 
@@ -187,6 +194,12 @@ class Extension:
             with gr.Row():
                 enabled = gr.Checkbox(default.enabled, label="Enable", elem_id=named("enabled"))
                 hires = gr.Checkbox(default.hires, label="For hires. fix too", elem_id=named("hires"))
+                negative_only = gr.Checkbox(
+                    default.negative_only,
+                    label="Skip the negative prompt only",
+                    info="for samplers with noise (a, SDE): fewer skips, closer to the full image",
+                    elem_id=named("negative_only"),
+                )
             with gr.Row():
                 method = gr.Dropdown(methods, value=default.method, label="Method", elem_id=named("method"))
                 hint, placeholder = _hints(default.method)
@@ -248,6 +261,7 @@ class Extension:
 
         method.change(hints, inputs=[method], outputs=[value, window], show_progress=False)
         components = [enabled, method, value, window, mask, policy, hires, warmup, consecutive, text, table]
+        components.append(negative_only)
         self.infotext_fields = _paste_fields(components)
         self.paste_field_names = [f"{TITLE} {key}".strip() for key in ("", "number", "window", "mask", "options")]
         return components
@@ -307,7 +321,7 @@ def _paste_fields(components: Sequence[Any]) -> list[tuple[Any, Callable[[dict[s
         return value
 
     default = Options()
-    enabled, method, value, window, mask, policy, hires, warmup, consecutive, text, _ = components
+    enabled, method, value, window, mask, policy, hires, warmup, consecutive, text, _, negative_only = components
     return [
         (enabled, lambda infotext: TITLE in infotext),
         (method, field("", default.method)),
@@ -319,6 +333,7 @@ def _paste_fields(components: Sequence[Any]) -> list[tuple[Any, Callable[[dict[s
         (warmup, field("warm-up", default.warmup, int)),
         (consecutive, field("max in a row", default.max_consecutive, int)),
         (text, field("options", "")),
+        (negative_only, field("negative prompt only", default.negative_only, lambda text: text == "True")),
     ]
 
 
@@ -350,6 +365,7 @@ def add_axes(scripts: Any) -> None:
             ("Number", "number", float, None),
             ("Preset", "mask", str, ["none", *PRESETS]),
             ("Mask", "mask", str, None),
+            ("Negative prompt only", "negative_only", _boolean, ["True", "False"]),
         ):
             axis = {} if choices is None else {"choices": functools.partial(list, choices)}
             plot.axis_options.append(plot.AxisOption(f"[{TITLE}] {label}", type_, _set_axis(key), **axis))
@@ -382,20 +398,22 @@ class Job:
 
     def record(self, p: Any, report: Report, hires: bool) -> None:
         """The run's line in the console, and its count in the image."""
-        total, skipped = report.evaluations, skipped_evaluations(report)
+        followers = self.method.skip == "followers"
+        total, skipped = report.evaluations, skipped_evaluations(report, followers)
         self.passes.append(f"{skipped}/{total}")
         p.extra_generation_params.update(self.options.infotext())
         p.extra_generation_params[f"{TITLE} skipped"] = " + ".join(self.passes)
-        label = f"{report.method}, hires. fix" if hires else report.method
+        label = report.method + ", negative prompt only" * followers + ", hires. fix" * hires
         print(f"{TITLE}: {label}: skipped {skipped} of {total} evaluations, {report.speedup:.2f}x fewer model calls")
         if self.options.table:
             print(f"{report.table()}\n{report}")
 
 
-def skipped_evaluations(report: Report) -> int:
-    """Evaluations of which no condition was computed."""
+def skipped_evaluations(report: Report, followers: bool) -> int:
+    """Evaluations of which no condition was computed; with `followers`, those of which one was not."""
+    skipped = {event.where.evaluation for event in report.events if not event.computed}
     computed = {event.where.evaluation for event in report.events if event.computed}
-    return len({event.where.evaluation for event in report.events} - computed)
+    return len(skipped if followers else skipped - computed)
 
 
 def _follow_when_conditioned(p: Any) -> None:
@@ -504,6 +522,7 @@ class Run:
         self.form: tuple = ()
         self.auxiliary = 0
         self.failure: str | None = None
+        self.uncut: str | None = None
         self._answering = False
 
     def _noting(self, callback: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
@@ -538,13 +557,22 @@ class Run:
         return [len(prompt) for prompt in self.denoiser.sampler.sampler_extra_args["cond"].batch]
 
     def answer(
-        self, names: tuple[str, ...] | None, x: Tensor, sigma: Tensor, form: tuple, compute: Callable[[], Tensor]
+        self,
+        names: tuple[str, ...] | None,
+        x: Tensor,
+        sigma: Tensor,
+        form: tuple,
+        compute: Callable[[], Tensor],
+        cut: Cut,
     ) -> Tensor:
         """One call of the model: by the session, or the model itself where it is an auxiliary one (`names` is None)."""
         if names is None:
             self.auxiliary += 1
             return compute()
-        call = Call(compute, self.seat.scalings, names, x, sigma)
+        if self.session.method.skip == "followers" and (why := self.seat.unpaired()):
+            self.uncut = why
+            return compute()
+        call = Call(compute, self.seat.scalings, names, x, sigma, cut)
         call.evaluation, call.form = self.evaluation, (*self.form, *form)
         call.place = self.plan.place(self.evaluation)
         self._answering = True
@@ -557,6 +585,7 @@ class Run:
             return compute()
         finally:
             self._answering = False
+            self.uncut = call.uncut or self.uncut
 
     @property
     def open(self) -> bool:
@@ -572,7 +601,13 @@ class Run:
         """What the user should know about the run that is over."""
         if self.failure is not None:
             return [self.failure]
-        if self.session.report.events:
+        report = self.session.report
+        if self.session.method.skip == "followers" and (self.uncut or not report.skipped):
+            said = [self.uncut] if self.uncut else []
+            said += [note.removeprefix(LEADS) for note in report.notes if note.startswith(LEADS)]
+            if said:
+                return [f"negative prompt only: {why}" for why in said]
+        if report.events:
             return []
         if self.auxiliary:
             return ["nothing was cached: the images of a batch have different numbers of prompts joined by AND"]
@@ -584,15 +619,42 @@ class Run:
         self.params = None
 
 
+LEADS = "skip='followers': "
+"""How the session's notes about followers begin."""
+
+Cut = Callable[[slice], Callable[[], Tensor]]
+"""Some rows of a batched call -> what calls the model for them alone; raises `Uncut`."""
+
+
 class Call(DenoiserCall):
-    """One call as `denoised = model(x, sigma)`, remembering what the model itself raised."""
+    """One call as `denoised = model(x, sigma)`, remembering what the model itself raised.
+
+    `uncut` is why it could not be taken apart, if it had to be.
+    """
 
     error: BaseException | None = None
+    uncut: str | None = None
 
     def __init__(
-        self, compute: Callable[[], Tensor], scalings: Scalings, names: tuple[str, ...], x: Tensor, sigma: Tensor
+        self,
+        compute: Callable[[], Tensor],
+        scalings: Scalings,
+        names: tuple[str, ...],
+        x: Tensor,
+        sigma: Tensor,
+        cut: Cut,
     ) -> None:
         super().__init__(lambda x, sigma: compute(), scalings, names, x, sigma, {})
+        self._cut = cut
+
+    def part(self, name: str) -> Call | None:
+        kept = rows_of(self.names, name, len(self.latent))
+        try:
+            compute = self._cut(kept)
+        except Uncut as why:
+            self.uncut = str(why)
+            return None
+        return Call(compute, self._compute_scalings, (name,), self.latent[kept], self.sigma[kept], self._cut)
 
     def compute(self) -> Tensor:
         try:
@@ -699,6 +761,10 @@ class Seat(ABC):
         """For flow models the coordinate is sigma itself, which is their time; None: log sigma."""
         return None
 
+    def unpaired(self) -> str | None:
+        """Why one condition cannot be predicted from another, row by row; None where it can."""
+        return None
+
     def leave(self) -> None:
         """Leaves the host's objects as they were found."""
         while self._undo:
@@ -735,16 +801,22 @@ class ForgeSeat(Seat):
         model = id(unet.model)
 
         def wrapper(apply_model: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-            def compute() -> Tensor:
+            def ask(arguments: dict[str, Any]) -> Tensor:
                 if previous is not None:
                     return previous(apply_model, arguments)
                 return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
+            def cut(kept: slice) -> Callable[[], Tensor]:
+                if previous is not None and arguments["c"].get("control") is not None:
+                    raise Uncut("another extension is in front of the model, and may ask the ControlNet for all rows")
+                return functools.partial(ask, one_chunk(arguments, kept))
+
+            compute = functools.partial(ask, arguments)
             if not run.open:
                 return compute()
             form = (model, arguments["c"].get("control") is None)
             names = self._names(arguments["cond_or_uncond"], len(arguments["input"]))
-            return run.answer(names, arguments["input"], arguments["timestep"], form, compute)
+            return run.answer(names, arguments["input"], arguments["timestep"], form, compute, cut)
 
         def undo() -> None:
             if options.get(SLOT) is not wrapper:
@@ -799,6 +871,36 @@ class ForgeSeat(Seat):
         return float if float(c_in) == 1 and float(c_skip) == 1 else None
 
 
+def one_chunk(arguments: dict[str, Any], kept: slice) -> dict[str, Any]:
+    """The arguments of the slot's call for one of its chunks, as the host makes them where it splits its calls.
+
+    What the host orders by rows or chunks is cut. `Uncut` for anything else that may be ordered so. Lists of a
+    ControlNet are new ones: the U-Net empties them.
+    """
+    rows = len(arguments["input"])
+    place = kept.start // (kept.stop - kept.start)
+    rest = {key: value for key, value in arguments.items() if key not in ("c", "cond_or_uncond")}
+    c = {key: value for key, value in arguments["c"].items() if key not in ("transformer_options", "control")}
+    chunk = cut_exactly(rest, rows, kept) | {"cond_or_uncond": arguments["cond_or_uncond"][place : place + 1]}
+    chunk["c"] = cut_exactly(c, rows, kept)
+    if "control" in arguments["c"]:
+        chunk["c"]["control"] = cut_exactly(arguments["c"]["control"], rows, kept, shared=True)
+    if "transformer_options" in arguments["c"]:
+        options = dict(arguments["c"]["transformer_options"])
+        for key in options.keys() & {"cond_or_uncond", "uuids"}:
+            options[key] = options[key][place : place + 1]
+        for key in options.keys() & {"cond_indices", "uncond_indices"}:
+            options[key] = [row - kept.start for row in options[key] if kept.start <= row < kept.stop]
+        if "cond_mark" in options:
+            options["cond_mark"] = options["cond_mark"][kept]
+        known = {"cond_or_uncond", "uuids", "cond_indices", "uncond_indices", "cond_mark", "sigmas"}
+        for key, value in options.items():
+            if key not in known and may_be_ordered(value, (rows, len(arguments["cond_or_uncond"]))):
+                raise Uncut(f"the transformer option {key!r} may be ordered by rows")
+        chunk["c"]["transformer_options"] = options
+    return chunk
+
+
 class A1111Seat(Seat):
     """A1111: the attribute `forward` of the denoiser's inner model, an object that lives as long as the sampler.
 
@@ -814,13 +916,14 @@ class A1111Seat(Seat):
             return
 
         def forward(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
-            def compute() -> Tensor:
-                return previous(x, sigma, **extra)
+            def cut(kept: slice) -> Callable[[], Tensor]:
+                return functools.partial(previous, x[kept], sigma[kept], **cut_exactly(extra, len(x), kept))
 
+            compute = functools.partial(previous, x, sigma, **extra)
             if not run.open:
                 return compute()
             level = self.sigma_at(sigma) if self._in_timesteps else sigma
-            return run.answer(self._names(len(x)), x, level, (id(inner),), compute)
+            return run.answer(self._names(len(x)), x, level, (id(inner),), compute, cut)
 
         def undo() -> None:
             if own.get("forward") is not forward:
@@ -852,6 +955,13 @@ class A1111Seat(Seat):
             kind, place = ("cond", group) if group < conditions // images else ("uncond", group - conditions // images)
             names.append(kind if place == 0 else f"{kind} {place + 1}")
         return tuple(names)
+
+    def unpaired(self) -> str | None:
+        """A slice stands for the same images as every other one only if one of them, or of their conditions, is one."""
+        images = self.run.conditions()
+        if len(images) == 1 or max(images) == 1:
+            return None
+        return "with prompts joined by AND, the images of a batch lie in another order here: all is computed"
 
     @property
     def _in_timesteps(self) -> bool:
