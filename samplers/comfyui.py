@@ -13,7 +13,6 @@ Nothing of ComfyUI is imported before ComfyUI calls.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from stepcache import METHODS, Method, OptionError, Report, Request, Session, StepMask
 from stepcache.masks import PRESETS
+from stepcache.methods import main_number
 from stepcache.methods import method as make_method
 from stepcache.readings import wide, widened
 
@@ -81,9 +81,6 @@ ADAPTIVE = ("dpm_adaptive_function",)
 """Samplers that choose their step sizes from differences between evaluations: every one of them is computed."""
 
 ROLES = {"positive": "cond", "negative": "uncond"}
-MAIN = {"spectrum": "window_size", "dbcache": "threshold", "taylorseer": "threshold", "cache-dit": "threshold"}
-"""The number to turn first, where it is not the method's first number."""
-
 OWN = -1.0
 """In a node's number fields: the method's own default."""
 
@@ -408,14 +405,6 @@ def _wrapper_kinds() -> Any:
         if not hasattr(extension.WrappersMP, name):
             raise RuntimeError(f"StepCache: this ComfyUI has no wrappers at {name}; update ComfyUI to 0.3.64 or newer")
     return extension.WrappersMP
-
-
-def main_number(name: str) -> tuple[str, int | float] | None:
-    """Name and default of a method's main number; None where it has none."""
-    own = inspect.signature(METHODS[name]).parameters.values()
-    numbers = {p.name: p.default for p in own if type(p.default) in (int, float)}
-    key = MAIN.get(name, next(iter(numbers), None))
-    return None if key is None else (key, numbers[key])
 
 
 def chosen_method(

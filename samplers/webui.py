@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stepcache import METHODS, Method, OptionError, Report, Session, StepMask
 from stepcache.masks import PRESETS
-from stepcache.methods import AS_TEXT
+from stepcache.methods import main_number
 from stepcache.methods import method as make_method
 from stepcache.options import flag, number, unknown
 
@@ -36,18 +36,7 @@ from .k_diffusion import _Call as DenoiserCall
 from .rows import Uncut, cut_exactly, may_be_ordered, rows_of
 
 TITLE = "StepCache"
-MAIN = {"spectrum": "window_size"}
-"""The number to turn first, where it is not the method's first number."""
 SLOT = "model_function_wrapper"
-
-
-def main_number(name: str) -> tuple[str, int | float] | None:
-    """Name and default of a method's main number; None where it has none."""
-    own = inspect.signature(METHODS[name]).parameters.values()
-    defaults = {p.name: AS_TEXT.get(p.name) if p.default is None else p.default for p in own}
-    numbers = {name: default for name, default in defaults.items() if type(default) in (int, float)}
-    key = MAIN.get(name, next(iter(numbers), None))
-    return None if key is None else (key, numbers[key])
 
 
 def own_window(name: str) -> str:

@@ -304,6 +304,23 @@ AS_TEXT = {
     "block": "",
 }
 """Of which type options without a default are, where they come as text."""
+MAIN = {
+    "forecast": "every",
+    "spectrum": "window_size",
+    "dbcache": "threshold",
+    "taylorseer": "threshold",
+    "cache-dit": "threshold",
+}
+"""The number to turn first, where it is not the method's first number."""
+
+
+def main_number(name: str) -> tuple[str, int | float] | None:
+    """Name and default of the number that hosts show first for a method of `METHODS`; None where it has none."""
+    own = inspect.signature(METHODS[name]).parameters.values()
+    defaults = {p.name: AS_TEXT.get(p.name, p.default) if p.default is None else p.default for p in own}
+    numbers = [key for key, default in defaults.items() if type(default) in (int, float)]
+    key = MAIN.get(name, next(iter(numbers), None))
+    return None if key is None else (key, defaults[key])
 
 
 def method(name: str, option_text: str = "", **keywords: Any) -> Method:

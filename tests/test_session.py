@@ -1255,6 +1255,7 @@ class Counted(Request):
         return outputs[0]
 
 
+@pytest.mark.filterwarnings("ignore:condition 'uncond' is evaluated before")
 def test_the_hosts_number_of_an_evaluation_counts_and_not_the_sigma():
     """uncond is left out of evaluation 0; evaluation 1 begins with it, at the same sigma, as Heun's does."""
     for numbers, expected in (((0, 1, 1), [0, 1, 1]), ((None, None, None), [0, 0, 1])):

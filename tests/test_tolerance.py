@@ -144,7 +144,8 @@ def test_one_condition_alone_is_taken_as_it_is():
 
 def test_without_a_schedule_or_a_scale_everything_is_computed_and_the_report_says_so():
     model = CachedDenoiser(Toy(), Forecast(tolerance=0.1))
-    drive(model, (10.0, 8.0, 6.0, 4.0), 1.0)
+    with pytest.warns(UserWarning, match="schedule is not known"):
+        drive(model, (10.0, 8.0, 6.0, 4.0), 1.0)
     assert fates(model) == "CCCC"
     assert any("tolerance" in note for note in model.report.notes)
     run = Run(TEN)

@@ -114,6 +114,7 @@ def fates(run, condition="cond"):
     return run.session.report.fates(condition)
 
 
+@pytest.mark.filterwarnings("ignore:the last step cannot be protected")  # DPM fast
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_disabled_or_never_skipping_is_bit_identical_and_nothing_is_left(name, situation, runs):
@@ -409,6 +410,7 @@ def test_calls_split_for_want_of_memory_answer_as_one_call_does(name, prompt, ru
     assert runs[1].auxiliary == 0
 
 
+@pytest.mark.filterwarnings("ignore:condition .* is evaluated before the anchor")
 @pytest.mark.parametrize("name", NAMES)
 def test_calls_split_at_some_evaluations_only_keep_the_conditions_apart(name, runs):
     host, turns = Host(name), itertools.cycle([False, True, True, False, True])
@@ -420,6 +422,7 @@ def test_calls_split_at_some_evaluations_only_keep_the_conditions_apart(name, ru
     assert fates(runs[0]) == "CSSCSCSSCC"
 
 
+@pytest.mark.filterwarnings("ignore:condition .* is evaluated before the anchor")
 @pytest.mark.parametrize("name", NAMES)
 def test_heun_without_uncond_at_some_evaluations_keeps_two_of_one_sigma_apart(name, runs):
     """Split calls: cond alone at one evaluation, then uncond first at the next, at the same sigma."""
