@@ -882,7 +882,7 @@ def one_chunk(arguments: dict[str, Any], kept: slice) -> dict[str, Any]:
             options[key] = [row - kept.start for row in options[key] if kept.start <= row < kept.stop]
         if "cond_mark" in options:
             options["cond_mark"] = options["cond_mark"][kept]
-        known = {"cond_or_uncond", "uuids", "cond_indices", "uncond_indices", "cond_mark", "sigmas"}
+        known = {"cond_or_uncond", "uuids", "cond_indices", "uncond_indices", "cond_mark", "sigmas", "sampling_sigmas"}
         for key, value in options.items():
             if key not in known and may_be_ordered(value, (rows, len(arguments["cond_or_uncond"]))):
                 raise Uncut(f"the transformer option {key!r} may be ordered by rows")

@@ -586,9 +586,12 @@ def occupied(host: Host) -> Callable[[Any], None]:
 
     def extension(p: Any) -> None:
         unet = host.model.forge_objects.unet.clone()
-        unet.set_model_unet_function_wrapper(
-            lambda apply_model, asked: apply_model(asked["input"], asked["timestep"], **asked["c"])
-        )
+
+        def wrapper(apply_model: Callable[..., Tensor], asked: dict[str, Any]) -> Tensor:
+            assert asked["cond_or_uncond"] == asked["c"]["transformer_options"]["cond_or_uncond"]
+            return apply_model(asked["input"], asked["timestep"], **asked["c"])
+
+        unet.set_model_unet_function_wrapper(wrapper)
         host.model.forge_objects.unet = unet
 
     return extension

@@ -253,7 +253,16 @@ def test_the_negative_prompt_is_predicted_from_the_prompt_whatever_the_situation
 
 
 @pytest.mark.parametrize("prompt", [[HORSE], [TWO], [TWO, TWO]])
-@pytest.mark.parametrize("extensions", [[controlnet], [patched], [controlnet, patched], [multidiffusion], [occupied]])
+@pytest.mark.parametrize(
+    "extensions",
+    [
+        [controlnet],
+        [controlnet, patched],
+        [lambda host: patched(host, sampling_sigmas=torch.ones(2))],  # Forge Neo's schedule
+        [multidiffusion],
+        [occupied],
+    ],
+)
 def test_what_forge_hands_to_the_slot_is_cut_by_chunks(prompt, extensions, runs):
     """ControlNet's lists, patches that look at the labels, another wrapper behind ours; calls by told prompts."""
     host = Host("forge")

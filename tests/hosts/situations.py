@@ -168,7 +168,7 @@ def left(host: Host, objects: list[Any]) -> list[str]:
 
 
 def summary(result: Any) -> dict[str, Any]:
-    said = [line for line in result.said if "skipped" in line]
+    said = [line for line in result.said if ": skipped " in line]
     return {
         "error": result.error,
         "digest": result.digest,

@@ -129,7 +129,7 @@ def test_with_the_negative_prompt_only_the_prompt_is_computed_at_every_evaluatio
 def test_auxiliary_calls_pass_through(found):
     for situation in ("PAG", "SAG", "PAG, AND"):
         if situation in found["situations"]:
-            assert found["situations"][situation]["auxiliary"] == 36, situation  # three runs of 12 evaluations
+            assert found["situations"][situation]["auxiliary"] == 48, situation  # four runs of 12 evaluations
             assert found["situations"][situation]["mask"]["skipped"] == [6], situation
 
 
