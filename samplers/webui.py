@@ -183,12 +183,6 @@ class Extension:
             with gr.Row():
                 enabled = gr.Checkbox(default.enabled, label="Enable", elem_id=named("enabled"))
                 hires = gr.Checkbox(default.hires, label="For hires. fix too", elem_id=named("hires"))
-                negative_only = gr.Checkbox(
-                    default.negative_only,
-                    label="Skip the negative prompt only",
-                    info="for samplers with noise (a, SDE): fewer skips, closer to the full image",
-                    elem_id=named("negative_only"),
-                )
             with gr.Row():
                 method = gr.Dropdown(methods, value=default.method, label="Method", elem_id=named("method"))
                 hint, placeholder = _hints(default.method)
@@ -219,6 +213,11 @@ class Extension:
                     info="on zeros: ask the method, or skip them all",
                     elem_id=named("policy"),
                 )
+            negative_only = gr.Checkbox(
+                default.negative_only,
+                label="Skip the negative prompt only (for samplers with noise: a, SDE)",
+                elem_id=named("negative_only"),
+            )
             with gr.Accordion("Advanced", open=False, elem_id=named("advanced")):
                 with gr.Row():
                     warmup = gr.Slider(
