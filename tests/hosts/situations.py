@@ -1,7 +1,7 @@
 """What is run on a real web UI, and what it came to: `python situations.py HOST CHECKOUT [SITUATION ...]` prints JSON
 after RESULT. With situations named, only those, and no comparison with the k-diffusion adapter.
 
-HOST is a1111, forge, reforge or classic. `test_webui.py` runs this and judges it.
+HOST is a1111, forge, reforge, classic or neo. `test_webui.py` runs this and judges it.
 """
 
 from __future__ import annotations
@@ -67,9 +67,11 @@ def prepared(name: str, checkout: Path) -> Host:
 def jobs(host: Host) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every situation by name, as the fields of a job."""
     for sampler in SAMPLERS:
+        if sampler in host.lacks:
+            continue
         yield sampler, {"sampler_name": sampler}
     image = picture()
-    hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+    hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": host.upscaler, "denoising_strength": 0.6}
     yield "hires", hires
     yield "hires, other steps and sampler", {**hires, "hr_second_pass_steps": 9, "hr_sampler_name": "DPM++ 2M"}
     yield "img2img", {"image": image, "denoising_strength": 0.7}

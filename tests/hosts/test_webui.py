@@ -2,9 +2,10 @@
 
     STEPCACHE_FORGE=~/stable-diffusion-webui-forge pytest tests/hosts/test_webui.py
 
-STEPCACHE_A1111, STEPCACHE_FORGE, STEPCACHE_REFORGE, STEPCACHE_CLASSIC each name a checkout; without it the tests are
-skipped. The interpreter is that of the checkout's `venv`, or what STEPCACHE_A1111_PYTHON and so on name; stepcache must
-be installed there (`python install.py`). docs/webui.md says how to prepare a checkout without a GPU, and what was run.
+STEPCACHE_A1111, STEPCACHE_FORGE, STEPCACHE_REFORGE, STEPCACHE_CLASSIC and STEPCACHE_NEO each name a checkout; without
+it the tests are skipped. The interpreter is that of the checkout's `venv`, or what STEPCACHE_A1111_PYTHON and so on
+name; stepcache must be installed there (`python install.py`). docs/webui.md says how to prepare a checkout without a
+GPU, and what was run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-HOSTS = ("A1111", "FORGE", "REFORGE", "CLASSIC")
+HOSTS = ("A1111", "FORGE", "REFORGE", "CLASSIC", "NEO")
 HERE = Path(__file__).parent
 AXES = ("Enabled", "Method", "Number", "Preset", "Mask", "Negative prompt only")
 LATENTS = 1e-4
