@@ -26,6 +26,7 @@ RESTART = torch.tensor([14.0, 9.0, 5.5, 3.4, 2.1, 1.3, 8.0, 4.0, 2.0, 0.9, 0.3, 
 FLOW = torch.linspace(1, 0, 11)
 STEPS = len(SIGMAS) - 1
 HEUN = ("heun", "dpm_2", "dpmpp_sde")
+FOLLOWERS = "skip=followers"
 CRITERION = "threshold=1.5,start=0,end=1"
 """Skips some evaluations and computes others with the small random networks here."""
 
@@ -88,7 +89,13 @@ def sampler(request: Any, samplers: tuple[str, ...]) -> str:
 def test_off_is_bit_identical_with_the_same_calls(host: Any, sampler: str) -> None:
     model = host.model()
     bare, rows = run(host, model, sampler), list(host.rows)
-    for name, options in (("none", ""), ("ucache", "threshold=0"), ("forecast", "mask=1111111111")):
+    followers = f"warmup=20,{FOLLOWERS}"
+    for name, options in (
+        ("none", ""),
+        ("ucache", "threshold=0"),
+        ("forecast", "mask=1111111111"),
+        ("forecast", followers),
+    ):
         assert torch.equal(run(host, patched(model, chosen(name, options)), sampler), bare)
         assert host.rows == rows
 
@@ -108,8 +115,11 @@ def test_counts_are_those_of_the_network(host: Any, sampler: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["forecast", "ucache", "easycache", "spectrum"])
-def test_the_same_decisions_as_under_k_diffusion(host: Any, sampler: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("forecast", ""), ("ucache", CRITERION), ("easycache", CRITERION), ("spectrum", ""), ("forecast", FOLLOWERS)],
+)
+def test_the_same_decisions_as_under_k_diffusion(host: Any, sampler: str, name: str, options: str) -> None:
     function = host.sampler(sampler).sampler_function
     first: list[Tensor] = []
 
@@ -117,15 +127,15 @@ def test_the_same_decisions_as_under_k_diffusion(host: Any, sampler: str, name: 
         first.append(x.clone())
         return executor(x, *args)
 
-    method = chosen(name, CRITERION if name.endswith("cache") else "")
+    method = chosen(name, options)
     plain = host.model()
     model = patched(plain, method)
     model.add_wrapper_with_key("predict_noise", "test", seen)
     there = run(host, model, sampler)
     context = torch.cat([host.cond(2)[0][0], host.cond(1)[0][0]])
 
-    def inner(x: Tensor, sigma: Tensor) -> Tensor:
-        return plain.model.apply_model(x, sigma, c_crossattn=context)
+    def inner(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        return plain.model.apply_model(x, sigma, **extra)
 
     sampling = plain.get_model_object("model_sampling")
     inner.t_to_sigma = lambda t: torch.tensor(sampling.percent_to_sigma(1 - float(t) / 999))
@@ -135,7 +145,7 @@ def test_the_same_decisions_as_under_k_diffusion(host: Any, sampler: str, name: 
     cached = CachedDenoiser(inner, method, conditions=("uncond", "cond"), scalings="eps")
 
     def guided(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
-        uncond, cond = cached(torch.cat([x, x]), torch.cat([sigma, sigma])).chunk(2)
+        uncond, cond = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), c_crossattn=context).chunk(2)
         return uncond + (cond - uncond) * 5.0
 
     guided.inner_model = host_model
@@ -148,16 +158,21 @@ def test_the_same_decisions_as_under_k_diffusion(host: Any, sampler: str, name: 
             with cached.run(SIGMAS, comfyui.EVALUATIONS[function.__name__]):
                 here = function(guided, first[0], SIGMAS.clone(), **keywords)
     assert fates(model) == cached.report.fates("cond")
-    assert "S" in fates(model)
+    assert fates(model, "uncond") == cached.report.fates("uncond")
+    assert "S" in fates(model, "uncond")
     assert close(there, getattr(host, "latent_out", lambda x: x)(here))
 
 
-def test_no_state_after_a_run_nor_after_a_broken_one(host: Any) -> None:
-    model = patched(host.model(), chosen("forecast"))
+@pytest.mark.parametrize("options", ["", FOLLOWERS])
+def test_no_state_after_a_run_nor_after_a_broken_one(host: Any, options: str) -> None:
+    def latents() -> int:
+        gc.collect()
+        return sum(isinstance(one, Tensor) and one.ndim > 0 for one in gc.get_objects())
+
+    model = patched(host.model(), chosen("forecast", options))
     good = run(host, model)
-    gc.collect()
-    before = sum(isinstance(one, Tensor) for one in gc.get_objects())
-    options = copy.deepcopy(model.model_options)
+    before = latents()
+    usual = copy.deepcopy(model.model_options)
 
     def interrupt(step: int, *info: Any) -> None:
         if step == 5:
@@ -167,11 +182,10 @@ def test_no_state_after_a_run_nor_after_a_broken_one(host: Any) -> None:
     with pytest.raises(KeyboardInterrupt), torch.inference_mode():
         guider.sample(noise(), torch.zeros_like(noise()), host.sampler("euler"), SIGMAS, callback=interrupt, seed=5)
     assert guider.model_options is model.model_options
-    assert model.model_options == options
-    assert "S" in fates(model)
+    assert model.model_options == usual
+    assert "S" in fates(model, "uncond")
     del guider
-    gc.collect()
-    assert sum(isinstance(one, Tensor) for one in gc.get_objects()) <= before
+    assert latents() <= before
     assert torch.equal(run(host, model), good)
 
 
@@ -249,7 +263,18 @@ def test_a_skipped_evaluation_of_every_kind_of_model_gives_denoised(host: Any) -
         sampling = host.model(kind).get_model_object("model_sampling")
         x, sigma = noise(2), torch.tensor([0.6, 0.6])
         answer = [torch.randn_like(x), torch.randn_like(x)]
-        call = comfyui._Call(lambda: answer, sampling, {0: "cond", 1: "uncond"}, 2, x, sigma, 1, (), False)  # noqa: B023
+        asked: list[list] = []
+        call = comfyui._Call(
+            lambda conds: asked.append(conds) or answer,  # noqa: B023
+            [[1], [2], None],
+            sampling,
+            {0: "cond", 1: "uncond"},
+            x,
+            sigma,
+            1,
+            (),
+            False,
+        )
         assert call.names == ("uncond", "cond")  # as ComfyUI batches them
         c_in = sampling.calculate_input(sigma, x)
         assert all(torch.allclose(given, c_in, atol=1e-6) for given in call.inputs())
@@ -257,7 +282,15 @@ def test_a_skipped_evaluation_of_every_kind_of_model_gives_denoised(host: Any) -
         for name, out in zip(call.names, outs, strict=True):
             denoised = sampling.calculate_denoised(sigma, out, x)
             assert torch.allclose(denoised, answer[("cond", "uncond").index(name)], atol=1e-5)
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(call.restore(outs), answer, strict=True))
+        *restored, left_out = call.restore(outs)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(restored, answer, strict=True))
+        assert not left_out.any()
+        part = call.part("uncond")
+        part.inputs()
+        (out,) = part.outputs(part.compute())
+        assert torch.equal(out, outs[0])
+        call.compute()
+        assert asked == [[None, [2], None], [[1], [2], None]]
 
 
 @pytest.mark.parametrize("kind", ["v", "flow"])
@@ -288,14 +321,14 @@ def test_calls_of_other_guidance_pass_through_and_are_never_stored(host: Any, ch
 
     extra: list[int] = []
     plain = host.model()
-    for name, options in (("forecast", ""), ("easycache", "threshold=0.4")):
+    for name, options in (("forecast", ""), ("easycache", "threshold=0.4"), ("forecast", FOLLOWERS)):
         usual = patched(plain, chosen(name, options))
         alone = run(host, usual)
         guided = patched(with_option(plain, "sampler_post_cfg_function", [post_cfg]), chosen(name, options))
         assert torch.equal(run(host, guided), alone)
         assert fates(guided) == fates(usual)
         assert cache_of(guided).report.conditions == cache_of(usual).report.conditions
-    assert extra == [1] * (2 * STEPS)
+    assert extra == [1] * (3 * STEPS)
 
 
 def test_scheduled_prompts_have_no_memory_of_each_other(host: Any) -> None:
@@ -340,13 +373,14 @@ def test_the_positive_prompt_decides(host: Any) -> None:
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch(host: Any) -> None:
-    for options in ("", "every=3"):
+    for options in ("", "every=3", FOLLOWERS):
         model = patched(host.model(), chosen("forecast", options))
         batch = run(host, model, x=noise(4))
         report = cache_of(model).report
         for k in range(4):
             assert close(batch[k : k + 1], run(host, model, x=noise(1, first=7 + k)), 1e-4)
-            assert cache_of(model).report.fates("cond") == report.fates("cond")
+            assert fates(model) == report.fates("cond")
+            assert fates(model, "uncond") == report.fates("uncond")
 
 
 def test_with_decide_each_no_image_is_skipped_against_its_own_rule(host: Any) -> None:
@@ -499,3 +533,111 @@ def test_first_block_cache_leaves_the_network_at_its_first_block(host: Any) -> N
     assert result.isfinite().all()
     hooks = [m for m in plain.model.modules() if m._forward_hooks]
     assert not hooks
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m_sde"])
+def test_with_followers_the_positive_prompt_is_computed_alone(host: Any, sampler: str) -> None:
+    """With one prompt for both nothing is added to cond, so that what follows is exact, whatever the noise."""
+    plain, model = host.model(), patched(host.model(), chosen("forecast", FOLLOWERS))
+    bare = run(host, plain, sampler, negative=host.cond(1))
+    off = (run(host, patched(plain, chosen("forecast")), sampler, negative=host.cond(1)) - bare).norm()
+    same = run(host, model, sampler, negative=host.cond(1))
+    assert (same - bare).norm() < 1e-3 * off
+    result = run(host, model, sampler)
+    report = cache_of(model).report
+    assert host.rows == [2, 1] * 4 + [2, 2]
+    assert report.calls == sum(host.rows)
+    assert (fates(model), fates(model, "uncond")) == ("CCCCCCCCCC", "CSCSCSCSCC")
+    assert result.isfinite().all()
+    assert not torch.equal(result, run(host, plain, sampler))
+    assert not report.notes
+
+
+def test_followers_that_are_asked_for_one_by_one(host: Any) -> None:
+    def one_by_one(args: dict[str, Any]) -> list[Tensor]:
+        rest = args["input"], args["sigma"], args["model_options"]
+        cond, _ = host.calc_cond_batch(args["model"], [args["conds"][0], None], *rest)
+        _, uncond = host.calc_cond_batch(args["model"], [None, args["conds"][1]], *rest)
+        return [cond, uncond]
+
+    plain, method = host.model(), chosen("forecast", FOLLOWERS)
+    together = run(host, patched(plain, method), "euler_ancestral")
+    model = patched(with_option(plain, "sampler_calc_cond_batch_function", one_by_one), method)
+    assert close(run(host, model, "euler_ancestral"), together, 1e-4)
+    assert (fates(model), fates(model, "uncond")) == ("CCCCCCCCCC", "CSCSCSCSCC")
+    assert cache_of(model).report.calls == sum(host.rows)
+
+
+def test_a_control_net_of_a_follower_is_not_asked_where_it_follows(host: Any) -> None:
+    control = host.control()
+    model = patched(host.model(), chosen("forecast", FOLLOWERS))
+    run(host, model, "euler_ancestral", negative=host.cond(2, control=control))
+    assert (fates(model), fates(model, "uncond")) == ("CCCCCCCCCC", "CSCSCSCSCC")
+    assert control.asked == 6
+    assert cache_of(model).report.calls == sum(host.rows) == 16
+
+
+def test_followers_of_a_prompt_with_a_control_net(host: Any) -> None:
+    """It is asked where cond is run, and what follows cond is told where its own, of half the run, ends."""
+    control, half = host.control(), host.control((0.0, 0.5))
+    model = patched(host.model(), chosen("forecast", FOLLOWERS))
+    end = model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    positive, negative = host.cond(1, control=control), host.cond(2, control=half)
+    run(host, model, "euler_ancestral", positive=positive, negative=negative)
+    first = next(e for e in cache_of(model).report.events if e.condition == "uncond" and e.where.sigma < end)
+    assert (first.computed, first.reason) == (True, "no memory yet")
+    assert control.asked == STEPS
+    assert half.asked == fates(model, "uncond").count("C") < STEPS
+
+
+def test_a_follower_is_computed_where_its_prompt_changes(host: Any) -> None:
+    model = patched(host.model(), chosen("forecast", FOLLOWERS))
+    negative = host.cond(2, start_percent=0.0, end_percent=0.5) + host.cond(3, start_percent=0.5, end_percent=1.0)
+    switch = model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    run(host, model, "euler_ancestral", negative=negative)
+    events = [e for e in cache_of(model).report.events if e.condition == "uncond"]
+    first = next(e for e in events if e.where.sigma < switch)
+    assert (first.where.step, first.computed, first.reason) == (5, True, "no memory yet")
+    assert fates(model, "uncond").count("S") >= 3
+    assert cache_of(model).report.calls == sum(host.rows)
+
+
+def test_windows_with_followers_are_computed(host: Any) -> None:
+    """What follows cond on one window's frames says nothing of another's."""
+    plain, x = host.windows(host.model(), 8), torch.cat([noise(1), noise(1, first=8)], -1)
+    bare, rows = run(host, plain, x=x), list(host.rows)
+    model = patched(plain, chosen("forecast", FOLLOWERS))
+    assert torch.equal(run(host, model, x=x), bare)
+    assert host.rows == rows
+    assert "context windows would each need an anchor" in str(cache_of(model).report.notes)
+
+
+def test_followers_without_guidance_are_none(host: Any) -> None:
+    plain, model = host.model(), patched(host.model(), chosen("forecast", FOLLOWERS))
+    assert torch.equal(run(host, model, cfg=1.0), run(host, plain, cfg=1.0))
+    assert "cond is the only condition, so nothing is skipped" in str(cache_of(model).report.notes)
+
+
+def test_what_is_written_for_both_prompts_in_one_batch_gets_them(host: Any) -> None:
+    """A patch of another hand on the network, which takes every batch apart into cond and uncond."""
+
+    def both(module: Any, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) < 2:
+            raise RuntimeError("not enough values to unpack")
+
+    plain = host.model()
+    bare = run(host, plain)
+    model = patched(plain, chosen("forecast", FOLLOWERS))
+    plain.model.diffusion_model.register_forward_pre_hook(both)
+    assert torch.equal(run(host, model), bare)
+    assert fates(model, "uncond") == "C" * STEPS
+    assert "the call for cond alone fails: not enough values to unpack" in str(cache_of(model).report.notes)
+
+
+def test_followers_need_a_deciding_anchor(host: Any) -> None:
+    plain = host.model()
+    bare = run(host, plain)
+    model = patched(plain, chosen("forecast", FOLLOWERS), decide="each")
+    with pytest.raises(OptionError, match="skip='followers' with decide='each'"):
+        run(host, model)
+    assert torch.equal(run(host, patched(plain, chosen("none"))), bare)

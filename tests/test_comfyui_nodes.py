@@ -23,6 +23,8 @@ from stepcache.cli import main
 from stepcache.samplers import comfyui
 from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, OWN, cache_of, chosen_method
 
+SKIPS = ["all", "followers"]
+
 
 @pytest.fixture(scope="module")
 def host() -> Any:
@@ -72,6 +74,32 @@ def test_the_fields_make_the_method() -> None:
     assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic", "every=4").gates[0].n == 4
     assert chosen_method("dbcache", 0.2, OWN, OWN, "none", "dynamic").criterion.threshold == 0.2
     assert chosen_method("static", OWN, OWN, OWN, "none", "dynamic", "mask=110").mask.mask == (1, 1, 0)
+    rest = OWN, OWN, OWN, "none", "dynamic"
+    assert [chosen_method("forecast", *rest, text, skip).skip for text in ("", "skip=followers") for skip in SKIPS] == [
+        "all",
+        "followers",
+        "followers",
+        "followers",
+    ]
+    assert chosen_method("forecast", *rest, "skip=all", "followers").skip == "all"
+
+
+def test_none_is_off_whatever_the_other_fields_say(host: Double) -> None:
+    fields = {"method": "none", "number": 3.0, "start": 0.1, "mask": "fast", "skip": "followers", "options": "warmup=2"}
+    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), **fields})
+    run(host, model)
+    assert host.rows == [2] * 10
+    assert cache_of(model).report.method == "none"
+
+
+def test_the_node_with_followers_runs_the_positive_prompt_alone(host: Double) -> None:
+    given = {**defaults("StepCache"), "skip": "followers"}
+    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **given)
+    run(host, model, "euler_ancestral")
+    assert host.rows == [2, 1] * 4 + [2, 2]
+    kind, options = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["optional"]["skip"]
+    assert kind == SKIPS
+    assert "the positive prompt is always run" in options["tooltip"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from comfyui_real import Real
 from comfyui_situations import *  # noqa: F403
-from comfyui_situations import SIGMAS, STEPS, chosen, fates, run
+from comfyui_situations import FOLLOWERS, SIGMAS, STEPS, chosen, fates, run
 
 from stepcache.cli import main
 from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, cache_of, in_one_line, patched
@@ -87,11 +87,19 @@ def test_the_hosts_guidance_nodes(host: Real, module: str, name: str, options: d
     assert rows == 3 * STEPS
     assert sum(host.rows) == report.calls + STEPS
     assert fates(model).count("S") == 4
+    follow = patched(plain, chosen("forecast", FOLLOWERS))
+    assert run(host, follow, "euler_ancestral", x=x).isfinite().all()
+    assert sum(host.rows) == cache_of(follow).report.calls + STEPS
+    assert (fates(follow), fates(follow, "uncond")) == ("C" * STEPS, "CSCSCSCSCC")
 
 
 def test_the_hosts_easy_cache_on_the_same_model(host: Real) -> None:
     easy = node("nodes_easycache", "EasyCacheNode")
     plain = first(easy.execute(host.model(), 0.2, 0.15, 0.95, False))
+    follow = patched(plain, chosen("forecast", FOLLOWERS))
+    assert run(host, follow, "euler_ancestral").isfinite().all()
+    assert fates(follow, "uncond") == "CSCSCSCSCC"
+    assert not cache_of(follow).report.notes
     for model in (
         patched(plain, chosen("forecast")),
         first(easy.execute(patched(host.model(), chosen("forecast")), 0.2, 0.15, 0.95, False)),
@@ -157,6 +165,20 @@ def test_area_conditions(host: Real) -> None:
     assert cache_of(model).report.conditions[::-1] == ["cond", "uncond"]
 
 
+def test_area_conditions_with_followers(host: Real) -> None:
+    """Both parts of cond are run where uncond follows; with the same parts for uncond what follows is exact."""
+    plain = host.model()
+    parts = host.cond(1) + host.cond(3, area=(4, 8, 0, 0), strength=1.0)
+    bare = run(host, plain, "euler_ancestral", positive=parts, negative=parts)
+    model = patched(plain, chosen("forecast", FOLLOWERS))
+    assert torch.allclose(
+        run(host, model, "euler_ancestral", positive=parts, negative=parts), bare, rtol=1e-3, atol=1e-3
+    )
+    run(host, model, "euler_ancestral", positive=parts)
+    assert (fates(model), fates(model, "uncond")) == ("C" * STEPS, "CSCSCSCSCC")
+    assert sorted(host.rows) == [1, 1] * 4 + [2, 2] * 6  # the whole latent and the area, which uncond is given too
+
+
 def test_guiders_of_the_custom_sampler_nodes(host: Real) -> None:
     custom = __import__("comfy_extras.nodes_custom_sampler", fromlist=["Guider_DualCFG"])
     model = patched(host.model(), chosen("forecast"))
@@ -169,6 +191,25 @@ def test_guiders_of_the_custom_sampler_nodes(host: Real) -> None:
     report = cache_of(model).report
     assert set(report.conditions) == {"cond", "middle", "uncond"}
     assert {report.fates(name) for name in report.conditions} == {"CSCSCSCSCC"}
+
+
+def test_both_other_conditions_of_dual_guidance_follow(host: Real) -> None:
+    custom = __import__("comfy_extras.nodes_custom_sampler", fromlist=["Guider_DualCFG"])
+    model = patched(host.model(), chosen("forecast", FOLLOWERS))
+    guider = custom.Guider_DualCFG(model)
+    guider.set_conds(host.cond(1), host.cond(3), host.cond(2))
+    guider.set_cfg(5.0, 3.0)
+    host.rows.clear()
+    with torch.inference_mode():
+        x = torch.randn(1, 4, 8, 8)
+        guider.sample(x, torch.zeros_like(x), host.sampler("euler_ancestral"), SIGMAS, seed=1)
+    report = cache_of(model).report
+    assert host.rows == [3, 1] * 4 + [3, 3]
+    assert {name: report.fates(name) for name in report.conditions} == {
+        "cond": "C" * STEPS,
+        "middle": "CSCSCSCSCC",
+        "uncond": "CSCSCSCSCC",
+    }
 
 
 def test_the_host_loads_the_installed_folder(host: Real, capsys: Any) -> None:
