@@ -1,4 +1,4 @@
-"""A1111, Forge, reForge and Forge Classic: the extension behind scripts/stepcache_webui.py.
+"""A1111, Forge, reForge, Forge Classic and Forge Neo: the extension behind scripts/stepcache_webui.py.
 
 Nothing of a host is imported before a host calls. Everything that stands in a host does so from the moment its sampler
 begins to the moment it ends, however it ends, and only in objects, never in classes:
@@ -6,7 +6,7 @@ begins to the moment it ends, however it ends, and only in objects, never in cla
 - `p.sampler.func` is wrapped: there the schedule is known, and there the run ends;
 - at every evaluation the host's callback `on_cfg_denoiser` names the evaluation and its conditions, and the place to
   stand is taken if it is not taken yet (a refiner brings another model). That place is the wrapper slot of the U-Net's
-  `model_options` in Forge, reForge and Forge Classic, and the attribute `forward` of `denoiser.inner_model` in A1111.
+  `model_options` in the Forge family, and the attribute `forward` of `denoiser.inner_model` in A1111.
 """
 
 from __future__ import annotations
@@ -766,7 +766,7 @@ class Seat(ABC):
 
 
 class ForgeSeat(Seat):
-    """Forge, reForge, Forge Classic: the slot for a wrapper in the U-Net's `model_options`, read at every evaluation.
+    """The Forge family: the slot for a wrapper in the U-Net's `model_options`, read at every evaluation.
 
     The slot is called as (apply_model, {"input", "timestep", "c", "cond_or_uncond"}); timestep is sigma, one a row, the
     result is denoised; the rows are one chunk for each of `cond_or_uncond`, 0 for cond and 1 for uncond.

@@ -63,7 +63,7 @@ def comfyui(path: Path) -> list[str]:
 
 
 def webui(path: Path) -> list[str]:
-    """Creates extensions/stepcache in the folder of A1111, Forge, reForge or Forge Classic, as `comfyui` does.
+    """Creates extensions/stepcache in the folder of a web UI (A1111 or one of the Forge family), as `comfyui` does.
 
     OptionError also where a checkout of this repository lies among the extensions: it is the whole extension already.
     """
