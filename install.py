@@ -1,4 +1,4 @@
-"""Run by A1111, Forge, reForge and Forge Classic when they start: installs this checkout, without its dependencies.
+"""Run by A1111 and the Forge family when they start: installs this checkout, without its dependencies.
 
 torch is there already, in the version the host needs. The installation is editable: updating the extension is enough.
 """

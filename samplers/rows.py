@@ -26,6 +26,44 @@ def cut(value: Any, rows: int, kept: slice) -> Any:
     return value
 
 
+class Uncut(ValueError):
+    """Why a batched call cannot be taken apart with certainty."""
+
+
+def cut_exactly(value: Any, rows: int, kept: slice, shared: bool = False) -> Any:
+    """As `cut`, for arguments whose every tensor is ordered by rows; `Uncut` where that is not certain.
+
+    Tensors must be as long as the batch, or have no length at all; with `shared`, those of length 1 belong to all
+    rows. Other lists are rebuilt as they are, but not those of as many numbers or words as there are rows.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim and len(value) == rows:
+            return value[kept]
+        if not value.ndim or (shared and len(value) == 1):
+            return value
+        raise Uncut(f"a tensor of length {len(value)} in a call of {rows} rows")
+    if isinstance(value, dict):
+        return {key: cut_exactly(item, rows, kept, shared) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        if len(value) == rows and any(isinstance(item, (int, float, str)) for item in value):
+            raise Uncut(f"a list of {len(value)} in a call of {rows} rows")
+        items = [cut_exactly(item, rows, kept, shared) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def may_be_ordered(value: Any, lengths: tuple[int, ...]) -> bool:
+    """Whether a tensor, or a list of numbers or words, in it has one of these lengths. Tuples have places."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) in lengths
+    if isinstance(value, dict):
+        return any(may_be_ordered(item, lengths) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        plain = isinstance(value, list) and any(isinstance(item, (int, float, str)) for item in value)
+        return (plain and len(value) in lengths) or any(may_be_ordered(item, lengths) for item in value)
+    return False
+
+
 def rows_of(names: tuple[str, ...], name: str, rows: int) -> slice:
     """The rows of one of the conditions that come in a batch, as many each."""
     each, place = rows // len(names), names.index(name)

@@ -1,4 +1,4 @@
-"""A1111, Forge, reForge and Forge Classic: the extension behind scripts/stepcache_webui.py.
+"""A1111, Forge, reForge, Forge Classic and Forge Neo: the extension behind scripts/stepcache_webui.py.
 
 Nothing of a host is imported before a host calls. Everything that stands in a host does so from the moment its sampler
 begins to the moment it ends, however it ends, and only in objects, never in classes:
@@ -6,7 +6,7 @@ begins to the moment it ends, however it ends, and only in objects, never in cla
 - `p.sampler.func` is wrapped: there the schedule is known, and there the run ends;
 - at every evaluation the host's callback `on_cfg_denoiser` names the evaluation and its conditions, and the place to
   stand is taken if it is not taken yet (a refiner brings another model). That place is the wrapper slot of the U-Net's
-  `model_options` in Forge, reForge and Forge Classic, and the attribute `forward` of `denoiser.inner_model` in A1111.
+  `model_options` in the Forge family, and the attribute `forward` of `denoiser.inner_model` in A1111.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from stepcache.options import flag, number, unknown
 
 from .k_diffusion import EVALUATIONS, ModelScalings, Scalings, TrainingTable, denoised_scalings, flow_scalings
 from .k_diffusion import _Call as DenoiserCall
+from .rows import Uncut, cut_exactly, may_be_ordered, rows_of
 
 TITLE = "StepCache"
 SLOT = "model_function_wrapper"
@@ -60,6 +60,8 @@ class Options:
     max_consecutive: at most so many skipped evaluations in a row; -1: no limit.
     text: further options of the method, `key=value,key=value`; what is written here wins over the fields above.
     table: a row for every evaluation in the console.
+    negative_only: `skip="followers"`: the prompt is computed at every evaluation, and only the others (the negative
+        prompt, further ones joined by AND) are predicted, from it. For samplers that add noise.
     """
 
     enabled: bool = False
@@ -73,6 +75,7 @@ class Options:
     max_consecutive: int = -1
     text: str = ""
     table: bool = False
+    negative_only: bool = False
 
     @classmethod
     def of(cls, arguments: Sequence[Any], **changes: Any) -> Options:
@@ -105,6 +108,8 @@ class Options:
             chosen["warmup"] = warmup
         if (most := number("max_consecutive", self.max_consecutive, low=-1, whole=True)) >= 0:
             chosen["max_consecutive"] = most
+        if flag("negative_only", self.negative_only):
+            chosen["skip"] = "followers"
         text = _text(self.text)
         for key in (part.partition("=")[0].strip() for part in text.split(",")):
             chosen.pop(key, None)
@@ -125,6 +130,7 @@ class Options:
             "warm-up": self.warmup or None,
             "max in a row": self.max_consecutive if self.max_consecutive >= 0 else None,
             "options": _text(self.text) or None,
+            "negative prompt only": True if flag("negative_only", self.negative_only) else None,
         }
         return {f"{TITLE} {key}".strip(): value for key, value in written.items() if value is not None}
 
@@ -207,6 +213,11 @@ class Extension:
                     info="on zeros: ask the method, or skip them all",
                     elem_id=named("policy"),
                 )
+            negative_only = gr.Checkbox(
+                default.negative_only,
+                label="Skip the negative prompt only (for samplers with noise: a, SDE)",
+                elem_id=named("negative_only"),
+            )
             with gr.Accordion("Advanced", open=False, elem_id=named("advanced")):
                 with gr.Row():
                     warmup = gr.Slider(
@@ -238,6 +249,7 @@ class Extension:
 
         method.change(hints, inputs=[method], outputs=[value, window], show_progress=False)
         components = [enabled, method, value, window, mask, policy, hires, warmup, consecutive, text, table]
+        components.append(negative_only)
         self.infotext_fields = _paste_fields(components)
         self.paste_field_names = [f"{TITLE} {key}".strip() for key in ("", "number", "window", "mask", "options")]
         return components
@@ -297,7 +309,7 @@ def _paste_fields(components: Sequence[Any]) -> list[tuple[Any, Callable[[dict[s
         return value
 
     default = Options()
-    enabled, method, value, window, mask, policy, hires, warmup, consecutive, text, _ = components
+    enabled, method, value, window, mask, policy, hires, warmup, consecutive, text, _, negative_only = components
     return [
         (enabled, lambda infotext: TITLE in infotext),
         (method, field("", default.method)),
@@ -309,6 +321,7 @@ def _paste_fields(components: Sequence[Any]) -> list[tuple[Any, Callable[[dict[s
         (warmup, field("warm-up", default.warmup, int)),
         (consecutive, field("max in a row", default.max_consecutive, int)),
         (text, field("options", "")),
+        (negative_only, field("negative prompt only", default.negative_only, lambda text: text == "True")),
     ]
 
 
@@ -317,39 +330,6 @@ def say(p: Any, sentence: str) -> None:
     print(f"{TITLE}: {sentence}")
     if hasattr(p, "comment"):
         p.comment(f"{TITLE}: {sentence}")
-
-
-ENTRY = '''"""The entry point for A1111, Forge, reForge and Forge Classic; everything is in samplers/webui.py."""
-
-from modules import script_callbacks, scripts
-
-from stepcache.samplers import webui
-
-
-class StepCache(webui.Extension, scripts.Script):
-    """The panel and the hooks of `webui.Extension` as a script of the host."""
-
-
-webui.register(script_callbacks, scripts)
-'''
-
-
-def install(host: str | Path) -> Path:
-    """Puts the entry point into a web UI's extensions, where stepcache itself comes from pip; returns the file.
-
-    `host` is the web UI's folder. OptionError where it is none, or where the extension is there as a checkout.
-    """
-    host = Path(host).expanduser()
-    if not (host / "modules" / "scripts.py").is_file() or not (host / "extensions").is_dir():
-        raise OptionError(f"{host}: accepted is the folder of a web UI, with modules/scripts.py and extensions in it")
-    entry = host / "extensions" / "stepcache" / "scripts" / "stepcache_webui.py"
-    if (entry.parents[1] / "install.py").exists():
-        raise OptionError(
-            f"{entry.parents[1]}: the extension is there already, from its repository; update that instead"
-        )
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    entry.write_text(ENTRY, encoding="utf-8")
-    return entry
 
 
 def register(script_callbacks: Any, scripts: Any) -> None:
@@ -373,6 +353,7 @@ def add_axes(scripts: Any) -> None:
             ("Number", "number", float, None),
             ("Preset", "mask", str, ["none", *PRESETS]),
             ("Mask", "mask", str, None),
+            ("Negative prompt only", "negative_only", _boolean, ["True", "False"]),
         ):
             axis = {} if choices is None else {"choices": functools.partial(list, choices)}
             plot.axis_options.append(plot.AxisOption(f"[{TITLE}] {label}", type_, _set_axis(key), **axis))
@@ -405,20 +386,22 @@ class Job:
 
     def record(self, p: Any, report: Report, hires: bool) -> None:
         """The run's line in the console, and its count in the image."""
-        total, skipped = report.evaluations, skipped_evaluations(report)
+        followers = self.method.skip == "followers"
+        total, skipped = report.evaluations, skipped_evaluations(report, followers)
         self.passes.append(f"{skipped}/{total}")
         p.extra_generation_params.update(self.options.infotext())
         p.extra_generation_params[f"{TITLE} skipped"] = " + ".join(self.passes)
-        label = f"{report.method}, hires. fix" if hires else report.method
+        label = report.method + ", negative prompt only" * followers + ", hires. fix" * hires
         print(f"{TITLE}: {label}: skipped {skipped} of {total} evaluations, {report.speedup:.2f}x fewer model calls")
         if self.options.table:
             print(f"{report.table()}\n{report}")
 
 
-def skipped_evaluations(report: Report) -> int:
-    """Evaluations of which no condition was computed."""
+def skipped_evaluations(report: Report, followers: bool) -> int:
+    """Evaluations of which no condition was computed; with `followers`, those of which one was not."""
+    skipped = {event.where.evaluation for event in report.events if not event.computed}
     computed = {event.where.evaluation for event in report.events if event.computed}
-    return len({event.where.evaluation for event in report.events} - computed)
+    return len(skipped if followers else skipped - computed)
 
 
 def _follow_when_conditioned(p: Any) -> None:
@@ -527,6 +510,7 @@ class Run:
         self.form: tuple = ()
         self.auxiliary = 0
         self.failure: str | None = None
+        self.uncut: str | None = None
         self._answering = False
 
     def _noting(self, callback: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
@@ -561,13 +545,22 @@ class Run:
         return [len(prompt) for prompt in self.denoiser.sampler.sampler_extra_args["cond"].batch]
 
     def answer(
-        self, names: tuple[str, ...] | None, x: Tensor, sigma: Tensor, form: tuple, compute: Callable[[], Tensor]
+        self,
+        names: tuple[str, ...] | None,
+        x: Tensor,
+        sigma: Tensor,
+        form: tuple,
+        compute: Callable[[], Tensor],
+        cut: Cut,
     ) -> Tensor:
         """One call of the model: by the session, or the model itself where it is an auxiliary one (`names` is None)."""
         if names is None:
             self.auxiliary += 1
             return compute()
-        call = Call(compute, self.seat.scalings, names, x, sigma)
+        if self.session.method.skip == "followers" and (why := self.seat.unpaired()):
+            self.uncut = why
+            return compute()
+        call = Call(compute, self.seat.scalings, names, x, sigma, cut)
         call.evaluation, call.form = self.evaluation, (*self.form, *form)
         call.place = self.plan.place(self.evaluation)
         self._answering = True
@@ -580,6 +573,7 @@ class Run:
             return compute()
         finally:
             self._answering = False
+            self.uncut = call.uncut or self.uncut
 
     @property
     def open(self) -> bool:
@@ -595,7 +589,13 @@ class Run:
         """What the user should know about the run that is over."""
         if self.failure is not None:
             return [self.failure]
-        if self.session.report.events:
+        report = self.session.report
+        if self.session.method.skip == "followers" and (self.uncut or not report.skipped):
+            said = [self.uncut] if self.uncut else []
+            said += [note.removeprefix(LEADS) for note in report.notes if note.startswith(LEADS)]
+            if said:
+                return [f"negative prompt only: {why}" for why in said]
+        if report.events:
             return []
         if self.auxiliary:
             return ["nothing was cached: the images of a batch have different numbers of prompts joined by AND"]
@@ -607,15 +607,42 @@ class Run:
         self.params = None
 
 
+LEADS = "skip='followers': "
+"""How the session's notes about followers begin."""
+
+Cut = Callable[[slice], Callable[[], Tensor]]
+"""Some rows of a batched call -> what calls the model for them alone; raises `Uncut`."""
+
+
 class Call(DenoiserCall):
-    """One call as `denoised = model(x, sigma)`, remembering what the model itself raised."""
+    """One call as `denoised = model(x, sigma)`, remembering what the model itself raised.
+
+    `uncut` is why it could not be taken apart, if it had to be.
+    """
 
     error: BaseException | None = None
+    uncut: str | None = None
 
     def __init__(
-        self, compute: Callable[[], Tensor], scalings: Scalings, names: tuple[str, ...], x: Tensor, sigma: Tensor
+        self,
+        compute: Callable[[], Tensor],
+        scalings: Scalings,
+        names: tuple[str, ...],
+        x: Tensor,
+        sigma: Tensor,
+        cut: Cut,
     ) -> None:
         super().__init__(lambda x, sigma: compute(), scalings, names, x, sigma, {})
+        self._cut = cut
+
+    def part(self, name: str) -> Call | None:
+        kept = rows_of(self.names, name, len(self.latent))
+        try:
+            compute = self._cut(kept)
+        except Uncut as why:
+            self.uncut = str(why)
+            return None
+        return Call(compute, self._compute_scalings, (name,), self.latent[kept], self.sigma[kept], self._cut)
 
     def compute(self) -> Tensor:
         try:
@@ -722,6 +749,10 @@ class Seat(ABC):
         """For flow models the coordinate is sigma itself, which is their time; None: log sigma."""
         return None
 
+    def unpaired(self) -> str | None:
+        """Why one condition cannot be predicted from another, row by row; None where it can."""
+        return None
+
     def leave(self) -> None:
         """Leaves the host's objects as they were found."""
         while self._undo:
@@ -735,7 +766,7 @@ class Seat(ABC):
 
 
 class ForgeSeat(Seat):
-    """Forge, reForge, Forge Classic: the slot for a wrapper in the U-Net's `model_options`, read at every evaluation.
+    """The Forge family: the slot for a wrapper in the U-Net's `model_options`, read at every evaluation.
 
     The slot is called as (apply_model, {"input", "timestep", "c", "cond_or_uncond"}); timestep is sigma, one a row, the
     result is denoised; the rows are one chunk for each of `cond_or_uncond`, 0 for cond and 1 for uncond.
@@ -758,16 +789,22 @@ class ForgeSeat(Seat):
         model = id(unet.model)
 
         def wrapper(apply_model: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-            def compute() -> Tensor:
+            def ask(arguments: dict[str, Any]) -> Tensor:
                 if previous is not None:
                     return previous(apply_model, arguments)
                 return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
+            def cut(kept: slice) -> Callable[[], Tensor]:
+                if previous is not None and arguments["c"].get("control") is not None:
+                    raise Uncut("another extension is in front of the model, and may ask the ControlNet for all rows")
+                return functools.partial(ask, one_chunk(arguments, kept))
+
+            compute = functools.partial(ask, arguments)
             if not run.open:
                 return compute()
             form = (model, arguments["c"].get("control") is None)
             names = self._names(arguments["cond_or_uncond"], len(arguments["input"]))
-            return run.answer(names, arguments["input"], arguments["timestep"], form, compute)
+            return run.answer(names, arguments["input"], arguments["timestep"], form, compute, cut)
 
         def undo() -> None:
             if options.get(SLOT) is not wrapper:
@@ -822,6 +859,36 @@ class ForgeSeat(Seat):
         return float if float(c_in) == 1 and float(c_skip) == 1 else None
 
 
+def one_chunk(arguments: dict[str, Any], kept: slice) -> dict[str, Any]:
+    """The arguments of the slot's call for one of its chunks, as the host makes them where it splits its calls.
+
+    What the host orders by rows or chunks is cut. `Uncut` for anything else that may be ordered so. Lists of a
+    ControlNet are new ones: the U-Net empties them.
+    """
+    rows = len(arguments["input"])
+    place = kept.start // (kept.stop - kept.start)
+    rest = {key: value for key, value in arguments.items() if key not in ("c", "cond_or_uncond")}
+    c = {key: value for key, value in arguments["c"].items() if key not in ("transformer_options", "control")}
+    chunk = cut_exactly(rest, rows, kept) | {"cond_or_uncond": arguments["cond_or_uncond"][place : place + 1]}
+    chunk["c"] = cut_exactly(c, rows, kept)
+    if "control" in arguments["c"]:
+        chunk["c"]["control"] = cut_exactly(arguments["c"]["control"], rows, kept, shared=True)
+    if "transformer_options" in arguments["c"]:
+        options = dict(arguments["c"]["transformer_options"])
+        for key in options.keys() & {"cond_or_uncond", "uuids"}:
+            options[key] = options[key][place : place + 1]
+        for key in options.keys() & {"cond_indices", "uncond_indices"}:
+            options[key] = [row - kept.start for row in options[key] if kept.start <= row < kept.stop]
+        if "cond_mark" in options:
+            options["cond_mark"] = options["cond_mark"][kept]
+        known = {"cond_or_uncond", "uuids", "cond_indices", "uncond_indices", "cond_mark", "sigmas", "sampling_sigmas"}
+        for key, value in options.items():
+            if key not in known and may_be_ordered(value, (rows, len(arguments["cond_or_uncond"]))):
+                raise Uncut(f"the transformer option {key!r} may be ordered by rows")
+        chunk["c"]["transformer_options"] = options
+    return chunk
+
+
 class A1111Seat(Seat):
     """A1111: the attribute `forward` of the denoiser's inner model, an object that lives as long as the sampler.
 
@@ -837,13 +904,14 @@ class A1111Seat(Seat):
             return
 
         def forward(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
-            def compute() -> Tensor:
-                return previous(x, sigma, **extra)
+            def cut(kept: slice) -> Callable[[], Tensor]:
+                return functools.partial(previous, x[kept], sigma[kept], **cut_exactly(extra, len(x), kept))
 
+            compute = functools.partial(previous, x, sigma, **extra)
             if not run.open:
                 return compute()
             level = self.sigma_at(sigma) if self._in_timesteps else sigma
-            return run.answer(self._names(len(x)), x, level, (id(inner),), compute)
+            return run.answer(self._names(len(x)), x, level, (id(inner),), compute, cut)
 
         def undo() -> None:
             if own.get("forward") is not forward:
@@ -875,6 +943,13 @@ class A1111Seat(Seat):
             kind, place = ("cond", group) if group < conditions // images else ("uncond", group - conditions // images)
             names.append(kind if place == 0 else f"{kind} {place + 1}")
         return tuple(names)
+
+    def unpaired(self) -> str | None:
+        """A slice stands for the same images as every other one only if one of them, or of their conditions, is one."""
+        images = self.run.conditions()
+        if len(images) == 1 or max(images) == 1:
+            return None
+        return "with prompts joined by AND, the images of a batch lie in another order here: all is computed"
 
     @property
     def _in_timesteps(self) -> bool:

@@ -27,52 +27,100 @@ except ImportError as error:
 globals().update(exports())
 '''
 
+WEBUI = f'''"""StepCache's panel. The code is in the Python package stepcache."""
+
+{MARK}
+import sys
+
+from modules import script_callbacks, scripts
+
+try:
+    from stepcache.samplers import webui
+except ImportError as error:
+    raise ImportError(
+        f"StepCache's panel needs the package stepcache in the web UI's own Python ({{sys.executable}}): {{error}}. "
+        "Install it there, or delete the folder extensions/stepcache"
+    ) from error
+
+
+class StepCache(webui.Extension, scripts.Script):
+    """The panel and the hooks of `webui.Extension` as a script of the host."""
+
+
+webui.register(script_callbacks, scripts)
+'''
+METADATA = f"{MARK}\n[Extension]\nName = stepcache\n"
+PANEL = "scripts/stepcache_webui.py"
+
 
 def comfyui(path: Path) -> list[str]:
     """Creates custom_nodes/stepcache in a ComfyUI folder. Returns what it did; OptionError where it is none."""
-    if not _is_comfyui(path):
-        inside = path / "ComfyUI"
-        hint = f"; did you mean {inside}?" if _is_comfyui(inside) else ""
-        raise OptionError(
-            f"{path} is no ComfyUI: it lacks nodes.py, comfy/samplers.py or custom_nodes. Give the folder that has "
-            f"ComfyUI's main.py in it{hint}"
-        )
-    said = [_write(path / "custom_nodes" / "stepcache" / "__init__.py", COMFYUI)]
-    said.extend(_other_python(path))
+    _check(path, "ComfyUI", COMFYUI_HAS, "ComfyUI's main.py", "ComfyUI")
+    said = [_write(path / "custom_nodes" / "stepcache", {"__init__.py": COMFYUI})]
+    said.extend(_other_python("ComfyUI", path / "venv", path / ".venv", path.parent / "python_embeded"))
     said.append("Restart ComfyUI; the nodes are under model_patches/stepcache.")
     return said
 
 
-HOSTS: dict[str, Callable[[Path], list[str]]] = {"comfyui": comfyui}
+def webui(path: Path) -> list[str]:
+    """Creates extensions/stepcache in the folder of a web UI (A1111 or one of the Forge family), as `comfyui` does.
+
+    OptionError also where a checkout of this repository lies among the extensions: it is the whole extension already.
+    """
+    _check(path, "web UI", WEBUI_HAS, "webui-user.bat", "webui")
+    folder = path / "extensions" / "stepcache"
+    for file in sorted(path.glob(f"extensions/*/{PANEL}")):
+        there = file.parents[1]
+        if there != folder or (there / "install.py").exists():
+            raise OptionError(
+                f"the extension is there already, from its repository: {there}. Update that one, or delete it and "
+                "install again; with both the panel would be there twice"
+            )
+    said = [_write(folder, {PANEL: WEBUI, "metadata.ini": METADATA})]
+    said.extend(_other_python("the web UI", path / "venv", path / ".venv", path.parent / "system" / "python"))
+    said.append("Restart the web UI; the panel StepCache is in txt2img and img2img.")
+    return said
+
+
+HOSTS: dict[str, Callable[[Path], list[str]]] = {"comfyui": comfyui, "webui": webui}
 """What `stepcache install` knows, by the name that is written there."""
 
-
-def _is_comfyui(path: Path) -> bool:
-    return all((path / part).exists() for part in ("nodes.py", "comfy/samplers.py", "custom_nodes"))
-
-
-def _write(file: Path, text: str) -> str:
-    """Writes an entry point, once; never over a file that is not ours."""
-    if file.exists():
-        there = file.read_text(encoding="utf-8")
-        if there == text:
-            return f"{file} is there already, nothing to do."
-        if MARK not in there:
-            raise OptionError(f"{file} was not written by stepcache: move that folder away, then install again")
-    elif file.parent.exists() and any(file.parent.iterdir()):
-        raise OptionError(f"{file.parent} is there already and is not ours: move it away, then install again")
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    return f"Wrote {file}; it loads stepcache {__version__} from Python's packages."
+COMFYUI_HAS = ("nodes.py", "comfy/samplers.py", "custom_nodes")
+WEBUI_HAS = ("modules/scripts.py", "modules/processing.py", "extensions")
 
 
-def _other_python(path: Path) -> list[str]:
+def _check(path: Path, host: str, has: tuple[str, ...], start: str, usual: str) -> None:
+    """Refuses a folder that lacks what the host `has`. `usual` is how the right one is often called inside of it."""
+    lacks = [part for part in has if not (path / part).exists()]
+    if not lacks:
+        return
+    inside = path / usual
+    hint = f"; did you mean {inside}?" if all((inside / part).exists() for part in has) else ""
+    raise OptionError(f"{path} is no {host}: it lacks {', '.join(lacks)}. Give the folder that has {start} in it{hint}")
+
+
+def _write(folder: Path, files: dict[str, str]) -> str:
+    """Writes an entry point, its main file first, once; never over a folder that is not ours."""
+    main = folder / next(iter(files))
+    there = {name: (folder / name).read_text(encoding="utf-8") for name in files if (folder / name).exists()}
+    if there == files:
+        return f"{main} is there already, nothing to do."
+    for name, text in there.items():
+        if MARK not in text:
+            raise OptionError(f"{folder / name} was not written by stepcache: move {folder} away, then install again")
+    if not there and folder.exists() and any(folder.iterdir()):
+        raise OptionError(f"{folder} is there already and is not ours: move it away, then install again")
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return f"Wrote {main}; it loads stepcache {__version__} from Python's packages."
+
+
+def _other_python(host: str, *own: Path) -> list[str]:
     """A sentence where the host keeps a Python of its own that is not the one running."""
-    own = [path / "venv", path / ".venv", path.parent / "python_embeded"]
     found = next((folder for folder in own if folder.is_dir()), None)
     if found is None or Path(sys.prefix).resolve() == found.resolve():
         return []
     return [
-        f"Note: ComfyUI seems to run on the Python in {found}, and this one is in {sys.prefix}: "
-        "install stepcache there."
+        f"Note: {host} seems to run on the Python in {found}, and this one is in {sys.prefix}: install stepcache there."
     ]

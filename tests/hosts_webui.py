@@ -37,11 +37,12 @@ class Network(nn.Module):
     def __init__(self, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = torch.randn(4, 4, generator=torch.Generator().manual_seed(5)) * 0.3
-        self.offset, self.calls, self.fails_at = offset, [], None
+        self.offset, self.calls, self.told, self.fails_at = offset, [], [], None
 
     def forward(self, x: Tensor, t: Tensor, told: Tensor) -> Tensor:
         self.calls.append(len(x))
-        if self.fails_at == len(self.calls):
+        self.told.append([round(one, 4) for one in told.tolist()])
+        if self.fails_at is not None and self.fails_at(len(self.calls)):
             raise torch.OutOfMemoryError("pretended")
         mixed = (self.weight @ x.flatten(2)).view(x.shape)
         return torch.tanh(mixed) + told[:, None, None, None] + torch.sin(t / 200)[:, None, None, None] + self.offset
@@ -79,9 +80,24 @@ class ForgeModel:
     def __init__(self, network: Network) -> None:
         self.network, self.predictor = network, Predictor()
 
-    def apply_model(self, x: Tensor, t: Tensor, told: Tensor, control: Any = None, **options: Any) -> Tensor:
+    def apply_model(
+        self, x: Tensor, t: Tensor, told: Tensor, control: Any = None, transformer_options: Any = None, **objects: Any
+    ) -> Tensor:
+        """Patches are asked with the options; a ControlNet's lists are emptied, as the U-Net does it."""
+        labels, images = transformer_options["cond_or_uncond"], len(transformer_options["sigmas"])
+        assert [label for label in labels for _ in range(images)] == transformer_options["cond_mark"].tolist()
+        assert len(x) == len(t) == len(told) == images * len(labels)
+        marks = {"cond_indices": 0, "uncond_indices": 1}
+        for key, label in marks.items():
+            assert transformer_options[key] == [k for k in range(len(x)) if labels[k // images] == label]
         out = self.network(self.predictor.calculate_input(t, x), self.predictor.timestep(t), told)
-        return self.predictor.calculate_denoised(t, out if control is None else out + control, x)
+        for patch in transformer_options.get("patches", {}).get("output", []):
+            out = patch(out, transformer_options)
+        for place in ("middle", "output") if control is not None else ():
+            while control[place]:
+                added = control[place].pop()
+                out = out if added is None else out + added
+        return self.predictor.calculate_denoised(t, out, x)
 
 
 class Unet:
@@ -107,8 +123,10 @@ class A1111Model:
     def __init__(self, network: Network) -> None:
         self.network, self.alphas_cumprod = network, products()
 
-    def apply_model(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return self.network(x, t, cond)
+    def apply_model(self, x: Tensor, t: Tensor, cond: dict[str, list[Tensor]]) -> Tensor:
+        assert [len(one) for one in cond["c_concat"]] == [len(x)]
+        (told,) = cond["c_crossattn"]
+        return self.network(x, t, told)
 
 
 class Timesteps(nn.Module):
@@ -272,12 +290,8 @@ class Denoiser(nn.Module):
         if drop:
             rows, level, texts = rows[: -len(x)], level[: -len(x)], told
         size = len(x) if host.low_memory() else len(rows)
-        out = torch.cat(
-            [
-                self.inner_model(rows[at : at + size], level[at : at + size], cond=texts[at : at + size])
-                for at in range(0, len(rows), size)
-            ]
-        )
+        parts = [slice(at, at + size) for at in range(0, len(rows), size)]
+        out = torch.cat([self.inner_model(rows[at], level[at], cond=self.dictionary(texts[at])) for at in parts])
         base = x.new_zeros(x.shape) if drop else out[-len(x) :]
         firsts = [owners.index(image) for image in range(len(x))]
         if drop:
@@ -287,6 +301,9 @@ class Denoiser(nn.Module):
             for k, weight in enumerate(own):
                 answer[image] += (out[firsts[image] + k] - base[image]) * weight * (1 if drop else scale)
         return answer
+
+    def dictionary(self, texts: Tensor) -> dict[str, list[Tensor]]:
+        return {"c_crossattn": [texts], "c_concat": [texts.new_zeros(len(texts), 5, 1, 1)]}
 
     def forge(
         self, x: Tensor, sigma: Tensor, told: Tensor, untold: Tensor, weights: Any, scale: float, drop: bool
@@ -346,7 +363,7 @@ class Host:
         self.name = name
         self.forge, self.version = name == "forge", name.partition("-")[2]
         self.network, self.other = Network(), Network(offset=0.1)
-        self.other.calls = self.network.calls
+        self.other.calls, self.other.told = self.network.calls, self.network.told
         self.model, self.refiner = self.load(self.network), self.load(self.other)
         self.first = self.model
         self.callbacks: list[Callable[[Any], None]] = [webui.on_cfg_denoiser]
@@ -377,14 +394,24 @@ class Host:
         groups = [[one] for one in waiting] if self.low_memory() else [waiting]
         answers: dict[tuple[int, int], Tensor] = {}
         for group in groups:
-            c = {"told": torch.cat([text for _, _, text in group]), "transformer_options": {}}
+            labels, told = [label for label, _, _ in group], torch.cat([text for _, _, text in group])
+            marks = [label for label in labels for _ in range(len(x))]
+            options = {
+                **unet.model_options.get("transformer_options", {}),
+                "cond_or_uncond": labels[:],
+                "sigmas": level,
+                "cond_mark": torch.tensor(marks, dtype=x.dtype),
+                "cond_indices": [k for k, mark in enumerate(marks) if not mark],
+                "uncond_indices": [k for k, mark in enumerate(marks) if mark],
+            }
+            c = {"told": told, "transformer_options": options}
             if unet.control is not None:
-                c["control"] = unet.control()
+                c["control"], c["control_model"] = unet.control(told), unet
             arguments = {
                 "input": torch.cat([x] * len(group)),
                 "timestep": torch.cat([level] * len(group)),
                 "c": c,
-                "cond_or_uncond": [label for label, _, _ in group],
+                "cond_or_uncond": labels,
             }
             wrapper = unet.model_options.get("model_function_wrapper")
             if wrapper is not None:
@@ -399,6 +426,7 @@ class Host:
         """One press of Generate. `arguments` are our script's; None: the script is not there at all."""
         p = Processing(self.model, fields)
         self.network.calls.clear()
+        self.network.told.clear()
         self.generator = torch.Generator().manual_seed(11)
         scheduled = [
             [
@@ -517,11 +545,53 @@ def multidiffusion(host: Host) -> Callable[[Any], None]:
 
 
 def controlnet(host: Host, until: int) -> Callable[[Any], None]:
-    """A ControlNet that is there for the first `until` evaluations."""
+    """A ControlNet that is there for the first `until` evaluations; it adds something else in every row."""
+
+    def extension(p: Any) -> None:
+        def control(told: Tensor) -> Any:
+            if p.sampler.model_wrap_cfg.step >= until:
+                return None
+            added = 0.5 * told.view(-1, 1, 1, 1).expand(-1, 4, 6, 6)
+            return {"input": [], "middle": [0.1 * added[:1] + 0.2], "output": [None, added]}
+
+        unet = host.model.forge_objects.unet.clone()
+        unet.control = control
+        host.model.forge_objects.unet = unet
+
+    return extension
+
+
+def patched(host: Host, **options: Any) -> Callable[[Any], None]:
+    """Two patches of the U-Net, as many as an image has conditions, which look at the labels."""
 
     def extension(p: Any) -> None:
         unet = host.model.forge_objects.unet.clone()
-        unet.control = lambda: torch.tensor(0.2) if p.sampler.model_wrap_cfg.step < until else None
+
+        def by_label(out: Tensor, options: dict[str, Any]) -> Tensor:
+            return out + 0.1 * options["cond_mark"][:, None, None, None]
+
+        def by_index(out: Tensor, options: dict[str, Any]) -> Tensor:
+            added = torch.zeros(len(out), 1, 1, 1)
+            added[options["cond_indices"]] = 0.3
+            return out + added
+
+        unet.model_options["transformer_options"] = {"patches": {"output": [by_label, by_index]}, **options}
+        host.model.forge_objects.unet = unet
+
+    return extension
+
+
+def occupied(host: Host) -> Callable[[Any], None]:
+    """Something else in the slot, which calls the model as it was asked."""
+
+    def extension(p: Any) -> None:
+        unet = host.model.forge_objects.unet.clone()
+
+        def wrapper(apply_model: Callable[..., Tensor], asked: dict[str, Any]) -> Tensor:
+            assert asked["cond_or_uncond"] == asked["c"]["transformer_options"]["cond_or_uncond"]
+            return apply_model(asked["input"], asked["timestep"], **asked["c"])
+
+        unet.set_model_unet_function_wrapper(wrapper)
         host.model.forge_objects.unet = unet
 
     return extension

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import inspect
 import itertools
 import json
@@ -12,18 +13,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts_webui import SAMPLERS, STEPS, Denoiser, Host, Network, Tiles, controlnet, multidiffusion, pag, sag
+from hosts_webui import (
+    SAMPLERS,
+    STEPS,
+    Denoiser,
+    Host,
+    Network,
+    Tiles,
+    controlnet,
+    multidiffusion,
+    occupied,
+    pag,
+    patched,
+    sag,
+)
 from k_diffusion import sampling
 from k_diffusion.external import CompVisDenoiser
 
 from stepcache import OptionError, StepMask
+from stepcache.cli import main
 from stepcache.samplers import webui
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
 NAMES = ("a1111-1.10", "a1111-1.7", "a1111-1.6", "forge")
 ON = [True, "forecast"]
 MASKED = [True, "static", "", "", "1001010011"]
-"""Six of ten steps are computed."""
+"""Five of ten steps are computed."""
+
+
+def followers(*given):
+    """The same with the last argument, "Skip the negative prompt only", set."""
+    return [*given, *[None] * (11 - len(given)), True]
+
+
 HORSE = [(1.0, ((STEPS * 4, 0.3),))]
 TWO = [(1.0, ((STEPS * 4, 0.3),)), (0.6, ((STEPS * 4, -0.5),))]
 EDITED = [(1.0, ((4, 0.3), (STEPS * 4, 0.9)))]
@@ -138,8 +160,11 @@ def test_steps_are_told_from_evaluations(name, runs):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM++ 2M SDE", "Heun", "DPM2", "DPM++ SDE"])
-@pytest.mark.parametrize("method", [["forecast"], ["ucache", 0.3], ["easycache", 0.8], ["static", "", "", "fast"]])
+@pytest.mark.parametrize("sampler", ["Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "Heun", "DPM2", "DPM++ SDE"])
+@pytest.mark.parametrize(
+    "method",
+    [["forecast"], ["ucache", 0.3], ["easycache", 0.8], ["static", "", "", "fast"], followers(True, "forecast")[1:]],
+)
 def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, runs):
     host = Host(name)
     caught = {}
@@ -170,13 +195,174 @@ def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, ru
         noise = torch.Generator().manual_seed(3)
         caught["noise_sampler"] = lambda *sigmas: torch.randn(x.shape, generator=noise)
     latents = sample(func, guided, x, cache=cached, **caught)
-    assert fates(runs[0]) == cached.report.fates("cond")
-    assert "S" in fates(runs[0])
+    for condition in names:
+        assert fates(runs[0], condition) == cached.report.fates(condition)
+    assert "S" in fates(runs[0], "uncond")
     assert torch.allclose(latents, p.latents[0], rtol=1e-3, atol=1e-3)
 
 
 def products_of(host):
     return host.first.alphas_cumprod if not host.forge else 1 / (host.original.model.predictor.sigmas**2 + 1)
+
+
+def close(p, q):
+    """The double's uncond is cond and a constant, which every predictor continues exactly; cond itself is not."""
+    scale = max(float(one.abs().max()) for one in q.latents)
+    return all(torch.allclose(a, b, rtol=0, atol=1e-5 * scale) for a, b in zip(p.latents, q.latents, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M SDE", "DDIM"])
+def test_with_the_negative_prompt_only_the_prompt_alone_is_what_the_network_sees(name, sampler, runs):
+    host, mask = Host(name), "1001010011"
+    if sampler == "DDIM":
+        mask = mask[:9]  # see test_steps_are_told_from_evaluations
+    bare = host.job(None, sampler_name=sampler)
+    p = host.job(followers(True, "static", "", "", mask), sampler_name=sampler)
+    both = [-0.2, 0.3] if host.forge else [0.3, -0.2]
+    assert host.network.told == [both if one == "1" else [0.3] for one in mask]
+    assert fates(runs[0]) == "C" * len(mask)
+    assert fates(runs[0], "uncond") == mask.replace("1", "C").replace("0", "S")
+    assert close(p, bare)
+    assert not close(host.job([True, "static", "", "", mask], sampler_name=sampler), bare)
+    assert left(host, runs) == []
+    assert same(host.job([False], sampler_name=sampler), bare)
+
+
+@pytest.mark.parametrize("name", ["a1111-1.10", "forge"])
+@pytest.mark.parametrize(
+    ("situation", "low"),
+    [
+        *itertools.product(SITUATIONS, [False]),
+        *itertools.product(["DPM++ 2M SDE", "Heun", "AND", "AND, batch of 2", "prompt editing", "NGMS"], [True]),
+    ],
+)
+def test_the_negative_prompt_is_predicted_from_the_prompt_whatever_the_situation(name, situation, low, runs):
+    host, fields = Host(name), SITUATIONS[situation]
+    host.low_memory = lambda: low
+    bare = host.job(None, **fields)
+    calls = sum(host.network.calls)
+    p = host.job(followers(True, "forecast"), **fields)
+    assert close(p, bare)
+    if (situation, host.forge) in (("CFG 1", True), ("AND, unequal", False), ("AND, batch of 2", False)):
+        assert sum(host.network.calls) == calls
+        assert p.comments
+    elif situation != "NGMS":  # there uncond is only asked for where it is computed anyhow
+        assert sum(host.network.calls) < calls
+    assert left(host, runs) == []
+
+
+@pytest.mark.parametrize("prompt", [[HORSE], [TWO], [TWO, TWO]])
+@pytest.mark.parametrize(
+    "extensions",
+    [
+        [controlnet],
+        [controlnet, patched],
+        [lambda host: patched(host, sampling_sigmas=torch.ones(2))],  # Forge Neo's schedule
+        [multidiffusion],
+        [occupied],
+    ],
+)
+def test_what_forge_hands_to_the_slot_is_cut_by_chunks(prompt, extensions, runs):
+    """ControlNet's lists, patches that look at the labels, another wrapper behind ours; calls by told prompts."""
+    host = Host("forge")
+    host.extensions = [one(host, until=99) if one is controlnet else one(host) for one in extensions]
+    bare = host.job(None, prompt=prompt)
+    each = len(host.network.calls) // 10
+    p = host.job(followers(*MASKED), prompt=prompt)
+    images, conditions = len(prompt), len(prompt[0]) + 1
+    rows = [images * (conditions if one == "1" else 1) for one in "1001010011" for _ in range(each)]
+    assert host.network.calls == rows
+    anchor = prompt[0][-1][1][0][1]  # the last of several comes first
+    assert host.network.told[each] == [anchor] * images
+    assert close(p, bare)
+    assert p.comments == []
+
+
+@pytest.mark.parametrize("extension", [pag, sag])
+def test_pag_and_sag_still_pass_through_beside_the_negative_prompt_only(extension, runs):
+    host = Host("forge")
+    host.extensions = [extension(host)]
+    bare = host.job(None)
+    assert close(host.job(followers(*MASKED)), bare)
+    assert host.network.calls == [n for one in "1001010011" for n in (2 if one == "1" else 1, 1)]
+    assert (runs[0].auxiliary, fates(runs[0], "uncond")) == (10, "CSSCSCSSCC")
+
+
+@pytest.mark.parametrize(
+    ("extensions", "why"),
+    [
+        (
+            [lambda host: patched(host, weights=torch.ones(2))],
+            "the transformer option 'weights' may be ordered by rows",
+        ),
+        ([lambda host: patched(host, words=["a", "b"])], "the transformer option 'words' may be ordered by rows"),
+        ([lambda host: controlnet(host, 99), occupied], "another extension is in front of the model"),
+    ],
+)
+def test_what_forge_may_order_by_rows_unknown_to_us_is_computed_whole_and_said(extensions, why, runs):
+    host = Host("forge")
+    host.extensions = [extension(host) for extension in extensions]
+    bare = host.job(None)
+    p = host.job(followers(*MASKED))
+    assert same(p, bare)
+    assert fates(runs[0], "uncond") == "C" * 10
+    assert p.comments[0].startswith(f"StepCache: negative prompt only: {why}")
+    assert any("it cannot be taken apart" in comment for comment in p.comments)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"vector": torch.ones(1, 3)}, "a tensor of length 1 in a call of 2 rows"),
+        ({"sizes": [512, 768]}, "a list of 2 in a call of 2 rows"),
+    ],
+)
+def test_conditioning_that_is_not_ordered_by_rows_on_a1111_is_computed_whole_and_said(more, why, runs, monkeypatch):
+    usual = Denoiser.dictionary
+    monkeypatch.setattr(Denoiser, "dictionary", lambda self, texts: {**usual(self, texts), **more})
+    host = Host("a1111-1.10")
+    bare = host.job(None)
+    p = host.job(followers(*MASKED))
+    assert same(p, bare)
+    assert p.comments[0] == f"StepCache: negative prompt only: {why}"
+
+
+def test_where_there_is_no_negative_prompt_it_says_so():
+    p = Host("forge").job(followers(*ON), cfg_scale=1.0)
+    assert "cond is the only condition, so nothing is skipped" in p.comments[0]
+    assert p.extra_generation_params["StepCache skipped"] == "0/10"
+
+
+@pytest.mark.parametrize("name", ["a1111-1.10", "forge"])
+def test_out_of_memory_in_a_call_for_the_prompt_alone(name, runs):
+    """Once, it is computed whole from there on; for good, it is the host's error, and the next job is untouched."""
+    host = Host(name)
+    bare = host.job(None)
+    host.network.fails_at = lambda call: call == 2
+    p = host.job(followers(*MASKED))
+    assert same(p, bare)
+    assert "the call for cond alone fails: pretended" in p.comments[0]
+    host.network.fails_at = lambda call: call > 1
+    with pytest.raises(torch.OutOfMemoryError, match="pretended"):
+        host.job(followers(*MASKED))
+    host.network.fails_at = None
+    assert left(host, runs) == []
+    assert close(host.job(followers(*MASKED)), bare)
+    assert same(host.job([False]), bare)
+
+
+def test_the_negative_prompt_only_in_the_console_the_image_and_the_options(capsys):
+    p = Host("a1111-1.10").job(followers(*ON), hr=7)
+    assert p.extra_generation_params["StepCache negative prompt only"] is True
+    assert p.extra_generation_params["StepCache skipped"] == "4/10 + 3/7"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == ("StepCache: forecast, negative prompt only: skipped 4 of 10 evaluations, 1.25x fewer model calls")
+    assert "forecast, negative prompt only, hires. fix: skipped 3 of 7" in second
+    assert "StepCache negative prompt only" not in Host("forge").job(ON).extra_generation_params
+    assert webui.Options(text="skip=all", negative_only=True).as_method().skip == "all"
+    with pytest.raises(OptionError, match="a tolerance counts errors of every condition"):
+        webui.Options(text="tolerance=0.02", negative_only=True).as_method()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -306,7 +492,7 @@ def test_further_calls_on_a1111_pass_through_and_are_never_stored(runs, monkeypa
 
     def again(self, x, sigma, told, *arguments):
         answer = once(self, x, sigma, told, *arguments)
-        return answer + 0.1 * self.inner_model(x, sigma, cond=told * 0.5)
+        return answer + 0.1 * self.inner_model(x, sigma, cond=self.dictionary(told * 0.5))
 
     monkeypatch.setattr(Denoiser, "a1111", again)
     host = Host("a1111-1.10")
@@ -364,7 +550,7 @@ def test_interrupt_leaves_nothing_and_the_next_job_is_untouched(name, runs):
 def test_out_of_memory_is_raised_leaves_nothing_and_the_next_job_is_untouched(name, runs):
     host = Host(name)
     bare = host.job(None)
-    host.network.fails_at = 3
+    host.network.fails_at = lambda call: call == 3
     with pytest.raises(torch.OutOfMemoryError, match="pretended"):
         host.job(ON)
     assert len(host.network.calls) == 3, "the failed call was not made again"
@@ -408,7 +594,8 @@ def test_an_error_of_our_own_costs_the_speed_and_not_the_image(name, runs, monke
         ([True, "forecast", "", "", "110"], "the mask has 3 entries, the run has 10 steps"),
         ([True, "forecast", "", "", "fast", "stern"], "unknown policy 'stern'"),
         ([True, "ucache", "", "", "", "dynamic", True, 0, -1, "decays=1"], "Did you mean 'decay'?"),
-        ([*ON, *[None] * 9, 1], "12 arguments: accepted are 11"),
+        ([*ON, *[None] * 10, 1], "13 arguments: accepted are 12"),
+        ([*ON, *[None] * 9, "yes please"], "negative_only='yes please'"),
     ],
 )
 def test_wrong_options_are_said_and_the_job_runs_without_the_cache(name, arguments, said, capsys):
@@ -477,7 +664,7 @@ def test_network_space_on_a1111s_timestep_samplers_is_that_of_sigma(prediction):
     seat = webui.A1111Seat(types.SimpleNamespace(denoiser=types.SimpleNamespace(inner_model=inner)))
     sigma = seat.sigma_at(torch.tensor([300.0, 300.0]))
     assert torch.allclose(sigma, ((1 - a) / a).sqrt())
-    call = webui.Call(lambda: given, seat.scalings, ("cond",), x, sigma)
+    call = webui.Call(lambda: given, seat.scalings, ("cond",), x, sigma, None)
     assert torch.equal(call.inputs()[0], x)
     assert torch.allclose(call.outputs(given)[0], v, atol=1e-5)
     assert torch.allclose(call.restore(call.outputs(given)), given, atol=1e-5)
@@ -561,15 +748,15 @@ def test_every_method_has_a_place_in_the_panel():
 
 
 def test_the_infotext_is_pasted_back_into_every_component():
-    written = webui.Options.of([True, "ucache", 0.5, "0.1-0.9", "1,1,0", "static", False, 2, 3, "decay=0.5"]).infotext()
-    text = {key: str(value) for key, value in written.items()}
-    read = [value(text) for _, value in webui._paste_fields(list(range(11)))]
-    assert read == [True, "ucache", "0.5", "0.1-0.9", "1,1,0", "static", False, 2, 3, "decay=0.5"]
+    given = [True, "ucache", 0.5, "0.1-0.9", "1,1,0", "static", False, 2, 3, "decay=0.5", False, True]
+    text = {key: str(value) for key, value in webui.Options.of(given).infotext().items()}
+    read = [value(text) for _, value in webui._paste_fields(list(range(12)))]
+    assert read == [True, "ucache", "0.5", "0.1-0.9", "1,1,0", "static", False, 2, 3, "decay=0.5", True]
     plain = {key: str(value) for key, value in webui.Options(enabled=True).infotext().items()}
-    assert [value(plain) for _, value in webui._paste_fields(list(range(11)))] == [
-        *(True, "forecast", "2", "0-1", "none", "dynamic", True, 0, -1, "")
+    assert [value(plain) for _, value in webui._paste_fields(list(range(12)))] == [
+        *(True, "forecast", "2", "0-1", "none", "dynamic", True, 0, -1, "", False)
     ]
-    assert [value({"Steps": "20"}) for _, value in webui._paste_fields(list(range(11)))] == [False, *[None] * 9]
+    assert [value({"Steps": "20"}) for _, value in webui._paste_fields(list(range(12)))] == [False, *[None] * 10]
 
 
 def test_the_xyz_plot_gets_its_axes_once_and_they_act():
@@ -583,7 +770,8 @@ def test_the_xyz_plot_gets_its_axes_once_and_they_act():
     webui.add_axes(scripts)
     webui.add_axes(scripts)
     axes = {axis.label: axis for axis in plot.axis_options[1:]}
-    assert list(axes) == [f"[StepCache] {name}" for name in ("Enabled", "Method", "Number", "Preset", "Mask")]
+    names = ("Enabled", "Method", "Number", "Preset", "Mask", "Negative prompt only")
+    assert list(axes) == [f"[StepCache] {name}" for name in names]
     assert "forecast" in axes["[StepCache] Method"].choices()
     host = Host("forge")
     script = host.script
@@ -593,6 +781,10 @@ def test_the_xyz_plot_gets_its_axes_once_and_they_act():
     axes["[StepCache] Number"].apply(p, 0.4, [])
     script.process(p, True)
     assert p.stepcache_job.method.criterion.threshold == 0.4
+    assert p.stepcache_job.method.skip == "all"
+    axes["[StepCache] Negative prompt only"].apply(p, axes["[StepCache] Negative prompt only"].type("True"), [])
+    script.process(p, True)
+    assert p.stepcache_job.method.skip == "followers"
     script.process(p, False)
     assert p.stepcache_job is None
     assert "has no effect while StepCache is not enabled" in p.comments[0]
@@ -609,18 +801,88 @@ def test_importing_the_module_needs_no_host():
     assert done.stdout == "[]\n"
 
 
-def test_the_entry_point_can_be_put_into_a_web_ui(tmp_path):
-    with pytest.raises(OptionError, match="the folder of a web UI"):
-        webui.install(tmp_path)
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "scripts.py").touch()
-    (tmp_path / "extensions").mkdir()
-    entry = webui.install(tmp_path)
-    assert entry == webui.install(tmp_path)
-    assert entry.read_bytes() == (Path(__file__).parents[1] / "scripts" / "stepcache_webui.py").read_bytes()
-    (tmp_path / "extensions" / "stepcache" / "install.py").touch()
-    with pytest.raises(OptionError, match="from its repository"):
-        webui.install(tmp_path)
+@pytest.fixture
+def folder(tmp_path):
+    for part in ("modules", "extensions"):
+        (tmp_path / "webui" / part).mkdir(parents=True)
+    for part in ("modules/scripts.py", "modules/processing.py"):
+        (tmp_path / "webui" / part).touch()
+    return tmp_path / "webui"
+
+
+def test_install_writes_an_entry_point_once_that_loads(folder, capsys, host_modules):
+    assert main(["install", "webui", str(folder)]) == 0
+    file = folder / "extensions" / "stepcache" / "scripts" / "stepcache_webui.py"
+    assert f"Wrote {file}" in capsys.readouterr().out
+    written = sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*") if "stepcache" in one.parts)
+    assert [one for one in written if (folder / one).is_file()] == [
+        "extensions/stepcache/metadata.ini",
+        "extensions/stepcache/scripts/stepcache_webui.py",
+    ]
+    metadata = configparser.ConfigParser()
+    metadata.read(folder / "extensions" / "stepcache" / "metadata.ini")
+    ours = configparser.ConfigParser()
+    ours.read(Path(__file__).parents[1] / "metadata.ini")
+    assert metadata == ours
+    main(["install", "webui", str(folder)])
+    assert "nothing to do" in capsys.readouterr().out
+    file.write_text(file.read_text() + "# an older text\n")
+    main(["install", "webui", str(folder)])
+    assert "Wrote" in capsys.readouterr().out
+    callbacks = types.SimpleNamespace(on_cfg_denoiser=[].append, on_before_ui=[].append)
+    host_modules.script_callbacks, host_modules.scripts.Script = callbacks, type("Script", (), {})
+    defined = {"__name__": "stepcache_webui.py"}
+    exec(compile(file.read_text(), str(file), "exec"), defined)
+    assert issubclass(defined["StepCache"], (webui.Extension, host_modules.scripts.Script))
+    assert callbacks.on_cfg_denoiser.__self__ == [webui.on_cfg_denoiser]
+
+
+def test_the_entry_point_says_where_the_package_is_missing(folder, host_modules, monkeypatch):
+    main(["install", "webui", str(folder)])
+    host_modules.script_callbacks = None
+    monkeypatch.setitem(sys.modules, "stepcache.samplers", None)
+    file = folder / "extensions" / "stepcache" / "scripts" / "stepcache_webui.py"
+    with pytest.raises(ImportError, match="needs the package stepcache in the web UI's own Python"):
+        exec(compile(file.read_text(), str(file), "exec"), {})
+
+
+def test_install_refuses_what_is_no_web_ui_or_not_ours(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder.parent)])
+    said = capsys.readouterr().err
+    assert "is no web UI: it lacks modules/scripts.py, modules/processing.py, extensions" in said
+    assert f"did you mean {folder}?" in said
+    other = folder / "extensions" / "stepcache"
+    other.mkdir()
+    (other / "notes.txt").touch()
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert "is not ours" in capsys.readouterr().err
+    (other / "notes.txt").unlink()
+    (other / "metadata.ini").write_text("[Extension]\nName = another\n")
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert "was not written by stepcache" in capsys.readouterr().err
+    assert not (other / "scripts").exists()
+
+
+@pytest.mark.parametrize("name", ["stepcache", "step-cache-main"])
+def test_install_refuses_a_second_panel_beside_a_checkout(name, folder, capsys):
+    checkout = folder / "extensions" / name
+    (checkout / "scripts").mkdir(parents=True)
+    for part in ("install.py", "scripts/stepcache_webui.py"):
+        (checkout / part).write_bytes((Path(__file__).parents[1] / part).read_bytes())
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert f"there already, from its repository: {checkout}" in capsys.readouterr().err
+    assert [one.name for one in (folder / "extensions").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("own", ["venv", "../system/python"])
+def test_install_says_where_the_web_ui_has_a_python_of_its_own(own, folder, capsys):
+    (folder / own).mkdir(parents=True)
+    main(["install", "webui", str(folder)])
+    assert f"the web UI seems to run on the Python in {(folder / own).resolve()}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("with_launch", [False, True])

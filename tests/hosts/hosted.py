@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import os
 import sys
@@ -74,6 +75,9 @@ class Host:
         self.model = self.make_model()
 
     flags: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    """Samplers that the others have."""
+    upscaler = "Latent"
     hires: ClassVar[dict[str, Any]] = {}
     options: ClassVar[dict[str, Any]] = {
         "live_previews_enable": False,
@@ -303,7 +307,7 @@ class Forge(Host):
     def make_model(self) -> Any:
         from modules import sd_models, sd_unet, sd_vae
 
-        model = tiny_forge_engine("tiny")
+        model = tiny_forge_engine("tiny", isinstance(self, Neo))
         sd_models.model_data.sd_model = model
         sd_models.forge_model_reload = lambda: (self.shared.sd_model, False)
         sd_unet.apply_unet = lambda option=None: None
@@ -325,6 +329,23 @@ class Forge(Host):
     @property
     def calls(self) -> list[int]:
         return self.model.calls
+
+
+class Neo(Forge):
+    """Forge Neo: Forge's layout, without its switches for old cards."""
+
+    flags = ("--cpu", "--skip-version-check")
+    lacks = ("DPM adaptive", "DPM++ 2S a")
+    upscaler = "None"  # resizes the image; there is none for latents
+
+    def start(self) -> None:
+        super().start()
+        from backend.args import dynamic_args
+        from modules import modelloader
+
+        importlib.import_module("backend.nn.cnets.cldm")  # its ControlNet can be imported from this end only
+        dynamic_args.ops = ""
+        modelloader.load_upscalers()
 
 
 class Patched(Forge):
@@ -402,7 +423,7 @@ def counted(network: nn.Module) -> list[int]:
     return calls
 
 
-def tiny_forge_engine(title: str) -> Any:
+def tiny_forge_engine(title: str, neo: bool) -> Any:
     """A Stable Diffusion 1 engine of Forge, with its own U-Net at 32 channels and random weights."""
     from backend.diffusion_engine.base import ForgeDiffusionEngine, ForgeObjects
     from backend.modules.k_prediction import Prediction
@@ -426,11 +447,17 @@ def tiny_forge_engine(title: str) -> Any:
     network.load_device = network.offload_device = network.initial_device = torch.device("cpu")
     calls = counted(network)
     config = types.SimpleNamespace(inpaint_model=lambda: False, huggingface_repo="", ztsnr=False)
-    unet = UnetPatcher.from_model(
-        model=network, diffusers_scheduler=None, config=config, k_predictor=Prediction(prediction_type="epsilon")
-    )
-    engine = Engine(config, None)
+    prediction: dict[str, Any] = {"prediction_type": "epsilon"}
     vae = types.SimpleNamespace(latent_channels=4)
+    if neo:
+        prediction |= {"sigma_data": 1.0, "beta_schedule": "linear", "timesteps": 1000}
+        prediction |= {"linear_start": 0.00085, "linear_end": 0.012}
+        config.latent_format, config.memory_usage_factor = types.SimpleNamespace(latent_channels=4), 1.0
+        config.model_type = types.SimpleNamespace(name="EPS")
+    unet = UnetPatcher.from_model(
+        model=network, diffusers_scheduler=None, config=config, k_predictor=Prediction(**prediction)
+    )
+    engine = Engine(config, {"vae": types.SimpleNamespace()})
     engine.forge_objects = ForgeObjects(unet=unet, clip=None, vae=vae, clipvision=None)
     engine.forge_objects_original = engine.forge_objects.shallow_copy()
     engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
@@ -442,4 +469,4 @@ def tiny_forge_engine(title: str) -> Any:
     return engine
 
 
-HOSTS = {"a1111": A1111, "forge": Forge, "reforge": Patched, "classic": Patched}
+HOSTS = {"a1111": A1111, "forge": Forge, "reforge": Patched, "classic": Patched, "neo": Neo}

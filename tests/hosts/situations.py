@@ -1,7 +1,7 @@
 """What is run on a real web UI, and what it came to: `python situations.py HOST CHECKOUT [SITUATION ...]` prints JSON
 after RESULT. With situations named, only those, and no comparison with the k-diffusion adapter.
 
-HOST is a1111, forge, reforge or classic. `test_webui.py` runs this and judges it.
+HOST is a1111, forge, reforge, classic or neo. `test_webui.py` runs this and judges it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from PIL import Image
 SAMPLERS = ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "Heun", "DPM2", "DPM++ SDE", "DDIM", "PLMS", "UniPC")
 SAMPLERS += ("LMS", "DPM adaptive", "Restart", "DPM++ 2S a", "DPM++ 3M SDE")
 COMPARED = ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "Heun", "DPM2", "DPM++ SDE")
-METHODS = (["forecast"], ["ucache", 0.3], ["easycache", 0.2], ["static", "", "", "medium"])
+NEGATIVE_ONLY = [True, "forecast", *[None] * 9, True]
+METHODS = {
+    "forecast": ["forecast"],
+    "ucache": ["ucache", 0.3],
+    "easycache": ["easycache", 0.2],
+    "static": ["static", "", "", "medium"],
+    "negative prompt only": NEGATIVE_ONLY[1:],
+}
 ON = [True, "forecast"]
 
 
@@ -60,9 +67,11 @@ def prepared(name: str, checkout: Path) -> Host:
 def jobs(host: Host) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every situation by name, as the fields of a job."""
     for sampler in SAMPLERS:
+        if sampler in host.lacks:
+            continue
         yield sampler, {"sampler_name": sampler}
     image = picture()
-    hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+    hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": host.upscaler, "denoising_strength": 0.6}
     yield "hires", hires
     yield "hires, other steps and sampler", {**hires, "hr_second_pass_steps": 9, "hr_sampler_name": "DPM++ 2M"}
     yield "img2img", {"image": image, "denoising_strength": 0.7}
@@ -161,11 +170,12 @@ def left(host: Host, objects: list[Any]) -> list[str]:
 
 
 def summary(result: Any) -> dict[str, Any]:
-    said = [line for line in result.said if "skipped" in line]
+    said = [line for line in result.said if ": skipped " in line]
     return {
         "error": result.error,
         "digest": result.digest,
         "calls": sum(result.calls),
+        "rows": result.calls,
         "said": result.said,
         "skipped": [int(line.split("skipped ")[1].split()[0]) for line in said],
         "evaluations": [int(line.split(" of ")[1].split()[0]) for line in said],
@@ -193,8 +203,8 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
     chosen = webui.Options.of([True, *method]).as_method()
     if host.family == "forge":
         kmodel = host.model.forge_objects.unet.model
-        order, both = ("uncond", "cond"), torch.cat([uncond, cond])
-        inner = lambda x, sigma: kmodel.apply_model(x, sigma, c_crossattn=both)  # noqa: E731
+        order, more = ("uncond", "cond"), {"c_crossattn": torch.cat([uncond, cond])}
+        inner = lambda x, sigma, c_crossattn: kmodel.apply_model(x, sigma, c_crossattn=c_crossattn)  # noqa: E731
         table = kmodel.predictor if hasattr(kmodel, "predictor") else kmodel.model_sampling
         wrapped = torch.nn.Module()
         wrapped.forward, wrapped.sigmas = inner, table.sigmas
@@ -202,17 +212,14 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
         cached = adapter.CachedDenoiser(wrapped, chosen, conditions=order, scalings="eps")
     else:
         denoiser = seen["runs"][-1].denoiser.inner_model
-        order, both = (
-            ("cond", "uncond"),
-            {"c_crossattn": [torch.cat([cond, uncond])], "c_concat": [extra["image_cond"]]},
-        )
+        both = {"c_crossattn": [torch.cat([cond, uncond])], "c_concat": [torch.cat([extra["image_cond"]] * 2)]}
+        order, more = ("cond", "uncond"), {"cond": both}
         cached = adapter.CachedDenoiser(denoiser, chosen, conditions=order)
 
     class Guided(torch.nn.Module):
         inner_model = seen["runs"][-1].denoiser.inner_model
 
         def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            more = {} if host.family == "forge" else {"cond": both}
             answers = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), **more).chunk(2)
             parts = dict(zip(order, answers, strict=True))
             return parts["uncond"] + (parts["cond"] - parts["uncond"]) * extra["cond_scale"]
@@ -229,8 +236,8 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
     with torch.inference_mode() if host.family == "forge" else torch.no_grad():
         latents = adapter.sample(func, Guided(), x, cache=cached, **keywords)
     return {
-        "host": report.fates("cond"),
-        "adapter": cached.report.fates("cond"),
+        "host": [report.fates(condition) for condition in order],
+        "adapter": [cached.report.fates(condition) for condition in order],
         "latents off": float((latents - caught["x0"]).abs().max() / latents.abs().max()),
     }
 
@@ -287,14 +294,15 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
         entry["never"] = summary(run(host, fields, [True, "forecast", 1]))
         entry["on"] = summary(run(host, fields, ON))
         entry["mask"] = summary(run(host, fields, [True, "static", "", "", "medium"]))
+        entry["negative only"] = summary(run(host, fields, NEGATIVE_ONLY))
         entry["left"] = left(host, [one.denoiser for one in seen["runs"]])
         entry["auxiliary"] = sum(one.auxiliary for one in seen["runs"])
         entry["notes"] = sorted({note for one in seen["runs"] for note in one.session.report.notes})
         entry["off"] = [summary(run(host, fields, [False]))["digest"] for _ in range(2)]
 
     for sampler in COMPARED if not only else ():
-        for method in METHODS:
-            found["compared"][f"{sampler}, {method[0]}"] = compare(host, sampler, method, seen)
+        for what, method in METHODS.items():
+            found["compared"][f"{sampler}, {what}"] = compare(host, sampler, method, seen)
 
     def interrupt() -> None:
         host.shared.state.interrupted = True

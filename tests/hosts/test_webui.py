@@ -2,9 +2,10 @@
 
     STEPCACHE_FORGE=~/stable-diffusion-webui-forge pytest tests/hosts/test_webui.py
 
-STEPCACHE_A1111, STEPCACHE_FORGE, STEPCACHE_REFORGE, STEPCACHE_CLASSIC each name a checkout; without it the tests are
-skipped. The interpreter is that of the checkout's `venv`, or what STEPCACHE_A1111_PYTHON and so on name; stepcache must
-be installed there (`python install.py`). docs/webui.md says how to prepare a checkout without a GPU, and what was run.
+STEPCACHE_A1111, STEPCACHE_FORGE, STEPCACHE_REFORGE, STEPCACHE_CLASSIC and STEPCACHE_NEO each name a checkout; without
+it the tests are skipped. The interpreter is that of the checkout's `venv`, or what STEPCACHE_A1111_PYTHON and so on
+name; stepcache must be installed there (`python install.py`). docs/webui.md says how to prepare a checkout without a
+GPU, and what was run.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 
 import pytest
 
-HOSTS = ("A1111", "FORGE", "REFORGE", "CLASSIC")
+HOSTS = ("A1111", "FORGE", "REFORGE", "CLASSIC", "NEO")
 HERE = Path(__file__).parent
+AXES = ("Enabled", "Method", "Number", "Preset", "Mask", "Negative prompt only")
 LATENTS = 1e-4
 """Of the largest latent: rounding, over a run."""
 
@@ -44,7 +46,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def test_every_situation_runs_through(found):
     errors = {
-        situation: [entry[kind]["error"] for kind in ("without", "never", "on", "mask")]
+        situation: [entry[kind]["error"] for kind in ("without", "never", "on", "mask", "negative only")]
         for situation, entry in found["situations"].items()
     }
     assert {situation: error for situation, error in errors.items() if any(error)} == {}
@@ -103,13 +105,32 @@ def test_the_same_decisions_and_latents_as_the_k_diffusion_adapter(found):
         assert entry["host"] == entry["adapter"], what
         assert entry["latents off"] < LATENTS, what
     if found["compared"]:
-        assert any("S" in entry["host"] for what, entry in found["compared"].items() if "easycache" in what)
+        for what, entry in found["compared"].items():
+            if "negative" in what:
+                assert sorted("S" in fates for fates in entry["host"]) == [False, True], what
+        assert any("S" in entry["host"][0] for what, entry in found["compared"].items() if "easycache" in what)
+
+
+def test_with_the_negative_prompt_only_the_prompt_is_computed_at_every_evaluation(found):
+    for situation, entry in found["situations"].items():
+        bare, ours = entry["without"], entry["negative only"]
+        assert ours["calls"] <= bare["calls"], situation
+        if situation in ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "prompt editing", "low memory"):
+            assert (ours["skipped"], ours["evaluations"]) == ([5], [12]), situation
+            assert ours["calls"] == bare["calls"] - 5, situation
+        if situation in ("Euler a", "DPM++ 2M SDE"):
+            assert ours["rows"] == [2, 1, 2, 1, 2, 1, 2, 1, 2, 1, 2, 2], situation
+        if situation == "batch of 2":
+            assert set(ours["rows"]) == {2, 4}
+    assert found["situations"]["Euler a"]["negative only"]["said"] == [
+        "StepCache: forecast, negative prompt only: skipped 5 of 12 evaluations, 1.26x fewer model calls"
+    ]
 
 
 def test_auxiliary_calls_pass_through(found):
     for situation in ("PAG", "SAG", "PAG, AND"):
         if situation in found["situations"]:
-            assert found["situations"][situation]["auxiliary"] == 36, situation  # three runs of 12 evaluations
+            assert found["situations"][situation]["auxiliary"] == 48, situation  # four runs of 12 evaluations
             assert found["situations"][situation]["mask"]["skipped"] == [6], situation
 
 
@@ -127,8 +148,8 @@ def test_hires_can_be_left_out(found):
 
 
 def test_the_xyz_plot_and_the_infotext(found):
-    assert found["axes"] == [f"[StepCache] {name}" for name in ("Enabled", "Method", "Number", "Preset", "Mask")]
+    assert found["axes"] == [f"[StepCache] {name}" for name in AXES]
     assert "StepCache: ucache, StepCache number: 0.4" in found["axis"]["infotext"]
     mask = "1,1,1,0,0,1,0,0,1,0,0,1"
-    assert found["pasted"] == [True, "ucache", "0.5", "0.1-0.9", mask, "static", False, 0, -1, ""]
-    assert found["pasted without"] == [False, *[None] * 9]
+    assert found["pasted"] == [True, "ucache", "0.5", "0.1-0.9", mask, "static", False, 0, -1, "", False]
+    assert found["pasted without"] == [False, *[None] * 10]
