@@ -424,7 +424,7 @@ class ToleranceRule(Criterion):
         self._close(evidence)
         for miss in self._misses:
             self._learn(miss)
-        if self._misses:
+        if self._misses and self.path:
             self._plan()
         self._misses.clear()
         if not self.path:

@@ -152,6 +152,20 @@ def test_without_a_schedule_or_a_scale_everything_is_computed_and_the_report_say
     assert not ToleranceRule(0.1).begin(run).decide(Seen(run, Where(0, 1, 0.9, 1))).skip
 
 
+def test_an_evaluation_off_the_schedule_is_computed_and_the_plan_begins_again():
+    """A two-evaluation sampler that was not announced: its second evaluations are no places of the plan."""
+    model = cached(lambda x, sigma: 2 * x, Forecast(tolerance=0.5), sigmas=TEN)
+    assert drive(model, [*TEN[:2], 0.85, *TEN[2:10]], 1.0) == pytest.approx([2.0] * 11)
+    at = [event.computed for event in model.report.events if event.where.stage]
+    assert at == [True]
+    assert "S" in fates(model)[4:]
+    hand = ByHand(0.5)
+    hand.computed(0)
+    where = Where(0, 1, 0.95, 0, stage=1)
+    hand.rule.witness("guided", Seen(hand.run, where, history=list(hand.history)))
+    assert hand.rule.decide(Seen(hand.run, Where(0, 2, TEN[1], 1), history=hand.history)) == (False, None, 0.5, None)
+
+
 def test_tolerance_zero_calls_the_model_directly():
     model = cached(Toy(), Forecast(tolerance=0), sigmas=TEN)
     drive(model, TEN[:-1], 1.0)
