@@ -481,9 +481,10 @@ class Session:
             decision.hold = WHOLE
             return decision
         self._lean(evaluation, evidence)
-        sound = all(self._sound(one) for name, one in evidence.items() if name != anchor)
-        if not self._agreed(sound, out.device):
-            decision.hold = NOT_FINITE
+        followers = [one for name, one in evidence.items() if name != anchor]
+        told = all(one.prediction is not None for one in followers)
+        if not self._agreed(told and all(self._sound(one) for one in followers), out.device):
+            decision.hold = NOT_FINITE if told else NO_MEMORY
         return decision
 
     def _anchor(self, evidence: dict[str, Evidence]) -> str:

@@ -9,7 +9,7 @@ import torch
 from tiny_pipelines import PIPELINES
 from tiny_pipelines import run as image_of
 from torch import Tensor
-from toys import SIX, cached, drive, fates, filled, level, reasons
+from toys import SIX, LogSigmaLine, cached, drive, fates, filled, level, reasons
 
 from stepcache import Forecast, Lagrange, Method, OptionError, Static, UCache
 from stepcache.bench import METRICS
@@ -144,6 +144,18 @@ def test_a_difference_that_is_not_finite_is_never_an_answer():
     assert fates(model, "uncond") == "CCCSCC"
     assert all(answer.isfinite().all() for answer in answers[1:])
     assert reasons(model, "uncond")[1] == "prediction not finite"
+
+
+def test_a_follower_that_a_predictor_cannot_tell_yet_is_computed():
+    """A line needs two outputs; uncond comes one evaluation later than cond."""
+    names = lambda x, sigma, label: BOTH if len(label) == 2 else ("cond",)  # noqa: E731
+    method = Static("110011", predictor=LogSigmaLine(), skip="followers")
+    model = cached(Rows(), method, sigmas=SIX, conditions=names)
+    for sigma, x in zip(SIX[:6], XS, strict=True):
+        label = LABELS if sigma < SIX[0] else LABELS[1:]
+        model(filled(x, rows=len(label)), level(sigma, len(label)), label=label)
+    assert fates(model, "uncond") == "CCSCC"
+    assert reasons(model, "uncond")[1] == "no memory yet"
 
 
 def test_a_new_size_in_mid_run_cannot_be_leant_on():
