@@ -224,7 +224,7 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
-        self.timeline.restart()
+        self.timeline.end()  # an announced run is its owner's, who will not end it here
 
     def _answer(self, request: Request) -> Any:
         """The life of one call, top to bottom."""

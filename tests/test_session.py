@@ -1160,6 +1160,19 @@ def test_plot_writes_a_picture(report, tmp_path):
     assert len(content) > 5000
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_in_an_announced_run_is_in_no_run(again):
+    """Else its runs, which nobody ends, would be one: a memory of the first would answer in the second."""
+    model = CachedDenoiser(Forgetful(), Method(), scalings=plain)
+    with model.run(SIX, stages=2):
+        evaluate_odd(model, SIX[:3])
+        other = again(model)
+    for x in (1.0, 10.0):
+        assert drive(other, SIX[:4], [x, x + 1, 3, 4])[0] == 2 * x
+        assert other.report.scheduled_steps is None
+        assert fates(other) == "CSSS"
+
+
 def test_a_report_can_be_kept_while_the_next_run_goes_on():
     model = cached(twice, Method(max_cached=1), sigmas=SIX)
     drive(model, SIX[:-1], 1.0)
