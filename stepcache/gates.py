@@ -35,7 +35,7 @@ class Hold:
 
 @dataclass
 class Tally:
-    """What has happened to the anchor so far in this run, in evaluations."""
+    """What has happened so far in this run to the anchor, or to a condition that decides for itself, in evaluations."""
 
     computed: int = 0
     skipped: int = 0

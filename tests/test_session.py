@@ -721,6 +721,29 @@ def test_each_condition_can_decide_for_itself():
     assert answers["uncond"][2] == pytest.approx(1.6 + 1)
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"), [({"max_consecutive": 1}, "CSCSCS"), ({"max_cached": 2}, "CSSCCC"), ({}, "CSSSSS")]
+)
+def test_limits_hold_for_every_condition_that_decides_for_itself(limit, expected):
+    model, _ = guide(
+        "separate", Method(criterion=Near(), **limit), cond=[1, 9, 1, 9, 1, 9], uncond=[1] * 6, decide="each"
+    )
+    assert fates(model, "cond") == "CCCCCC"
+    assert fates(model, "uncond") == expected
+
+
+def test_a_condition_that_decides_for_itself_computes_when_it_was_away():
+    """uncond stays away at 2 and 3: nothing says that what it did before still holds at 4."""
+    model = cached(Toy(twice_named), Static("110000"), sigmas=SIX, conditions=by_name, decide="each")
+    for k, sigma in enumerate(SIX[:-1]):
+        model(filled(1.0), level(sigma), name="cond")
+        if k not in (2, 3):
+            model(filled(1.0), level(sigma), name="uncond")
+    assert fates(model, "cond") == "CCSSSS"
+    assert fates(model, "uncond") == "CCCS"
+    assert reasons(model, "uncond")[2] == "no memory yet"
+
+
 def test_conditions_that_decide_for_themselves_in_one_batch_are_skipped_when_all_agree():
     """Moved by 1 or more: cond at 2, uncond (from 1.6, computed with it at 2) at 4, cond (from 9.6) then nowhere."""
     model, _ = guide("batched", Method(criterion=Near()), decide="each")
