@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -101,23 +102,24 @@ class FlowDenoiser(nn.Module):
 class InTurn:
     """Names conditions that come in separate calls, in this order: `conditions=InTurn("cond", "uncond")`.
 
-    The last ones may be left out (guidance only on some steps): a call at another sigma is the first one's again.
+    The last ones may be left out (guidance only on some steps): a call at another sigma is the first one's again. Not
+    under samplers that evaluate twice at one sigma (Heun, DPM++ 2S): there give a function. Every thread has its turns.
     """
 
     def __init__(self, *names: str) -> None:
         self.names = _distinct(names)
-        self.reset()
+        self._turns: dict[int, tuple[int, Tensor]] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> str:
-        if self._sigma is None or not same_sigma(self._sigma, sigma):
-            self._next = 0  # another evaluation: the last one may have left a condition out
-        name = self.names[self._next]
-        self._next = (self._next + 1) % len(self.names)
-        self._sigma = sigma if self._next else None
-        return name
+        turn, last = self._turns.pop(threading.get_ident(), (0, None))
+        if last is None or not same_sigma(last, sigma):
+            turn = 0  # another evaluation: the last one may have left a condition out
+        if turn + 1 < len(self.names):
+            self._turns[threading.get_ident()] = turn + 1, sigma
+        return self.names[turn]
 
     def reset(self) -> None:
-        self._next, self._sigma = 0, None
+        self._turns.pop(threading.get_ident(), None)
 
 
 class CachedDenoiser(nn.Module):

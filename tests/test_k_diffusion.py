@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -572,6 +573,19 @@ def test_threads_that_share_one_wrapper_never_get_each_others_memory():
         network.offsets[threading.get_ident()] = 10.0 * k
         expected = euler(eps_model(network), starts[k], SIGMAS)
         torch.testing.assert_close(images[k], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_that_share_one_wrapper_have_turns_of_their_own():
+    """Two runs whose calls alternate: neither takes the other's cond for the first of its own pair."""
+    network = lambda x, sigma, name: torch.full_like(x, float(name == "cond"))  # noqa: E731
+    shared = CachedDenoiser(network, Method(), conditions=InTurn("cond", "uncond"), scalings="denoised")
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for sigma in SIGMAS[:-1]:
+            for name in ("cond", "uncond"):
+                for thread in (one, two):
+                    image = thread.submit(shared, start(), sigma.expand(2), name=name).result()
+                    assert image.eq(float(name == "cond")).all()
 
 
 def test_gradients_wanted_for_the_conditioning_are_not_cut():
