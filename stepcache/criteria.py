@@ -364,7 +364,6 @@ class ToleranceRule(Criterion):
     _path: tuple[tuple[int | None, float | None], ...] = state(())
     _offs: dict[str, Tensor | None] = state(factory=dict)
     _residuals: dict[str, Tensor] = state(factory=dict)
-    _take: Any = state(None)
     _misses: list[_Miss] = state(factory=list)
     _guidance: float | None = state(None)
 
@@ -387,7 +386,7 @@ class ToleranceRule(Criterion):
             return
         if self._where is not evidence.where:
             self._close(evidence)
-            self._where, self._take = evidence.where, evidence.take
+            self._where = evidence.where
             nodes = [node.where for node in list(evidence.history)[:-3:-1]]
             self._path = tuple((self.places.index(w), evidence.coordinate(w)) for w in (evidence.where, *nodes))
         predicted = evidence.prediction
@@ -400,8 +399,8 @@ class ToleranceRule(Criterion):
         if self._where is None:
             return
         known = all(off is not None for off in self._offs.values())
-        off = self._take(_rms(self._guided(self._offs, evidence))) if known else None
-        size = self._take(_rms(self._guided(self._residuals, evidence))) if self._residuals else None
+        off = evidence.take(_rms(self._guided(self._offs, evidence))) if known else None
+        size = evidence.take(_rms(self._guided(self._residuals, evidence))) if self._residuals else None
         self._misses.append(_Miss(self._path, off, size))
         self._where = None
         self._offs.clear()

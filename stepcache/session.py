@@ -647,7 +647,7 @@ class Session:
         if over:
             state.histories.clear()
             state.rules.clear()
-            state.anchor = None
+            state.anchor = evaluation.lead = None
 
     def _check_mask(self) -> None:
         if self.method.mask is not None and self.timeline.steps is not None:

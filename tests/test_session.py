@@ -555,6 +555,14 @@ def test_latents_are_freed_after_the_last_step_of_every_condition_in_turn():
     assert fates(model, "cond") == fates(model, "uncond") == "CSSSSS"
 
 
+def test_an_anchors_output_that_the_others_lean_on_is_freed_with_the_run():
+    method = Static("110101", skip="followers")
+    model = cached(Forgetful(), method, sigmas=SIX, conditions=InTurn("cond", "uncond"))
+    evaluate_odd(model, [sigma for sigma in SIX[:-1] for _ in range(2)])
+    assert fates(model, "uncond") == "CCSCSC"
+    assert alive() == 0
+
+
 def test_latents_of_a_condition_that_was_dropped_on_the_way_are_freed_with_the_run():
     """Hosts drop uncond in the last steps."""
     model = cached(Forgetful(lambda x, sigma, name: 2 * x), Static("110101"), sigmas=SIX, conditions=by_name)

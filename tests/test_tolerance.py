@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import weakref
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -164,6 +165,19 @@ def test_an_evaluation_off_the_schedule_is_computed_and_the_plan_begins_again():
     where = Where(0, 1, 0.95, 0, stage=1)
     hand.rule.witness("guided", Seen(hand.run, where, history=list(hand.history)))
     assert hand.rule.decide(Seen(hand.run, Where(0, 2, TEN[1], 1), history=hand.history)) == (False, None, 0.5, None)
+
+
+def test_the_evidence_of_an_evaluation_is_not_kept():
+    """It holds half a dozen latents; the rule keeps one of its own, at first two."""
+    hand, gone = ByHand(0.1), []
+    for k in range(4):
+        seen = Seen(hand.run, Where(0, k, TEN[k], k), history=list(hand.history))
+        hand.rule.witness("guided", seen)
+        gone.append(weakref.ref(seen))
+        hand.history.append(Seen(hand.run, seen.where))
+        del seen
+        assert gone[-1]() is None
+        hand.asked(k + 1)
 
 
 def test_tolerance_zero_calls_the_model_directly():
