@@ -399,22 +399,27 @@ class ToleranceRule(Criterion):
         if self._where is None:
             return
         known = all(off is not None for off in self._offs.values())
-        off = evidence.take(_rms(self._guided(self._offs, evidence))) if known else None
-        size = evidence.take(_rms(self._guided(self._residuals, evidence))) if self._residuals else None
+        off = evidence.take(self._guided(self._offs, evidence)) if known else None
+        size = evidence.take(self._guided(self._residuals, evidence)) if self._residuals else None
         self._misses.append(_Miss(self._path, off, size))
         self._where = None
         self._offs.clear()
         self._residuals.clear()
 
     def _guided(self, parts: dict[str, Tensor], evidence: Evidence) -> Tensor:
-        """uncond + guidance (cond - uncond) where both are there; else the one there is, or the first."""
+        """rms of uncond + guidance (cond - uncond) where both are there; else of the one there is, or the first.
+
+        Of batches of different sizes, which cannot be subtracted, the most that it can be.
+        """
         if not {"cond", "uncond"} <= parts.keys():
-            return next(iter(parts.values()))
+            return _rms(next(iter(parts.values())))
         if self._guidance is None:
             self._guidance = USUAL_GUIDANCE
             sentence = f"tolerance: the guidance scale is not known, {USUAL_GUIDANCE:g} is taken; name it (guidance=)"
             evidence.run.notes.append(sentence)
-        return torch.lerp(parts["uncond"], parts["cond"], self._guidance)
+        if parts["cond"].shape != parts["uncond"].shape:
+            return abs(self._guidance) * _rms(parts["cond"]) + abs(self._guidance - 1) * _rms(parts["uncond"])
+        return _rms(torch.lerp(parts["uncond"], parts["cond"], self._guidance))
 
     def decide(self, evidence: Evidence) -> Verdict:
         index = None if self.places is None else self.places.index(evidence.where)

@@ -136,6 +136,22 @@ def test_the_error_is_that_of_the_guided_prediction(guidance, off):
     assert any("7.5" in note for note in hand.run.notes) == (guidance is None)
 
 
+@pytest.mark.parametrize(("guidance", "off"), [(3.0, 3 * 0.3 + 2 * 0.1), (1.0, 0.3), (0.5, 0.5 * 0.3 + 0.5 * 0.1)])
+def test_conditions_of_different_sizes_are_taken_for_as_far_off_as_they_can_be(guidance, off):
+    """Three rows of cond and two of uncond cannot be subtracted: |g| cond + |g - 1| uncond bounds the guided error."""
+    hand = ByHand(0.5, guidance=guidance)
+    for k in (0, 2):
+        where = Where(0, k, TEN[k], k)
+        for name, error, rows in (("cond", 0.3, 3), ("uncond", -0.1, 2)):
+            seen = Seen(hand.run, where, error, history=list(hand.history))
+            seen.out = seen.out.expand(rows, -1, -1, -1)
+            seen.prediction = None if seen.prediction is None else seen.out + error
+            hand.rule.witness(name, seen)
+        hand.history.append(Seen(hand.run, where))
+    hand.asked(3)
+    assert hand.rule.rate == pytest.approx(off / 0.2)
+
+
 def test_one_condition_alone_is_taken_as_it_is():
     hand = ByHand(0.5, guidance=3.0)
     hand.computed(0, cond=0.0)
