@@ -82,6 +82,11 @@ class Method:
                 raise options.OptionError(
                     f"{name}={value!r}: accepted is an object of a class made from {kind.__name__}"
                 )
+        if self.skip == "followers" and isinstance(self.criterion, ToleranceRule):
+            raise options.OptionError(
+                f"tolerance={self.criterion.tolerance!r}, skip='followers': a tolerance counts errors of every "
+                "condition; with skip='followers' give every"
+            )
         object.__setattr__(self, "gates", tuple(self.gates))
         self.all_gates()
 
@@ -176,11 +181,6 @@ def Forecast(every: int | None = None, tolerance: float | None = None, **common:
         )
     else:
         chosen["criterion"] = ToleranceRule(tolerance)
-        if common.get("skip", "all") != "all":
-            raise options.OptionError(
-                f"tolerance={tolerance!r}, skip={common['skip']!r}: a tolerance counts errors of every condition; with "
-                "skip='followers' give every"
-            )
     return Method(**{**chosen, **common})
 
 
