@@ -481,7 +481,7 @@ class Session:
                 if out.shape != evidence[anchor].shape:
                     raise ValueError(f"{tuple(out.shape)} came of {tuple(evidence[anchor].shape)}")
                 evidence[anchor].out = out
-            except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
                 # Arguments that are not ordered by rows. Of an error of the model's own the whole call dies too.
                 part, self._state.whole = None, True
                 self._note(f"skip='followers': the call for {anchor} alone fails: {error}"[:300])
