@@ -62,9 +62,10 @@ def published(**other_names: str) -> Callable[[Callable[..., Method]], Callable[
                 if usual in given:
                     raise OptionError(f"{key}={value!r}: {usual} is given twice, under two names")
                 given[usual] = value
-            if given.get("preset") is not None:
-                named_so = signature.bind_partial(*positional).arguments
-                preset = PRESETS[preset_name(given["preset"])]
+            named_so = dict(zip(signature.parameters, positional, strict=False))
+            chosen = given.get("preset", named_so.get("preset"))
+            if chosen is not None:
+                preset = PRESETS[preset_name(chosen)]
                 given = {key: value for key, value in preset.items() if key not in named_so} | given
             return checked(*positional, **given)
 
