@@ -471,7 +471,7 @@ class Session:
             return decision
         if len(evidence) == 1:
             if evaluation.expected == {anchor}:
-                self._note(f"skip='followers': {anchor} is the only condition, so nothing is skipped")
+                self._note(f"skip='followers': where {anchor} is the only condition nothing is skipped")
             return Decision(KEPT, decision.verdicts)
         part = None if self._state.whole else request.part(anchor)
         if part is not None:

@@ -100,7 +100,19 @@ def test_alone_the_anchor_is_computed_and_the_report_says_so():
     model = cached(lambda x, sigma: 2 * x, FOLLOW, sigmas=SIX)
     assert drive(model, SIX[:6], XS) == pytest.approx([2 * x for x in XS])
     assert fates(model) == "CCCCCC"
-    assert any("guided is the only condition, so nothing is skipped" in note for note in model.report.notes)
+    assert "skip='followers': where guided is the only condition nothing is skipped" in model.report.notes
+
+
+def test_the_report_does_not_say_that_nothing_was_skipped_where_the_others_end_within_the_run():
+    names = lambda x, sigma, label: BOTH if len(label) == 2 else ("cond",)  # noqa: E731
+    model = cached(Rows(), Static("101000", skip="followers"), sigmas=SIX, conditions=names)
+    for sigma, x in zip(SIX[:6], XS, strict=True):
+        label = LABELS if sigma > 4 else LABELS[1:]
+        model(filled(x, rows=len(label)), level(sigma, len(label)), label=label)
+    assert fates(model, "uncond") == "CSC"
+    assert [note for note in model.report.notes if "nothing is skipped" in note] == [
+        "skip='followers': where cond is the only condition nothing is skipped"
+    ]
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
