@@ -341,7 +341,8 @@ class ToleranceRule(Criterion):
     third of what is left of tolerance^2; a longer gap than the one before counts with 1.5 e_k. Where no m fits, or
     the schedule is not known, everything is computed.
 
-    One decision for the batch. It needs what it says of `Run`: schedule, exposure and, with two conditions, guidance.
+    One decision for the batch. It needs what it says of `Run`: schedule, exposure and guidance. Of
+    several conditions without a cond and an uncond among them the first alone is judged, and the report says so.
     Steps with two evaluations are taken for two of half the length, the second at the step's end.
 
     Args:
@@ -412,6 +413,12 @@ class ToleranceRule(Criterion):
         Of batches of different sizes, which cannot be subtracted, the most that it can be.
         """
         if not {"cond", "uncond"} <= parts.keys():
+            sentence = (
+                f"tolerance: of {', '.join(parts)} the first alone is judged, for which of them are cond and uncond is "
+                "not known"
+            )
+            if len(parts) > 1 and sentence not in evidence.run.notes:
+                evidence.run.notes.append(sentence)
             return _rms(next(iter(parts.values())))
         if self._guidance is None:
             self._guidance = USUAL_GUIDANCE

@@ -152,6 +152,21 @@ def test_conditions_of_different_sizes_are_taken_for_as_far_off_as_they_can_be(g
     assert hand.rule.rate == pytest.approx(off / 0.2)
 
 
+def test_conditions_that_are_not_known_as_cond_and_uncond_are_said_to_be_left_out():
+    """As "call" and "call 2", where a pipeline names none: guidance between them cannot be taken into account."""
+    hand = ByHand(0.5, guidance=3.0)
+    for k in (0, 2, 4):
+        hand.computed(k, call=0.1, call_2=0.3)
+        hand.asked(k + 1)
+    said = "tolerance: of call, call_2 the first alone is judged, for which of them are cond and uncond is not known"
+    assert hand.run.notes == [said]
+    assert hand.rule.rate == pytest.approx(0.1 / (0.2 * 0.4))
+    alone = ByHand(0.5, guidance=3.0)
+    alone.computed(0, cond=0.1)
+    alone.asked(1)
+    assert not alone.run.notes
+
+
 def test_one_condition_alone_is_taken_as_it_is():
     hand = ByHand(0.5, guidance=3.0)
     hand.computed(0, cond=0.0)
