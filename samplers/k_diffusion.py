@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from stepcache import Method, Report, Request, Session, method
 from stepcache.extras import need
@@ -322,8 +323,10 @@ class _Call(Request):
     ) -> None:
         self.model, self.names, self.latent, self.sigma, self.keywords = model, names, x, sigma, extra
         self._compute_scalings = scalings
-        tensors = (x, *(value for value in extra.values() if isinstance(value, Tensor)))
-        self.requires_grad = any(tensor.requires_grad for tensor in tensors)
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(one.requires_grad for one in tree_leaves((self.latent, self.keywords)) if isinstance(one, Tensor))
 
     @torch.no_grad()
     def inputs(self) -> tuple[Tensor, ...]:

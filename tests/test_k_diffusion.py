@@ -593,6 +593,14 @@ def test_gradients_wanted_for_the_conditioning_are_not_cut():
     strength = torch.tensor(1.0, requires_grad=True)
     for sigma in (4.0, 1.0):
         assert cached(start(sigma), torch.full((2,), sigma), strength=strength).requires_grad
+    network = lambda x, sigma, cond: x * cond["crossattn"][0]  # noqa: E731
+    cached = CachedDenoiser(network, Static("10"), sigmas=[4.0, 1.0, 0.0], scalings="denoised")
+    for sigma in (4.0, 1.0):
+        assert cached(start(sigma), torch.full((2,), sigma), cond={"crossattn": [strength]}).requires_grad
+    with torch.no_grad():
+        for sigma in (4.0, 1.0):
+            cached(start(sigma), torch.full((2,), sigma), cond={"crossattn": [strength]})
+    assert cached.report.fates("guided") == "CS"
 
 
 def test_a_guidance_wrapper_with_a_name_of_its_own_is_looked_through():
