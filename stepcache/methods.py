@@ -22,6 +22,7 @@ from .gates import (
     Warmup,
     Window,
     WindowUnit,
+    as_gates,
 )
 from .masks import StepMask
 from .predictors import Chebyshev, Predictor, Reuse, SelfOrder
@@ -87,7 +88,7 @@ class Method:
                 f"tolerance={self.criterion.tolerance!r}, skip='followers': a tolerance counts errors of every "
                 "condition; with skip='followers' give every"
             )
-        object.__setattr__(self, "gates", tuple(self.gates))
+        object.__setattr__(self, "gates", as_gates(self.gates))
         self.all_gates()
 
     @property
@@ -174,7 +175,7 @@ def Forecast(every: int | None = None, tolerance: float | None = None, **common:
     """
     chosen: dict[str, Any] = {"predictor": SelfOrder(), "last_step": True, "name": "forecast"}
     if tolerance is None:
-        chosen["gates"] = (Every(2 if every is None else every), *common.pop("gates", ()))
+        chosen["gates"] = (Every(2 if every is None else every), *as_gates(common.pop("gates", ())))
     elif every is not None:
         raise options.OptionError(
             f"every={every!r}, tolerance={tolerance!r}: each says how much is skipped; leave one of them out"
@@ -275,7 +276,7 @@ def Spectrum(
     Published for the guided denoised: `CachedDenoiser(guided, Spectrum(), scalings="denoised")`.
     """
     cadence = SpectrumCadence(window_size, flex_window, warmup, stop)
-    gates = (cadence, *common.pop("gates", ()))
+    gates = (cadence, *as_gates(common.pop("gates", ())))
     return Method(**{"predictor": Chebyshev(w, m, lam, steps), "gates": gates, "name": "spectrum", **common})
 
 

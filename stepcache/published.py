@@ -9,7 +9,7 @@ from typing import Any
 
 from .blocks import Blocks
 from .criteria import Always, RelativeChange
-from .gates import Every
+from .gates import Every, as_gates
 from .masks import StepMask, preset_name
 from .methods import METHODS, Method, _known, accepted_options
 from .options import OptionError, number, unknown
@@ -166,7 +166,7 @@ def TaylorSeerCache(
     mask = _masked(common.pop("mask", None), policy)
     criterion = _dual_block(Fn, Bn, threshold)
     if number("interval", interval, whole=True):
-        criterion, common["gates"] = Always(), (Every(interval), *common.get("gates", ()))
+        criterion, common["gates"] = Always(), (Every(interval), *as_gates(common.get("gates", ())))
     predictor = TaylorSeer(order, of="output")
     options = {"criterion": criterion, "predictor": predictor, "warmup": warmup, "mask": mask, "name": "taylorseer"}
     return Method(**{**options, **common})
