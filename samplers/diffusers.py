@@ -233,13 +233,13 @@ class Attachment:
 
     def attach(self) -> None:
         entered: list[_Stand] = []
-        if self._inside is not None:
-            self._inside.enter()
         try:
+            if self._inside is not None:
+                self._inside.enter()
             for stand in self._stands:
                 stand.enter()
                 entered.append(stand)
-        except OptionError:
+        except BaseException:
             for stand in entered:
                 stand.leave()
             if self._inside is not None:

@@ -256,3 +256,14 @@ def test_options_that_cache_dit_does_not_have_are_refused_with_bn(option):
         attach(pipe, DBCache(1, 1, **option)),
     ):
         pass
+
+
+def test_an_attachment_that_fails_leaves_cache_dit_outside_too(monkeypatch):
+    pytest.importorskip("cache_dit")
+    tiny, pipe = deeper("flux")
+    full, before = run(pipe, tiny), {id(m): m.__dict__.keys() for m in pipe.transformer.modules()}
+    monkeypatch.setattr("stepcache.samplers.diffusers.slot_is_called", lambda: False)
+    with pytest.raises(RuntimeError, match="does not call"), attach(pipe, DBCache(1, 1, threshold=0.9, warmup=2)):
+        pass
+    assert {id(m): m.__dict__.keys() for m in pipe.transformer.modules()} == before
+    assert torch.equal(run(pipe, tiny), full)
