@@ -177,6 +177,7 @@ class CachedDenoiser(nn.Module):
             if anchor is not None and anchor not in self.conditions:
                 raise unknown("anchor", anchor, self.conditions)
         self._scalings = _scalings(inner, scalings)
+        self._dtypes: dict[torch.dtype, torch.dtype] = {}
         assumed = isinstance(self._scalings, ModelScalings) and self._scalings.owner is None
         self.session = Session(
             _method(method),
@@ -203,7 +204,7 @@ class CachedDenoiser(nn.Module):
                 "name the conditions that come in one call, in their order"
             )
         try:
-            return self.session.answer(_Call(self.inner_model, self._scalings, names, x, sigma, extra))
+            return self.session.answer(_Call(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes))
         except BaseException:
             self._reset_turns()
             raise
@@ -320,9 +321,11 @@ class _Call(Request):
         x: Tensor,
         sigma: Tensor,
         extra: dict[str, Any],
+        dtypes: dict[torch.dtype, torch.dtype] | None = None,
     ) -> None:
         self.model, self.names, self.latent, self.sigma, self.keywords = model, names, x, sigma, extra
         self._compute_scalings = scalings
+        self._dtypes = {} if dtypes is None else dtypes  # of the latents' dtype that of the model's last answer
 
     @property
     def requires_grad(self) -> bool:
@@ -340,6 +343,7 @@ class _Call(Request):
 
     @torch.no_grad()
     def outputs(self, answer: Tensor) -> tuple[Tensor, ...]:
+        self._dtypes[self.latent.dtype] = answer.dtype
         skipped = self.latent if self.c_skip is None else self.latent * self.c_skip
         return (widened(answer) - skipped).div_(self.c_out).chunk(len(self.names))
 
@@ -347,13 +351,14 @@ class _Call(Request):
     def restore(self, outputs: tuple[Tensor, ...]) -> Tensor:
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         skipped = self.latent if self.c_skip is None else self.latent * self.c_skip
-        return torch.addcmul(skipped, out, self.c_out).to(self.latent.dtype)
+        dtype = self._dtypes.get(self.latent.dtype, self.latent.dtype)
+        return torch.addcmul(skipped, out, self.c_out).to(dtype)
 
     def part(self, name: str) -> _Call:
         rows = len(self.latent)
         kept = rows_of(self.names, name, rows)
         x, sigma, extra = cut((self.latent, self.sigma, self.keywords), rows, kept)
-        return _Call(self.model, self._compute_scalings, (name,), x, sigma, extra)
+        return _Call(self.model, self._compute_scalings, (name,), x, sigma, extra, self._dtypes)
 
 
 def _spread(c: Tensor, x: Tensor) -> Tensor:

@@ -588,6 +588,16 @@ def test_threads_that_share_one_wrapper_have_turns_of_their_own():
                     assert image.eq(float(name == "cond")).all()
 
 
+@pytest.mark.parametrize(("latents", "answers"), [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("skip", ["all", "followers"])
+def test_a_skipped_evaluation_has_the_dtype_of_the_computed_ones(latents, answers, skip):
+    network = lambda x, sigma: (x * 0.5).to(answers)  # noqa: E731
+    cached = CachedDenoiser(network, Static("10", skip=skip), sigmas=[4.0, 1.0, 0.0], conditions=("uncond", "cond"))
+    made = [cached(start(sigma).to(latents), torch.full((2,), sigma)) for sigma in (4.0, 1.0)]
+    assert cached.report.fates("uncond") == "CS"
+    assert [one.dtype for one in made] == [answers] * 2
+
+
 def test_gradients_wanted_for_the_conditioning_are_not_cut():
     cached = CachedDenoiser(eps_model(Wavy()), Static("10"), sigmas=[4.0, 1.0, 0.0])
     strength = torch.tensor(1.0, requires_grad=True)
