@@ -310,6 +310,16 @@ class Session:
             self.timeline.restart()
             self._state = None
 
+    def free(self) -> None:
+        """Forgets what the run in progress has remembered; its place and its report stay."""
+        with self._lock:
+            if (state := self._state) is not None:
+                state.histories.clear()
+                state.rules.clear()
+                state.anchor = None
+                if state.evaluation is not None:
+                    state.evaluation.lead = None
+
     def note(self, step: int) -> None:
         """The sampler's callback: the first evaluation of this step has just been answered."""
         self.timeline.note(step)
@@ -645,9 +655,7 @@ class Session:
             single = schedule[-1] == 0 or state.run.stages != 2
             over = where.step == state.run.steps - 1 and (single or where.stage == 1)
         if over:
-            state.histories.clear()
-            state.rules.clear()
-            state.anchor = evaluation.lead = None
+            self.free()
 
     def _check_mask(self) -> None:
         if self.method.mask is not None and self.timeline.steps is not None:
