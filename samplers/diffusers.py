@@ -233,13 +233,13 @@ class Attachment:
 
     def attach(self) -> None:
         entered: list[_Stand] = []
-        if self._inside is not None:
-            self._inside.enter()
         try:
+            if self._inside is not None:
+                self._inside.enter()
             for stand in self._stands:
                 stand.enter()
                 entered.append(stand)
-        except OptionError:
+        except BaseException:
             for stand in entered:
                 stand.leave()
             if self._inside is not None:
@@ -276,6 +276,13 @@ class Attachment:
         bar = caller.f_locals.get("progress_bar") if caller is not None else None
         if hasattr(bar, "set_postfix_str"):
             bar.set_postfix_str("skipped {}/{}".format(*self._shown), refresh=False)
+
+    def free_if_over(self, at_work: _Slot) -> None:
+        """Frees what the denoisers before the last one remember, at the run's last evaluation: it was not theirs."""
+        if self._at == len(self._plan) - 1:
+            for slot in self._slots:
+                if slot is not at_work:
+                    slot.session.free()
 
     def locate(self, timestep: Tensor | float | None, again: bool) -> Place | None:
         """The place of a call; None where the scheduler cannot tell it. `again`: this call was already made here."""
@@ -453,6 +460,7 @@ class _Slot(_Stand):
         answer = self._answer(call)
         if len(self._seen) == 1:
             self.owner.show(caller, skipped=call.computed is None)
+        self.owner.free_if_over(self)
         return answer
 
     def _note(self, sentence: str) -> None:

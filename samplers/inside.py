@@ -6,6 +6,7 @@ outside is skipping whole steps.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,9 @@ from torch import nn
 from stepcache import Method, OptionError, Reuse, TaylorSeer
 from stepcache.criteria import Always, Never, RelativeChange
 from stepcache.extras import need
+
+OUTSIDE = ("start", "end", "window", "last_step", "evaluations", "skip", "gates")
+"""Options that cache-dit does not have."""
 
 
 def wanted(method: Method) -> bool:
@@ -32,6 +36,12 @@ class Inside:
         self.pipe, self.modules, self.method = pipe, modules, method
         self.library = need("cache_dit", "cache-dit")
         self._before: list[tuple[nn.Module, dict[str, Any]]] = []
+        for option in fields(method):
+            if option.name in OUTSIDE and (value := getattr(method, option.name)) != option.default:
+                raise OptionError(
+                    f"{option.name}={value!r} with Bn: cache-dit, which then runs inside, has no such option; leave it "
+                    "out, or set Bn=0"
+                )
         mask = None
         if method.mask is not None and not method.static:
             if isinstance(method.mask.mask, str):

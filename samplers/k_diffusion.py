@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from stepcache import Method, Report, Request, Session, method
 from stepcache.extras import need
@@ -101,23 +103,24 @@ class FlowDenoiser(nn.Module):
 class InTurn:
     """Names conditions that come in separate calls, in this order: `conditions=InTurn("cond", "uncond")`.
 
-    The last ones may be left out (guidance only on some steps): a call at another sigma is the first one's again.
+    The last ones may be left out (guidance only on some steps): a call at another sigma is the first one's again. Not
+    under samplers that evaluate twice at one sigma (Heun, DPM++ 2S): there give a function. Every thread has its turns.
     """
 
     def __init__(self, *names: str) -> None:
         self.names = _distinct(names)
-        self.reset()
+        self._turns: dict[int, tuple[int, Tensor]] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> str:
-        if self._sigma is None or not same_sigma(self._sigma, sigma):
-            self._next = 0  # another evaluation: the last one may have left a condition out
-        name = self.names[self._next]
-        self._next = (self._next + 1) % len(self.names)
-        self._sigma = sigma if self._next else None
-        return name
+        turn, last = self._turns.pop(threading.get_ident(), (0, None))
+        if last is None or not same_sigma(last, sigma):
+            turn = 0  # another evaluation: the last one may have left a condition out
+        if turn + 1 < len(self.names):
+            self._turns[threading.get_ident()] = turn + 1, sigma
+        return self.names[turn]
 
     def reset(self) -> None:
-        self._next, self._sigma = 0, None
+        self._turns.pop(threading.get_ident(), None)
 
 
 class CachedDenoiser(nn.Module):
@@ -174,6 +177,7 @@ class CachedDenoiser(nn.Module):
             if anchor is not None and anchor not in self.conditions:
                 raise unknown("anchor", anchor, self.conditions)
         self._scalings = _scalings(inner, scalings)
+        self._dtypes: dict[torch.dtype, torch.dtype] = {}
         assumed = isinstance(self._scalings, ModelScalings) and self._scalings.owner is None
         self.session = Session(
             _method(method),
@@ -200,7 +204,7 @@ class CachedDenoiser(nn.Module):
                 "name the conditions that come in one call, in their order"
             )
         try:
-            return self.session.answer(_Call(self.inner_model, self._scalings, names, x, sigma, extra))
+            return self.session.answer(_Call(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes))
         except BaseException:
             self._reset_turns()
             raise
@@ -317,11 +321,15 @@ class _Call(Request):
         x: Tensor,
         sigma: Tensor,
         extra: dict[str, Any],
+        dtypes: dict[torch.dtype, torch.dtype] | None = None,
     ) -> None:
         self.model, self.names, self.latent, self.sigma, self.keywords = model, names, x, sigma, extra
         self._compute_scalings = scalings
-        tensors = (x, *(value for value in extra.values() if isinstance(value, Tensor)))
-        self.requires_grad = any(tensor.requires_grad for tensor in tensors)
+        self._dtypes = {} if dtypes is None else dtypes  # of the latents' dtype that of the model's last answer
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(one.requires_grad for one in tree_leaves((self.latent, self.keywords)) if isinstance(one, Tensor))
 
     @torch.no_grad()
     def inputs(self) -> tuple[Tensor, ...]:
@@ -335,6 +343,7 @@ class _Call(Request):
 
     @torch.no_grad()
     def outputs(self, answer: Tensor) -> tuple[Tensor, ...]:
+        self._dtypes[self.latent.dtype] = answer.dtype
         skipped = self.latent if self.c_skip is None else self.latent * self.c_skip
         return (widened(answer) - skipped).div_(self.c_out).chunk(len(self.names))
 
@@ -342,13 +351,14 @@ class _Call(Request):
     def restore(self, outputs: tuple[Tensor, ...]) -> Tensor:
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         skipped = self.latent if self.c_skip is None else self.latent * self.c_skip
-        return torch.addcmul(skipped, out, self.c_out).to(self.latent.dtype)
+        dtype = self._dtypes.get(self.latent.dtype, self.latent.dtype)
+        return torch.addcmul(skipped, out, self.c_out).to(dtype)
 
     def part(self, name: str) -> _Call:
         rows = len(self.latent)
         kept = rows_of(self.names, name, rows)
         x, sigma, extra = cut((self.latent, self.sigma, self.keywords), rows, kept)
-        return _Call(self.model, self._compute_scalings, (name,), x, sigma, extra)
+        return _Call(self.model, self._compute_scalings, (name,), x, sigma, extra, self._dtypes)
 
 
 def _spread(c: Tensor, x: Tensor) -> Tensor:

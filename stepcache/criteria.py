@@ -341,7 +341,8 @@ class ToleranceRule(Criterion):
     third of what is left of tolerance^2; a longer gap than the one before counts with 1.5 e_k. Where no m fits, or
     the schedule is not known, everything is computed.
 
-    One decision for the batch. It needs what it says of `Run`: schedule, exposure and, with two conditions, guidance.
+    One decision for the batch. It needs what it says of `Run`: schedule, exposure and guidance. Of
+    several conditions without a cond and an uncond among them the first alone is judged, and the report says so.
     Steps with two evaluations are taken for two of half the length, the second at the step's end.
 
     Args:
@@ -364,7 +365,6 @@ class ToleranceRule(Criterion):
     _path: tuple[tuple[int | None, float | None], ...] = state(())
     _offs: dict[str, Tensor | None] = state(factory=dict)
     _residuals: dict[str, Tensor] = state(factory=dict)
-    _take: Any = state(None)
     _misses: list[_Miss] = state(factory=list)
     _guidance: float | None = state(None)
 
@@ -387,7 +387,7 @@ class ToleranceRule(Criterion):
             return
         if self._where is not evidence.where:
             self._close(evidence)
-            self._where, self._take = evidence.where, evidence.take
+            self._where = evidence.where
             nodes = [node.where for node in list(evidence.history)[:-3:-1]]
             self._path = tuple((self.places.index(w), evidence.coordinate(w)) for w in (evidence.where, *nodes))
         predicted = evidence.prediction
@@ -400,22 +400,33 @@ class ToleranceRule(Criterion):
         if self._where is None:
             return
         known = all(off is not None for off in self._offs.values())
-        off = self._take(_rms(self._guided(self._offs, evidence))) if known else None
-        size = self._take(_rms(self._guided(self._residuals, evidence))) if self._residuals else None
+        off = evidence.take(self._guided(self._offs, evidence)) if known else None
+        size = evidence.take(self._guided(self._residuals, evidence)) if self._residuals else None
         self._misses.append(_Miss(self._path, off, size))
         self._where = None
         self._offs.clear()
         self._residuals.clear()
 
     def _guided(self, parts: dict[str, Tensor], evidence: Evidence) -> Tensor:
-        """uncond + guidance (cond - uncond) where both are there; else the one there is, or the first."""
+        """rms of uncond + guidance (cond - uncond) where both are there; else of the one there is, or the first.
+
+        Of batches of different sizes, which cannot be subtracted, the most that it can be.
+        """
         if not {"cond", "uncond"} <= parts.keys():
-            return next(iter(parts.values()))
+            sentence = (
+                f"tolerance: of {', '.join(parts)} the first alone is judged, for which of them are cond and uncond is "
+                "not known"
+            )
+            if len(parts) > 1 and sentence not in evidence.run.notes:
+                evidence.run.notes.append(sentence)
+            return _rms(next(iter(parts.values())))
         if self._guidance is None:
             self._guidance = USUAL_GUIDANCE
             sentence = f"tolerance: the guidance scale is not known, {USUAL_GUIDANCE:g} is taken; name it (guidance=)"
             evidence.run.notes.append(sentence)
-        return torch.lerp(parts["uncond"], parts["cond"], self._guidance)
+        if parts["cond"].shape != parts["uncond"].shape:
+            return abs(self._guidance) * _rms(parts["cond"]) + abs(self._guidance - 1) * _rms(parts["uncond"])
+        return _rms(torch.lerp(parts["uncond"], parts["cond"], self._guidance))
 
     def decide(self, evidence: Evidence) -> Verdict:
         index = None if self.places is None else self.places.index(evidence.where)
@@ -424,7 +435,7 @@ class ToleranceRule(Criterion):
         self._close(evidence)
         for miss in self._misses:
             self._learn(miss)
-        if self._misses:
+        if self._misses and self.path:
             self._plan()
         self._misses.clear()
         if not self.path:

@@ -10,12 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from .masks import StepMask
-from .options import number, unknown, window
+from .options import OptionError, number, unknown, window
 from .timeline import Where
 
 WindowUnit = Literal["steps", "training"]
@@ -35,7 +35,7 @@ class Hold:
 
 @dataclass
 class Tally:
-    """What has happened to the anchor so far in this run, in evaluations."""
+    """What has happened so far in this run to the anchor, or to a condition that decides for itself, in evaluations."""
 
     computed: int = 0
     skipped: int = 0
@@ -93,6 +93,13 @@ class Gate(ABC):
     @abstractmethod
     def begin(self, run: Run) -> Answer:
         """The answer for one run: a function of the place and the tally."""
+
+
+def as_gates(given: Any) -> tuple[Gate, ...]:
+    """Gates given as an option. OptionError where that is not a tuple or a list of them."""
+    if not isinstance(given, (tuple, list)) or not all(isinstance(gate, Gate) for gate in given):
+        raise OptionError(f"gates={given!r}: accepted are objects of classes made from Gate, in a tuple or a list")
+    return tuple(given)
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,11 @@ class StepMask:
 
 def preset_name(name: str) -> str:
     """The full name of a preset given by name or first letter."""
-    text = name.strip().lower()
+    text = str(name).strip().lower()
     for full in PRESETS:
         if text in (full, full[0]):
             return full
-    raise unknown("mask preset", name, PRESETS)
+    raise unknown("mask preset", str(name), PRESETS)
 
 
 @lru_cache(maxsize=256)

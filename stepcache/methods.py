@@ -22,6 +22,7 @@ from .gates import (
     Warmup,
     Window,
     WindowUnit,
+    as_gates,
 )
 from .masks import StepMask
 from .predictors import Chebyshev, Predictor, Reuse, SelfOrder
@@ -82,7 +83,12 @@ class Method:
                 raise options.OptionError(
                     f"{name}={value!r}: accepted is an object of a class made from {kind.__name__}"
                 )
-        object.__setattr__(self, "gates", tuple(self.gates))
+        if self.skip == "followers" and isinstance(self.criterion, ToleranceRule):
+            raise options.OptionError(
+                f"tolerance={self.criterion.tolerance!r}, skip='followers': a tolerance counts errors of every "
+                "condition; with skip='followers' give every"
+            )
+        object.__setattr__(self, "gates", as_gates(self.gates))
         self.all_gates()
 
     @property
@@ -169,18 +175,13 @@ def Forecast(every: int | None = None, tolerance: float | None = None, **common:
     """
     chosen: dict[str, Any] = {"predictor": SelfOrder(), "last_step": True, "name": "forecast"}
     if tolerance is None:
-        chosen["gates"] = (Every(2 if every is None else every), *common.pop("gates", ()))
+        chosen["gates"] = (Every(2 if every is None else every), *as_gates(common.pop("gates", ())))
     elif every is not None:
         raise options.OptionError(
             f"every={every!r}, tolerance={tolerance!r}: each says how much is skipped; leave one of them out"
         )
     else:
         chosen["criterion"] = ToleranceRule(tolerance)
-        if common.get("skip", "all") != "all":
-            raise options.OptionError(
-                f"tolerance={tolerance!r}, skip={common['skip']!r}: a tolerance counts errors of every condition; with "
-                "skip='followers' give every"
-            )
     return Method(**{**chosen, **common})
 
 
@@ -275,7 +276,7 @@ def Spectrum(
     Published for the guided denoised: `CachedDenoiser(guided, Spectrum(), scalings="denoised")`.
     """
     cadence = SpectrumCadence(window_size, flex_window, warmup, stop)
-    gates = (cadence, *common.pop("gates", ()))
+    gates = (cadence, *as_gates(common.pop("gates", ())))
     return Method(**{"predictor": Chebyshev(w, m, lam, steps), "gates": gates, "name": "spectrum", **common})
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .blocks import Blocks
 from .criteria import Always, RelativeChange
-from .gates import Every
+from .gates import Every, as_gates
 from .masks import StepMask, preset_name
 from .methods import METHODS, Method, _known, accepted_options
 from .options import OptionError, number, unknown
@@ -62,9 +62,10 @@ def published(**other_names: str) -> Callable[[Callable[..., Method]], Callable[
                 if usual in given:
                     raise OptionError(f"{key}={value!r}: {usual} is given twice, under two names")
                 given[usual] = value
-            if given.get("preset") is not None:
-                named_so = signature.bind_partial(*positional).arguments
-                preset = PRESETS[preset_name(given["preset"])]
+            named_so = dict(zip(signature.parameters, positional, strict=False))
+            chosen = given.get("preset", named_so.get("preset"))
+            if chosen is not None:
+                preset = PRESETS[preset_name(chosen)]
                 given = {key: value for key, value in preset.items() if key not in named_so} | given
             return checked(*positional, **given)
 
@@ -165,7 +166,7 @@ def TaylorSeerCache(
     mask = _masked(common.pop("mask", None), policy)
     criterion = _dual_block(Fn, Bn, threshold)
     if number("interval", interval, whole=True):
-        criterion, common["gates"] = Always(), (Every(interval), *common.get("gates", ()))
+        criterion, common["gates"] = Always(), (Every(interval), *as_gates(common.get("gates", ())))
     predictor = TaylorSeer(order, of="output")
     options = {"criterion": criterion, "predictor": predictor, "warmup": warmup, "mask": mask, "name": "taylorseer"}
     return Method(**{**options, **common})

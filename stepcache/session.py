@@ -6,7 +6,7 @@ import math
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -106,7 +106,7 @@ class RunState:
         self.run = run
         self.readings = Readings()
         self.gates: list[Answer] = [] if method.never_skips else [gate.begin(run) for gate in method.all_gates()]
-        self.tally = Tally()
+        self.tallies: defaultdict[str | None, Tally] = defaultdict(Tally)
         self.anchor: str | None = None
         self.rules: dict[str, Criterion] = {}
         self.histories: dict[str, History] = {}
@@ -224,7 +224,7 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
-        self.timeline.restart()
+        self.timeline.end()  # an announced run is its owner's, who will not end it here
 
     def _answer(self, request: Request) -> Any:
         """The life of one call, top to bottom."""
@@ -238,7 +238,7 @@ class Session:
             self._free_if_over(evaluation)
             return answer
         evidence = {
-            name: Evidence(where, state.run, x, self._memory(name, where), self.method.predictor, state.readings)
+            name: Evidence(where, state.run, x, self._memory(name, evaluation), self.method.predictor, state.readings)
             for name, x in zip(request.names, request.inputs(), strict=True)
         }
         self._lean(evaluation, evidence)
@@ -310,6 +310,16 @@ class Session:
             self.timeline.restart()
             self._state = None
 
+    def free(self) -> None:
+        """Forgets what the run in progress has remembered; its place and its report stay."""
+        with self._lock:
+            if (state := self._state) is not None:
+                state.histories.clear()
+                state.rules.clear()
+                state.anchor = None
+                if state.evaluation is not None:
+                    state.evaluation.lead = None
+
     def note(self, step: int) -> None:
         """The sampler's callback: the first evaluation of this step has just been answered."""
         self.timeline.note(step)
@@ -331,17 +341,25 @@ class Session:
         follows = current is not None and not current.names & set(request.names)
         if follows and self._together(current, request):
             current.names.update(request.names)
+            if self._each:
+                current.hold = self._held(current.where, request.names)
             return current
         where = self.timeline.locate(request.sigma) if request.place is None else self.timeline.put(*request.place)
         if self._state is None or self._state.number != where.run:
             self._state = self._begin_run(where)
             self._state.signatures.update(dict.fromkeys(request.names, signature))
-        hold = next((h for h in (gate(where, self._state.tally) for gate in self._state.gates) if h is not None), None)
+        hold = self._held(where, request.names)
         expected = frozenset(current.names if current is not None else ())
         self._state.evaluation = Evaluation(
             where, request.sigma, hold, set(request.names), expected, request.evaluation
         )
         return self._state.evaluation
+
+    def _held(self, where: Where, names: tuple[str, ...]) -> Hold | None:
+        """What the gates say, of all that were counted: the anchor, or every condition that decides for itself."""
+        tallies = [self._state.tallies[name] for name in (names if self._each else (None,))]
+        answers = (gate(where, tally) for tally in tallies for gate in self._state.gates)
+        return next((hold for hold in answers if hold is not None), None)
 
     def _together(self, current: Evaluation, request: Request) -> bool:
         """Whether a call stands where the evaluation in progress does."""
@@ -399,14 +417,17 @@ class Session:
             return "sigmas differ in the batch"
         return None
 
-    def _memory(self, name: str, where: Where) -> History:
+    def _memory(self, name: str, evaluation: Evaluation) -> History:
         """The condition's memory; empty where it is older than the anchor's, because something changed in between.
 
-        What the anchor has just remembered of this same evaluation does not count.
+        What the anchor has just remembered of this same evaluation does not count. Where each condition decides, it is
+        empty if this one was not asked for at the evaluation before.
         """
         state = self._state
         memory = state.histories.get(name, deque())
-        anchors = [node for node in state.histories.get(state.anchor, ()) if node.where is not where]
+        if self._each:
+            return memory if name in evaluation.expected else deque()
+        anchors = [node for node in state.histories.get(state.anchor, ()) if node.where is not evaluation.where]
         stale = memory and anchors and memory[-1].where.evaluation < anchors[-1].where.evaluation
         return deque() if stale else memory
 
@@ -460,7 +481,7 @@ class Session:
             return decision
         if len(evidence) == 1:
             if evaluation.expected == {anchor}:
-                self._note(f"skip='followers': {anchor} is the only condition, so nothing is skipped")
+                self._note(f"skip='followers': where {anchor} is the only condition nothing is skipped")
             return Decision(KEPT, decision.verdicts)
         part = None if self._state.whole else request.part(anchor)
         if part is not None:
@@ -470,7 +491,7 @@ class Session:
                 if out.shape != evidence[anchor].shape:
                     raise ValueError(f"{tuple(out.shape)} came of {tuple(evidence[anchor].shape)}")
                 evidence[anchor].out = out
-            except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
                 # Arguments that are not ordered by rows. Of an error of the model's own the whole call dies too.
                 part, self._state.whole = None, True
                 self._note(f"skip='followers': the call for {anchor} alone fails: {error}"[:300])
@@ -481,9 +502,10 @@ class Session:
             decision.hold = WHOLE
             return decision
         self._lean(evaluation, evidence)
-        sound = all(self._sound(one) for name, one in evidence.items() if name != anchor)
-        if not self._agreed(sound, out.device):
-            decision.hold = NOT_FINITE
+        followers = [one for name, one in evidence.items() if name != anchor]
+        told = all(one.prediction is not None for one in followers)
+        if not self._agreed(told and all(self._sound(one) for one in followers), out.device):
+            decision.hold = NOT_FINITE if told else NO_MEMORY
         return decision
 
     def _anchor(self, evidence: dict[str, Evidence]) -> str:
@@ -596,17 +618,16 @@ class Session:
         return "mask" if self.method.static else "criterion"
 
     def _count(self, evaluation: Evaluation, names: tuple[str, ...], skipped: bool) -> None:
-        """Counts the evaluation once: when its anchor was answered."""
+        """Counts the evaluation once, when its anchor was answered; or for every condition that decides for itself."""
         state = self._state
         first = evaluation.names == set(names)
-        if not (first if self._each or state.anchor is None else state.anchor in names):
+        if not (self._each or (first if state.anchor is None else state.anchor in names)):
             return
-        if skipped:
-            state.tally.skipped += 1
-            state.tally.consecutive += 1
-        else:
-            state.tally.computed += 1
-            state.tally.consecutive = 0
+        for name in names if self._each else (None,):
+            tally = state.tallies[name]
+            tally.computed += not skipped
+            tally.skipped += skipped
+            tally.consecutive = tally.consecutive + 1 if skipped else 0
 
     def _record(
         self,
@@ -634,9 +655,7 @@ class Session:
             single = schedule[-1] == 0 or state.run.stages != 2
             over = where.step == state.run.steps - 1 and (single or where.stage == 1)
         if over:
-            state.histories.clear()
-            state.rules.clear()
-            state.anchor = None
+            self.free()
 
     def _check_mask(self) -> None:
         if self.method.mask is not None and self.timeline.steps is not None:

@@ -454,6 +454,10 @@ def test_presets_are_a_mask_a_threshold_a_warm_up_and_fn(name, mask, threshold, 
         assert (made.criterion.threshold, made.warmup, made.criterion.blocks.count) == (threshold, warmup, fn)
     made = CacheDiT(2, preset=name, threshold=0.1, mask="slow")
     assert (made.mask, made.criterion.threshold, made.criterion.blocks.count) == (StepMask("slow"), 0.1, 2)
+    assert DBCache(2, 0, 0.1, 4, name) == DBCache(2, 0, 0.1, 4, preset=name)
+    assert DBCache(2, 0, 0.1, 4, name).mask == StepMask(mask)
+    with pytest.raises(OptionError, match="unknown mask preset '5'"):
+        DBCache(preset=5)
 
 
 def test_a_policy_needs_a_mask():

@@ -19,7 +19,7 @@ import torch
 from tiny_pipelines import PIPELINES, run
 
 import stepcache
-from stepcache import EasyCache, Off, OptionError, Session, Static, StepMask, UCache
+from stepcache import EasyCache, Forecast, Off, OptionError, Session, Static, StepMask, UCache
 from stepcache.bench import METRICS
 from stepcache.demo import pipelines, sampling
 from stepcache.samplers.diffusers import SLOT, StepCacheCallback, _training_sigma, attach, plan
@@ -121,6 +121,18 @@ def sd():
 
 def image(pipe, tiny, **more) -> torch.Tensor:
     return pipe(**{**tiny.call(pipe), **more}).images
+
+
+@pytest.mark.parametrize("name", ["wan-2.2", "sd"])
+def test_nothing_is_remembered_after_the_run_while_still_attached(name):
+    """Neither by the expert that stood at the end, nor by the one before it, whose last step is not the run's."""
+    tiny = PIPELINES[name]
+    pipe = tiny.build()
+    with attach(pipe, Forecast()) as cache:
+        run(pipe, tiny)
+        states = [slot.session._state for slot in cache._slots]
+        assert [state.histories for state in states if state is not None and state.histories] == []
+        assert cache.report.evaluations == 6
 
 
 def test_the_callback_alone_attaches_after_the_first_step_and_leaves_at_the_last(sd):

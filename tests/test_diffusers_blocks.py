@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_pipelines import PIPELINES, run
 
-from stepcache import CacheDiT, DBCache, FBCache, OptionError, attach, load_config
+from stepcache import CacheDiT, DBCache, Every, FBCache, OptionError, attach, load_config
 from stepcache.blocks import Blocks
 from stepcache.samplers.diffusers import StepCacheCallback
 
@@ -239,3 +239,31 @@ def test_what_cannot_go_with_bn_is_refused():
         pass
     with pytest.raises(OptionError, match=r"^Bn: .*use attach\(\)"):
         pipe(**tiny.call(pipe), callback_on_step_end=StepCacheCallback(DBCache(1, 1)))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"start": 0.5}, {"end": 0.5}, {"window": "steps"}, {"last_step": True}, {"evaluations": "second"},
+     {"skip": "followers"}, {"gates": (Every(2),)}],
+    ids=str,
+)  # fmt: skip
+def test_options_that_cache_dit_does_not_have_are_refused_with_bn(option):
+    pytest.importorskip("cache_dit")
+    _, pipe = deeper("flux")
+    (name,) = option
+    with (
+        pytest.raises(OptionError, match=f"^{name}=.* with Bn: .* leave it out, or"),
+        attach(pipe, DBCache(1, 1, **option)),
+    ):
+        pass
+
+
+def test_an_attachment_that_fails_leaves_cache_dit_outside_too(monkeypatch):
+    pytest.importorskip("cache_dit")
+    tiny, pipe = deeper("flux")
+    full, before = run(pipe, tiny), {id(m): m.__dict__.keys() for m in pipe.transformer.modules()}
+    monkeypatch.setattr("stepcache.samplers.diffusers.slot_is_called", lambda: False)
+    with pytest.raises(RuntimeError, match="does not call"), attach(pipe, DBCache(1, 1, threshold=0.9, warmup=2)):
+        pass
+    assert {id(m): m.__dict__.keys() for m in pipe.transformer.modules()} == before
+    assert torch.equal(run(pipe, tiny), full)

@@ -9,7 +9,7 @@ import torch
 from tiny_pipelines import PIPELINES
 from tiny_pipelines import run as image_of
 from torch import Tensor
-from toys import SIX, cached, drive, fates, filled, level, reasons
+from toys import SIX, LogSigmaLine, cached, drive, fates, filled, level, reasons
 
 from stepcache import Forecast, Lagrange, Method, OptionError, Static, UCache
 from stepcache.bench import METRICS
@@ -100,15 +100,28 @@ def test_alone_the_anchor_is_computed_and_the_report_says_so():
     model = cached(lambda x, sigma: 2 * x, FOLLOW, sigmas=SIX)
     assert drive(model, SIX[:6], XS) == pytest.approx([2 * x for x in XS])
     assert fates(model) == "CCCCCC"
-    assert any("guided is the only condition, so nothing is skipped" in note for note in model.report.notes)
+    assert "skip='followers': where guided is the only condition nothing is skipped" in model.report.notes
 
 
-def test_a_call_that_cannot_be_taken_apart_is_computed_whole():
+def test_the_report_does_not_say_that_nothing_was_skipped_where_the_others_end_within_the_run():
+    names = lambda x, sigma, label: BOTH if len(label) == 2 else ("cond",)  # noqa: E731
+    model = cached(Rows(), Static("101000", skip="followers"), sigmas=SIX, conditions=names)
+    for sigma, x in zip(SIX[:6], XS, strict=True):
+        label = LABELS if sigma > 4 else LABELS[1:]
+        model(filled(x, rows=len(label)), level(sigma, len(label)), label=label)
+    assert fates(model, "uncond") == "CSC"
+    assert [note for note in model.report.notes if "nothing is skipped" in note] == [
+        "skip='followers': where cond is the only condition nothing is skipped"
+    ]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
+def test_a_call_that_cannot_be_taken_apart_is_computed_whole(kind):
     class Packed(Rows):
         def __call__(self, x, sigma, label, other):
             assert other.shape == (1, 4)  # two rows packed into one, as nothing tells
             if len(x) != 2:
-                raise RuntimeError("shapes do not fit")
+                raise kind("shapes do not fit")
             return super().__call__(x, sigma, label)
 
     def answers(method):
@@ -146,6 +159,18 @@ def test_a_difference_that_is_not_finite_is_never_an_answer():
     assert reasons(model, "uncond")[1] == "prediction not finite"
 
 
+def test_a_follower_that_a_predictor_cannot_tell_yet_is_computed():
+    """A line needs two outputs; uncond comes one evaluation later than cond."""
+    names = lambda x, sigma, label: BOTH if len(label) == 2 else ("cond",)  # noqa: E731
+    method = Static("110011", predictor=LogSigmaLine(), skip="followers")
+    model = cached(Rows(), method, sigmas=SIX, conditions=names)
+    for sigma, x in zip(SIX[:6], XS, strict=True):
+        label = LABELS if sigma < SIX[0] else LABELS[1:]
+        model(filled(x, rows=len(label)), level(sigma, len(label)), label=label)
+    assert fates(model, "uncond") == "CCSCC"
+    assert reasons(model, "uncond")[1] == "no memory yet"
+
+
 def test_a_new_size_in_mid_run_cannot_be_leant_on():
     model = cached(Rows(), FOLLOW, sigmas=SIX, conditions=InTurn("cond", "uncond"))
     one, two = torch.tensor([1]), torch.tensor([0, 0])
@@ -161,6 +186,8 @@ def test_it_is_an_option_of_every_method_and_needs_a_deciding_anchor():
         Method(skip="uncond")
     with pytest.raises(OptionError, match=r"tolerance=0\.1, skip='followers': a tolerance counts errors"):
         Forecast(tolerance=0.1, skip="followers")
+    with pytest.raises(OptionError, match=r"tolerance=0\.1, skip='followers': a tolerance counts errors"):
+        Forecast(tolerance=0.1).but(skip="followers")
     with pytest.raises(OptionError, match="skip='followers' with decide='each': the anchor is always computed"):
         cached(Rows(), FOLLOW, conditions=BOTH, decide="each")
 

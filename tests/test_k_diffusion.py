@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -574,11 +575,42 @@ def test_threads_that_share_one_wrapper_never_get_each_others_memory():
         torch.testing.assert_close(images[k], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_threads_that_share_one_wrapper_have_turns_of_their_own():
+    """Two runs whose calls alternate: neither takes the other's cond for the first of its own pair."""
+    network = lambda x, sigma, name: torch.full_like(x, float(name == "cond"))  # noqa: E731
+    shared = CachedDenoiser(network, Method(), conditions=InTurn("cond", "uncond"), scalings="denoised")
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for sigma in SIGMAS[:-1]:
+            for name in ("cond", "uncond"):
+                for thread in (one, two):
+                    image = thread.submit(shared, start(), sigma.expand(2), name=name).result()
+                    assert image.eq(float(name == "cond")).all()
+
+
+@pytest.mark.parametrize(("latents", "answers"), [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("skip", ["all", "followers"])
+def test_a_skipped_evaluation_has_the_dtype_of_the_computed_ones(latents, answers, skip):
+    network = lambda x, sigma: (x * 0.5).to(answers)  # noqa: E731
+    cached = CachedDenoiser(network, Static("10", skip=skip), sigmas=[4.0, 1.0, 0.0], conditions=("uncond", "cond"))
+    made = [cached(start(sigma).to(latents), torch.full((2,), sigma)) for sigma in (4.0, 1.0)]
+    assert cached.report.fates("uncond") == "CS"
+    assert [one.dtype for one in made] == [answers] * 2
+
+
 def test_gradients_wanted_for_the_conditioning_are_not_cut():
     cached = CachedDenoiser(eps_model(Wavy()), Static("10"), sigmas=[4.0, 1.0, 0.0])
     strength = torch.tensor(1.0, requires_grad=True)
     for sigma in (4.0, 1.0):
         assert cached(start(sigma), torch.full((2,), sigma), strength=strength).requires_grad
+    network = lambda x, sigma, cond: x * cond["crossattn"][0]  # noqa: E731
+    cached = CachedDenoiser(network, Static("10"), sigmas=[4.0, 1.0, 0.0], scalings="denoised")
+    for sigma in (4.0, 1.0):
+        assert cached(start(sigma), torch.full((2,), sigma), cond={"crossattn": [strength]}).requires_grad
+    with torch.no_grad():
+        for sigma in (4.0, 1.0):
+            cached(start(sigma), torch.full((2,), sigma), cond={"crossattn": [strength]})
+    assert cached.report.fates("guided") == "CS"
 
 
 def test_a_guidance_wrapper_with_a_name_of_its_own_is_looked_through():

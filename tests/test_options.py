@@ -9,6 +9,7 @@ import re
 import string
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepcache import METHODS, EasyCache, Method, Off, OptionError, Static, StepMask, UCache, method
+from stepcache import (
+    METHODS,
+    EasyCache,
+    Every,
+    Forecast,
+    Method,
+    Off,
+    OptionError,
+    Spectrum,
+    Static,
+    StepMask,
+    TaylorSeerCache,
+    UCache,
+    method,
+)
 from stepcache.criteria import UCacheRule
 from stepcache.masks import PRESETS
 
@@ -459,3 +474,12 @@ def test_any_method_name_is_known_or_refused_with_a_sentence(name):
 def test_any_mask_text_is_accepted_or_refused_with_a_sentence(text):
     accepted = accepted_or_refused(lambda: StepMask(text))
     assert accepted is None or accepted.mask in PRESETS or set(accepted.mask) <= {0, 1}
+
+
+@pytest.mark.parametrize("make", [Method, Forecast, Spectrum, partial(TaylorSeerCache, interval=2)])
+@pytest.mark.parametrize("gates", [Every(2), 5, (Every(2), "every"), (Every,)])
+def test_gates_that_are_none_are_named(make, gates):
+    with pytest.raises(
+        OptionError, match=r"gates=.*: accepted are objects of classes made from Gate, in a tuple or a l"
+    ):
+        make(gates=gates)

@@ -555,6 +555,14 @@ def test_latents_are_freed_after_the_last_step_of_every_condition_in_turn():
     assert fates(model, "cond") == fates(model, "uncond") == "CSSSSS"
 
 
+def test_an_anchors_output_that_the_others_lean_on_is_freed_with_the_run():
+    method = Static("110101", skip="followers")
+    model = cached(Forgetful(), method, sigmas=SIX, conditions=InTurn("cond", "uncond"))
+    evaluate_odd(model, [sigma for sigma in SIX[:-1] for _ in range(2)])
+    assert fates(model, "uncond") == "CCSCSC"
+    assert alive() == 0
+
+
 def test_latents_of_a_condition_that_was_dropped_on_the_way_are_freed_with_the_run():
     """Hosts drop uncond in the last steps."""
     model = cached(Forgetful(lambda x, sigma, name: 2 * x), Static("110101"), sigmas=SIX, conditions=by_name)
@@ -719,6 +727,29 @@ def test_each_condition_can_decide_for_itself():
     assert fates(model, "uncond") == "CSSSCS"
     assert answers["cond"][2] == 18
     assert answers["uncond"][2] == pytest.approx(1.6 + 1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [({"max_consecutive": 1}, "CSCSCS"), ({"max_cached": 2}, "CSSCCC"), ({}, "CSSSSS")]
+)
+def test_limits_hold_for_every_condition_that_decides_for_itself(limit, expected):
+    model, _ = guide(
+        "separate", Method(criterion=Near(), **limit), cond=[1, 9, 1, 9, 1, 9], uncond=[1] * 6, decide="each"
+    )
+    assert fates(model, "cond") == "CCCCCC"
+    assert fates(model, "uncond") == expected
+
+
+def test_a_condition_that_decides_for_itself_computes_when_it_was_away():
+    """uncond stays away at 2 and 3: nothing says that what it did before still holds at 4."""
+    model = cached(Toy(twice_named), Static("110000"), sigmas=SIX, conditions=by_name, decide="each")
+    for k, sigma in enumerate(SIX[:-1]):
+        model(filled(1.0), level(sigma), name="cond")
+        if k not in (2, 3):
+            model(filled(1.0), level(sigma), name="uncond")
+    assert fates(model, "cond") == "CCSSSS"
+    assert fates(model, "uncond") == "CCCS"
+    assert reasons(model, "uncond")[2] == "no memory yet"
 
 
 def test_conditions_that_decide_for_themselves_in_one_batch_are_skipped_when_all_agree():
@@ -1158,6 +1189,19 @@ def test_plot_writes_a_picture(report, tmp_path):
     assert path == tmp_path / "run.png"
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(content) > 5000
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_in_an_announced_run_is_in_no_run(again):
+    """Else its runs, which nobody ends, would be one: a memory of the first would answer in the second."""
+    model = CachedDenoiser(Forgetful(), Method(), scalings=plain)
+    with model.run(SIX, stages=2):
+        evaluate_odd(model, SIX[:3])
+        other = again(model)
+    for x in (1.0, 10.0):
+        assert drive(other, SIX[:4], [x, x + 1, 3, 4])[0] == 2 * x
+        assert other.report.scheduled_steps is None
+        assert fates(other) == "CSSS"
 
 
 def test_a_report_can_be_kept_while_the_next_run_goes_on():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import weakref
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -135,6 +136,37 @@ def test_the_error_is_that_of_the_guided_prediction(guidance, off):
     assert any("7.5" in note for note in hand.run.notes) == (guidance is None)
 
 
+@pytest.mark.parametrize(("guidance", "off"), [(3.0, 3 * 0.3 + 2 * 0.1), (1.0, 0.3), (0.5, 0.5 * 0.3 + 0.5 * 0.1)])
+def test_conditions_of_different_sizes_are_taken_for_as_far_off_as_they_can_be(guidance, off):
+    """Three rows of cond and two of uncond cannot be subtracted: |g| cond + |g - 1| uncond bounds the guided error."""
+    hand = ByHand(0.5, guidance=guidance)
+    for k in (0, 2):
+        where = Where(0, k, TEN[k], k)
+        for name, error, rows in (("cond", 0.3, 3), ("uncond", -0.1, 2)):
+            seen = Seen(hand.run, where, error, history=list(hand.history))
+            seen.out = seen.out.expand(rows, -1, -1, -1)
+            seen.prediction = None if seen.prediction is None else seen.out + error
+            hand.rule.witness(name, seen)
+        hand.history.append(Seen(hand.run, where))
+    hand.asked(3)
+    assert hand.rule.rate == pytest.approx(off / 0.2)
+
+
+def test_conditions_that_are_not_known_as_cond_and_uncond_are_said_to_be_left_out():
+    """As "call" and "call 2", where a pipeline names none: guidance between them cannot be taken into account."""
+    hand = ByHand(0.5, guidance=3.0)
+    for k in (0, 2, 4):
+        hand.computed(k, call=0.1, call_2=0.3)
+        hand.asked(k + 1)
+    said = "tolerance: of call, call_2 the first alone is judged, for which of them are cond and uncond is not known"
+    assert hand.run.notes == [said]
+    assert hand.rule.rate == pytest.approx(0.1 / (0.2 * 0.4))
+    alone = ByHand(0.5, guidance=3.0)
+    alone.computed(0, cond=0.1)
+    alone.asked(1)
+    assert not alone.run.notes
+
+
 def test_one_condition_alone_is_taken_as_it_is():
     hand = ByHand(0.5, guidance=3.0)
     hand.computed(0, cond=0.0)
@@ -150,6 +182,33 @@ def test_without_a_schedule_or_a_scale_everything_is_computed_and_the_report_say
     assert any("tolerance" in note for note in model.report.notes)
     run = Run(TEN)
     assert not ToleranceRule(0.1).begin(run).decide(Seen(run, Where(0, 1, 0.9, 1))).skip
+
+
+def test_an_evaluation_off_the_schedule_is_computed_and_the_plan_begins_again():
+    """A two-evaluation sampler that was not announced: its second evaluations are no places of the plan."""
+    model = cached(lambda x, sigma: 2 * x, Forecast(tolerance=0.5), sigmas=TEN)
+    assert drive(model, [*TEN[:2], 0.85, *TEN[2:10]], 1.0) == pytest.approx([2.0] * 11)
+    at = [event.computed for event in model.report.events if event.where.stage]
+    assert at == [True]
+    assert "S" in fates(model)[4:]
+    hand = ByHand(0.5)
+    hand.computed(0)
+    where = Where(0, 1, 0.95, 0, stage=1)
+    hand.rule.witness("guided", Seen(hand.run, where, history=list(hand.history)))
+    assert hand.rule.decide(Seen(hand.run, Where(0, 2, TEN[1], 1), history=hand.history)) == (False, None, 0.5, None)
+
+
+def test_the_evidence_of_an_evaluation_is_not_kept():
+    """It holds half a dozen latents; the rule keeps one of its own, at first two."""
+    hand, gone = ByHand(0.1), []
+    for k in range(4):
+        seen = Seen(hand.run, Where(0, k, TEN[k], k), history=list(hand.history))
+        hand.rule.witness("guided", seen)
+        gone.append(weakref.ref(seen))
+        hand.history.append(Seen(hand.run, seen.where))
+        del seen
+        assert gone[-1]() is None
+        hand.asked(k + 1)
 
 
 def test_tolerance_zero_calls_the_model_directly():
