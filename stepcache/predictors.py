@@ -166,13 +166,15 @@ class SelfOrder(Predictor):
     """`Lagrange` of an order that chooses itself, for every sample of a batch and after every computed evaluation.
 
         out = out_0 + sum over p >= 1 of g_p (out_p - out_(p-1))
-        g_0 = 1,   g_p = g_(p-1) h_p / (1 + (e_p / (trust e_(p-1)))^4),   h_1 = 1, else 3/4
+        g_0 = 1,   g_p = g_(p-1) h_p / (1 + (r_p / trust)^4),   h_1 = 1, else 3/4
+        r_p = e_p / e_(p-1), or, where order p could not be tried yet, |s - s_n| / |s_n - s_(n-p)|
 
-    with out_p the prediction of order p and e_p how far that order would have been off at the last computed evaluation,
-    in rms over the sample. An order that could not be tried yet is trusted as much as the one below. Where the residual
-    is smooth a higher order is less far off. Of a random walk, as fresh noise makes it, e_1 / e_0 is the square root of
-    2 and e_2 / e_1 that of 3: then g falls, and the prediction goes back to reuse. No network call and no transfer: the
-    g stay on the device.
+    with out_p the prediction of order p from the evaluations n - p to n, s the coordinate, and e_p how far that order
+    would have been off at the last computed evaluation, in rms over the sample. Where the residual is smooth a higher
+    order is less far off. Of a random walk, as fresh noise makes it, e_1 / e_0 is the square root of 2 and e_2 / e_1
+    that of 3: then g falls, and the prediction goes back to reuse. An order that was not tried is believed as far as it
+    has something to stand on: at the start of Heun and DPM2 two evaluations lie close together and the next one far
+    away. No network call and no transfer: the g stay on the device.
 
     Args:
         order: the highest order. Default 2.
@@ -209,7 +211,7 @@ class SelfOrder(Predictor):
 
     def predict(self, evidence: Evidence) -> Tensor:
         here, history = evidence.coordinate(evidence.where), evidence.history
-        trusts = [*self._trusts(history), 0.0]
+        trusts = [*self._trusts(history, here), 0.0]
         total = [torch.zeros(len(evidence.x), device=evidence.x.device, dtype=evidence.x.dtype) for _ in history]
         place = {id(node): k for k, node in enumerate(history)}
         for p in range(len(trusts) - 1):
@@ -217,15 +219,19 @@ class SelfOrder(Predictor):
                 total[place[id(node)]] += weight * (trusts[p] - trusts[p + 1])
         return weighted(evidence.x, list(zip(history, total, strict=True)), "residual")
 
-    def _trusts(self, history: Sequence[Node]) -> list[Tensor | float]:
+    def _trusts(self, history: Sequence[Node], here: float) -> list[Tensor | float]:
         """g_0, g_1, ... as far as there are evaluations for; each a number, or one a sample."""
         off, trusts = history[-1].hindsight, [1.0]
         tried = 0 if off is None else len(off)
+        newest = history[-1].coordinate
         for p in range(1, len(history)):
             kept = 1.0 if p == 1 else 0.75
             if p < tried:
                 ratio = off[p] / (self.trust * off[p - 1] + torch.finfo(off.dtype).tiny)
                 kept = (kept / (1 + ratio**4)).nan_to_num(nan=0.0)
+            else:
+                reach = abs(here - newest) / abs(newest - history[-1 - p].coordinate)
+                kept /= 1 + (reach / self.trust) ** 4 if self.trust else math.inf
             trusts.append(trusts[-1] * kept)
         return trusts
 
