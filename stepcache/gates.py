@@ -19,6 +19,7 @@ from .options import OptionError, number, unknown, window
 from .timeline import Where
 
 WindowUnit = Literal["steps", "training"]
+UNKNOWN_SCHEDULE = "this run's schedule is not known (pass sigmas=, or use sample())"
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Mask(Gate):
 
     def begin(self, run: Run) -> Answer:
         if run.steps is None:
-            run.warnings.append("the mask cannot act: this run's schedule is not known (pass sigmas=, or use sample())")
+            run.warnings.append(f"the mask cannot act: {UNKNOWN_SCHEDULE}")
             return lambda where, tally: Hold("mask: no schedule")
         digits = self.mask.for_steps(run.steps)
         one, off = Hold("mask"), Hold("mask: off the schedule")
@@ -208,7 +209,7 @@ class LastStep(Gate):
 
     def begin(self, run: Run) -> Answer:
         if run.steps is None:
-            run.warnings.append("the last step cannot be protected: this run's schedule is not known")
+            run.warnings.append(f"the last step cannot be protected: {UNKNOWN_SCHEDULE}")
         last, hold = -1 if run.steps is None else run.steps - 1, Hold("last step")
         return lambda where, tally: hold if where.step == last else None
 
@@ -252,7 +253,10 @@ class SecondOfTwo(Gate):
 
     def begin(self, run: Run) -> Answer:
         if run.stages is None:
-            run.warnings.append("evaluations='second' cannot act: how many evaluations a step has is not known")
+            run.warnings.append(
+                "evaluations='second' cannot act: how many evaluations a step has is not known (use sample(), or pass "
+                "stages=)"
+            )
         hold = Hold("first of two", observe=False, record=False)
         return lambda where, tally: hold if run.stages == 2 and where.stage == 0 else None
 
@@ -310,7 +314,7 @@ class SpectrumCadence(Gate):
 
     def begin(self, run: Run) -> Answer:
         if run.asked is None and self.stop:
-            run.warnings.append(f"stop={self.stop:g} cannot act: this run's schedule is not known")
+            run.warnings.append(f"stop={self.stop:g} cannot act: {UNKNOWN_SCHEDULE}")
         stop = 0 if run.asked is None else _share(self.stop, run.asked)
         warming, stopped, due = Hold("warm-up"), Hold("after stop"), Hold("cadence")
 

@@ -435,7 +435,7 @@ def test_spectrum_stops_at_a_share_of_the_evaluations_whatever_the_sampler():
 def test_spectrum_says_that_it_cannot_stop_without_a_schedule():
     run = Run()
     assert cadence(SpectrumCadence(flex_window=0), run, 8) == "CCCCSCSC"
-    assert run.warnings == ["stop=0.9 cannot act: this run's schedule is not known"]
+    assert run.warnings == ["stop=0.9 cannot act: this run's schedule is not known (pass sigmas=, or use sample())"]
 
 
 def test_spectrum_by_name_and_with_other_gates():
