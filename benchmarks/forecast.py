@@ -76,9 +76,10 @@ def tables(results: Results, steps: int) -> Iterator[str]:
     published = [name for name in ("UCache", "EasyCache", "Spectrum") if name in methods]
     lines = [["PSNR at calls", *published, *(f"Forecast(2) ahead of {name}" for name in published)]]
     for label, found in cells.items():
-        gains = (results.ahead(found["Forecast(2)"], name) for name in published)
-        marks = (f"{mark(found[name])} at {found[name].calls:g}" for name in published)
-        lines.append([label, *marks, *(gain.text(sign=True) for gain in gains)])
+        rows = [found[name] for name in published]
+        marks = ("never skips" if row.same else f"{mark(row)} at {row.calls:g}" for row in rows)
+        gains = ("" if r.same else results.ahead(found["Forecast(2)"], r.method).text(sign=True) for r in rows)
+        lines.append([label, *marks, *gains])
     yield from table(lines)
 
     forecasts = [name for name in methods if name.startswith("Forecast")]
