@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stepcache import Forecast, Lagrange, Method, SelfOrder, Static, UCache
+from stepcache import Forecast, Method, SelfOrder, Static, UCache
 from stepcache.bench import bench
 from stepcache.demo.sampling import subject
 
@@ -23,7 +23,7 @@ def methods(steps: int) -> dict[str, Method]:
     quarter = [1, 1, 1, 0] * (-(-steps // 4))
     return {
         "Forecast, followers": Forecast(skip="followers"),
-        "Lagrange 1, followers": Forecast(skip="followers", predictor=Lagrange(1)),
+        "SelfOrder, followers": Forecast(skip="followers", predictor=SelfOrder()),
         "reuse, 3 of 4": Static(quarter[:steps]),
         "SelfOrder, 3 of 4": Static(quarter[:steps], predictor=SelfOrder()),
         "UCache 0.75": UCache(0.75),

@@ -25,7 +25,7 @@ from .gates import (
     as_gates,
 )
 from .masks import StepMask
-from .predictors import Chebyshev, Predictor, Reuse, SelfOrder
+from .predictors import Chebyshev, Lagrange, Predictor, Reuse, SelfOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,13 +167,16 @@ def Forecast(every: int | None = None, tolerance: float | None = None, **common:
         tolerance: instead of `every`: the error that all skips together may leave in the result, as a share of the
             latent's scale. 0.01 to 0.03 is usual; 0 never skips. It needs the schedule, as `sample` and diffusers give
             it, and where cond and uncond are seen apart the guidance scale.
-        **common: every option of `Method`: start, end, mask, warmup, last_step, max_cached, predictor, ...
+        **common: every option of `Method`: start, end, mask, warmup, last_step, max_cached, predictor, ... With
+            skip="followers" the predictor is `Lagrange(1)`, for what is predicted then is a difference of conditions,
+            which fresh noise hardly touches.
 
     For samplers with two evaluations a step (Heun, DPM2, DPM++ SDE) it should know so: use `sample`, or `sigmas` and
     the sampler's callback. What it reaches, and where it does not help, is measured in docs/measurements.md and, with a
     tolerance, in docs/tolerance.md.
     """
-    chosen: dict[str, Any] = {"predictor": SelfOrder(), "last_step": True, "name": "forecast"}
+    predictor = Lagrange(1) if common.get("skip") == "followers" else SelfOrder()
+    chosen: dict[str, Any] = {"predictor": predictor, "last_step": True, "name": "forecast"}
     if tolerance is None:
         chosen["gates"] = (Every(2 if every is None else every), *as_gates(common.pop("gates", ())))
     elif every is not None:

@@ -213,6 +213,12 @@ def test_arguments_are_cut_by_rows_wherever_they_lie():
     assert len(cut(pair, 2, slice(0, 1))) == 2
 
 
+def test_forecast_continues_the_difference_in_a_line():
+    assert Forecast(skip="followers").predictor == Lagrange(1)
+    assert Forecast(skip="followers", predictor=Lagrange(2)).predictor == Lagrange(2)
+    assert Forecast(skip="all").predictor == Forecast().predictor != Lagrange(1)
+
+
 @pytest.mark.parametrize("network", ["unet", "dit"])
 def test_under_fresh_noise_it_is_worth_several_db_at_the_same_calls(network):
     """Measured: 4.2 to 5 dB over reuse with 15 of 20 calls; bars 2 dB under that."""
