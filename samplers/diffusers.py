@@ -182,6 +182,8 @@ class Attachment:
         self._plan: list[Place] = []
         self._first, self._at = 0, None
         self._shown = 0, 0
+        if isinstance(components, str):
+            raise OptionError(f"components={components!r}: accepted is a list of names, as components=[{components!r}]")
         names = components or [name for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)]
         for name in names:
             if not isinstance(getattr(pipe, name, None), nn.Module):
