@@ -615,7 +615,7 @@ def test_windows_with_followers_are_computed(host: Any) -> None:
 def test_followers_without_guidance_are_none(host: Any) -> None:
     plain, model = host.model(), patched(host.model(), chosen("forecast", FOLLOWERS))
     assert torch.equal(run(host, model, cfg=1.0), run(host, plain, cfg=1.0))
-    assert "cond is the only condition, so nothing is skipped" in str(cache_of(model).report.notes)
+    assert "where cond is the only condition nothing is skipped" in str(cache_of(model).report.notes)
 
 
 def test_what_is_written_for_both_prompts_in_one_batch_gets_them(host: Any) -> None:

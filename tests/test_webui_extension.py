@@ -35,6 +35,8 @@ from stepcache.cli import main
 from stepcache.samplers import webui
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
+pytestmark = pytest.mark.filterwarnings("ignore:the last step cannot be protected")  # DPM fast
+
 NAMES = ("a1111-1.10", "a1111-1.7", "a1111-1.6", "forge")
 ON = [True, "forecast"]
 MASKED = [True, "static", "", "", "1001010011"]
@@ -114,7 +116,6 @@ def fates(run, condition="cond"):
     return run.session.report.fates(condition)
 
 
-@pytest.mark.filterwarnings("ignore:the last step cannot be protected")  # DPM fast
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_disabled_or_never_skipping_is_bit_identical_and_nothing_is_left(name, situation, runs):
@@ -330,7 +331,7 @@ def test_conditioning_that_is_not_ordered_by_rows_on_a1111_is_computed_whole_and
 
 def test_where_there_is_no_negative_prompt_it_says_so():
     p = Host("forge").job(followers(*ON), cfg_scale=1.0)
-    assert "cond is the only condition, so nothing is skipped" in p.comments[0]
+    assert "where cond is the only condition nothing is skipped" in p.comments[0]
     assert p.extra_generation_params["StepCache skipped"] == "0/10"
 
 
