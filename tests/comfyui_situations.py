@@ -641,3 +641,35 @@ def test_followers_need_a_deciding_anchor(host: Any) -> None:
     with pytest.raises(OptionError, match="skip='followers' with decide='each'"):
         run(host, model)
     assert torch.equal(run(host, patched(plain, chosen("none"))), bare)
+
+
+@pytest.mark.parametrize("options", ["", FOLLOWERS])
+def test_a_compiled_network_is_compiled_as_often_as_without_a_cache(host: Any, options: str) -> None:
+    """The built-in nodes stand inside of what is compiled: 20 graphs and more than 8 recompilations.
+
+    With followers the prompt comes alone, too: for one row torch compiles some of it once more.
+    """
+    model, graphs = host.model(), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    network = model.model.diffusion_model
+    network.forward = torch.compile(network.forward, backend=backend, dynamic=True)
+    try:
+        torch._dynamo.reset()
+        bare, once = run(host, model), len(graphs)
+        cached = patched(model, chosen("forecast", options))
+        run(host, cached)
+        assert once > 0
+        assert once + bool(options) <= len(graphs) <= once * (1 + bool(options))
+        assert sum(host.rows) == cache_of(cached).report.calls < 2 * STEPS
+        torch._dynamo.reset()
+        graphs.clear()
+        run(host, cached)
+        assert once + bool(options) <= len(graphs) <= once * (1 + bool(options))
+        assert close(run(host, patched(model, chosen("none"))), bare)
+    finally:
+        del network.forward
+        torch._dynamo.reset()
