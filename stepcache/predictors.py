@@ -161,20 +161,24 @@ def _lagrange(here: float | None, history: Sequence[Node], order: int) -> list[t
     ]
 
 
+UNTRIED_REACH = 1.5
+"""How far beyond its evaluations an order that was not tried is half believed, in the length over which they lie."""
+
+
 @dataclass(frozen=True)
 class SelfOrder(Predictor):
     """`Lagrange` of an order that chooses itself, for every sample of a batch and after every computed evaluation.
 
         out = out_0 + sum over p >= 1 of g_p (out_p - out_(p-1))
-        g_0 = 1,   g_p = g_(p-1) h_p / (1 + (r_p / trust)^4),   h_1 = 1, else 3/4
-        r_p = e_p / e_(p-1), or, where order p could not be tried yet, |s - s_n| / |s_n - s_(n-p)|
+        g_0 = 1,   g_p = g_(p-1) h_p / (1 + (e_p / (trust e_(p-1)))^4),   h_1 = 1, else 3/4
+        where order p could not be tried yet:   g_p = g_(p-1) h_p / (1 + (|s - s_n| / (1.5 |s_n - s_(n-p)|))^8)
 
     with out_p the prediction of order p from the evaluations n - p to n, s the coordinate, and e_p how far that order
     would have been off at the last computed evaluation, in rms over the sample. Where the residual is smooth a higher
     order is less far off. Of a random walk, as fresh noise makes it, e_1 / e_0 is the square root of 2 and e_2 / e_1
-    that of 3: then g falls, and the prediction goes back to reuse. An order that was not tried is believed as far as it
-    has something to stand on: at the start of Heun and DPM2 two evaluations lie close together and the next one far
-    away. No network call and no transfer: the g stay on the device.
+    that of 3: then g falls, and the prediction goes back to reuse. An order that was not tried is believed up to one
+    and a half times as far as it has something to stand on: at the start of Heun and DPM2 two evaluations lie close
+    together and the next one far away. No network call and no transfer: the g stay on the device.
 
     Args:
         order: the highest order. Default 2.
@@ -231,7 +235,7 @@ class SelfOrder(Predictor):
                 kept = (kept / (1 + ratio**4)).nan_to_num(nan=0.0)
             else:
                 reach = abs(here - newest) / abs(newest - history[-1 - p].coordinate)
-                kept /= 1 + (reach / self.trust) ** 4 if self.trust else math.inf
+                kept /= 1 + (reach / UNTRIED_REACH) ** 8
             trusts.append(trusts[-1] * kept)
         return trusts
 

@@ -664,17 +664,16 @@ def test_the_order_follows_hindsight():
 
 def test_an_order_that_could_not_be_tried_is_believed_as_far_as_it_has_something_to_stand_on():
     assert number(SelfOrder(), walk([5]), (1, 0.5)) == 5
-    untried = 1 / (1 + (1 / 1.3) ** 4)  # as far beyond the newest as that is from the oldest
+    untried = 1 / (1 + (1 / 1.5) ** 8)  # as far beyond the newest as that is from the oldest
     assert number(SelfOrder(), walk([5, 7]), (2, 0.25)) == pytest.approx(7 + untried * 2)
     first = 1 / (1 + (1 / (1.3 * 3)) ** 4)  # order 0 was off by 3 at the last, order 1 by 1
-    second = first * 0.75 / (1 + (0.5 / 1.3) ** 4)
+    second = first * 0.75 / (1 + (0.5 / 1.5) ** 8)
     assert number(SelfOrder(), walk([5, 7, 10]), (3, 0.125)) == pytest.approx(10 + first * 3 + second * 1)
 
 
 def test_far_from_two_evaluations_that_lie_close_together_the_newest_is_kept():
-    far = number(SelfOrder(), walk([5, 7]), (2, 2.0**-9))  # eight times as far away as they are apart
-    assert far == pytest.approx(7 + 16 / (1 + (8 / 1.3) ** 4))
-    assert number(SelfOrder(trust=0), walk([5, 7]), (2, 0.25)) == 7
+    far = number(SelfOrder(), walk([5, 7]), (2, 2.0**-5))  # four times as far away as they are apart
+    assert far == pytest.approx(7 + 8 / (1 + (4 / 1.5) ** 8))
 
 
 def test_of_a_series_that_jumps_to_and_fro_little_but_the_last_is_kept():
