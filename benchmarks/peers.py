@@ -175,6 +175,7 @@ class Peers:
     def __init__(self) -> None:
         self.base: Pipeline = pipelines.measured("dit")
         self.metrics, self.limit, self.noisy = self.base.metrics, self.base.limit, self.base.noisy
+        self.settings = self.base.settings
 
     def sample(self, sampler: str, steps: int, method: Setting | None, seeds: Sequence[int]) -> Counted:
         setting = method or Setting()

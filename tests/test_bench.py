@@ -37,6 +37,7 @@ class Ladder:
     metrics: dict = field(default_factory=lambda: {"PSNR": METRICS["PSNR"]})
     limit: tuple[str, int] | None = ("plain", 1000)
     noisy: frozenset[str] = frozenset({"noisy"})
+    settings: dict = field(default_factory=dict)
     asked: list = field(default_factory=list)
 
     def sample(self, sampler: str, steps: int, method: Method | None, seeds) -> Sampled:
@@ -135,6 +136,18 @@ def test_a_measurement_goes_on_where_it_was_broken_off(tmp_path):
     other_method = Ladder()
     bench(other_method, ["plain"], [20], {"half": Static("100")}, 2, batch=2, out=tmp_path)
     assert any(name for _, _, name, _ in other_method.asked)
+
+
+def test_records_made_with_other_settings_of_the_cache_are_not_taken(tmp_path):
+    common = {"samplers": ["plain"], "steps": [20], "methods": {"half": Static("10")}, "samples": 2, "out": tmp_path}
+    subject = Ladder(settings={"guidance": 3.0})
+    bench(subject, **common)
+    made = len(subject.asked)
+    bench(subject, **common)
+    assert ("plain", 20, "static", (0, 1)) not in subject.asked[made:]
+    other = Ladder(settings={"guidance": 6.0})
+    bench(other, **common)
+    assert ("plain", 20, "static", (0, 1)) in other.asked
 
 
 def test_records_of_another_model_of_the_same_name_are_refused(tmp_path):

@@ -53,7 +53,8 @@ class Unit:
         methods = {name: repr(method) for name, method in self.methods.items()}
         subject = self.subject
         told = (subject.name, self.sampler, self.steps, self.seeds, methods, self.others, [*subject.metrics])
-        return hashlib.sha1(json.dumps([*told, subject.limit]).encode()).hexdigest()
+        settings = {name: repr(value) for name, value in subject.settings.items()}
+        return hashlib.sha1(json.dumps([*told, subject.limit, settings]).encode()).hexdigest()
 
 
 def bench(

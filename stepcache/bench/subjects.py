@@ -42,12 +42,14 @@ class Subject(Protocol):
         metrics: how its samples are marked, by name; the first is plotted, and decides which other sampler is best.
         limit: a sampler and steps whose images are taken for the exact solution, or None.
         noisy: the samplers that add fresh noise, which have no such limit.
+        settings: of the cache, beside the method; records that were made with others are not taken for these.
     """
 
     name: str
     metrics: Mapping[str, Metric]
     limit: tuple[str, int] | None
     noisy: frozenset[str]
+    settings: Mapping[str, Any]
 
     def sample(self, sampler: str, steps: int, method: Method | None, seeds: Sequence[int]) -> Sampled:
         """A batch, one sample a seed. The same seeds must give the same noise, whatever the method; None: no cache."""
@@ -89,6 +91,10 @@ class KDiffusion:
     noisy: frozenset[str] = NOISY
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.cached
 
     @torch.no_grad()
     def sample(self, sampler: str, steps: int, method: Method | None, seeds: Sequence[int]) -> Sampled:
@@ -141,6 +147,10 @@ class Pipeline:
         if not self.schedulers:
             own = self.pipe.scheduler
             self.schedulers = {type(own).__name__: lambda: type(own).from_config(own.config)}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.attach
 
     @torch.no_grad()
     def sample(self, sampler: str, steps: int, method: Method | None, seeds: Sequence[int]) -> Sampled:
