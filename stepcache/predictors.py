@@ -93,6 +93,20 @@ class Weighted(Predictor):
         return None if terms is None else weighted(evidence.x, terms, self.of)
 
 
+class OfOrder(Weighted):
+    """A sum over the last order + 1 computed evaluations."""
+
+    order: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("order", self.order, whole=True)
+
+    @property
+    def memory(self) -> int:
+        return self.order + 1
+
+
 def weighted(x: Tensor, terms: Terms, of: Of) -> Tensor:
     """The sum of `Weighted`, in the dtype of x. A weight is a number, or a tensor of one number a row."""
     out = x.clone() if of == "residual" else torch.zeros_like(x)
@@ -111,7 +125,7 @@ def _add(out: Tensor, term: Tensor, weight: float | Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Lagrange(Weighted):
+class Lagrange(OfOrder):
     """The polynomial of degree `order` through the last computed evaluations at different sigmas:
 
         w_j = product over i != j of (s - s_i) / (s_j - s_i)
@@ -129,14 +143,6 @@ class Lagrange(Weighted):
 
     order: int = 2
     of: Of = "residual"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number("order", self.order, whole=True)
-
-    @property
-    def memory(self) -> int:
-        return self.order + 1
 
     def remember(self, history: History, node: Node) -> None:
         kept = [old for old in history if not near(old.where.sigma, node.where.sigma)]
@@ -159,6 +165,13 @@ def _lagrange(here: float | None, history: Sequence[Node], order: int) -> list[t
         (node, math.prod((here - other) / (there - other) for other in nodes if other != there))
         for there, node in nodes.items()
     ]
+
+
+def _reach(here: float | None, newest: float | None, oldest: float | None) -> float:
+    """How far a place lies beyond evaluations, in their own length; 0 where that is not known, or they have none."""
+    if here is None or newest is None or oldest is None or newest == oldest:
+        return 0.0
+    return abs(here - newest) / abs(newest - oldest)
 
 
 UNTRIED_REACH = 1.5
@@ -223,7 +236,7 @@ class SelfOrder(Predictor):
                 total[place[id(node)]] += weight * (trusts[p] - trusts[p + 1])
         return weighted(evidence.x, list(zip(history, total, strict=True)), "residual")
 
-    def _trusts(self, history: Sequence[Node], here: float) -> list[Tensor | float]:
+    def _trusts(self, history: Sequence[Node], here: float | None) -> list[Tensor | float]:
         """g_0, g_1, ... as far as there are evaluations for; each a number, or one a sample."""
         off, trusts = history[-1].hindsight, [1.0]
         tried = 0 if off is None else len(off)
@@ -234,14 +247,13 @@ class SelfOrder(Predictor):
                 ratio = off[p] / (self.trust * off[p - 1] + torch.finfo(off.dtype).tiny)
                 kept = (kept / (1 + ratio**4)).nan_to_num(nan=0.0)
             else:
-                reach = abs(here - newest) / abs(newest - history[-1 - p].coordinate)
-                kept /= 1 + (reach / UNTRIED_REACH) ** 8
+                kept /= 1 + (_reach(here, newest, history[-1 - p].coordinate) / UNTRIED_REACH) ** 8
             trusts.append(trusts[-1] * kept)
         return trusts
 
 
 @dataclass(frozen=True)
-class TaylorSeer(Weighted):
+class TaylorSeer(OfOrder):
     """TaylorSeer's series in the index n of the evaluation, around the last computed one:
 
         out = sum_k D_k(n') (n - n')^k / k!,   D_0(n') = out',   D_k(n') = (D_(k-1)(n') - D_(k-1)(n'')) / (n' - n'')
@@ -260,14 +272,6 @@ class TaylorSeer(Weighted):
 
     order: int = 1
     of: Of = "output"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number("order", self.order, whole=True)
-
-    @property
-    def memory(self) -> int:
-        return self.order + 1
 
     def weights(self, evidence: Evidence) -> Terms:
         nodes = list(evidence.history)[-self.memory :]

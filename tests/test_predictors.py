@@ -676,6 +676,13 @@ def test_far_from_two_evaluations_that_lie_close_together_the_newest_is_kept():
     assert far == pytest.approx(7 + 8 / (1 + (4 / 1.5) ** 8))
 
 
+def test_an_order_that_chooses_itself_survives_what_has_no_coordinate_or_all_the_same():
+    assert number(SelfOrder(), walk([5, 7]), (2, 0.25), Run(coordinate=lambda sigma: 1.0)) == 7
+    assert number(SelfOrder(), [*walk([5]), ((1, 0.0), 7.0)], (2, 0.25)) == 5
+    assert number(SelfOrder(), [((0, 0.0), 5.0), ((1, 1.0), 7.0)], (2, 0.25)) == 7
+    assert number(SelfOrder(), walk([5, 7]), (2, 0.0)) == 7
+
+
 def test_of_a_series_that_jumps_to_and_fro_little_but_the_last_is_kept():
     jumping = walk([0, 1, -1, 1, -1, 1])
     assert abs(number(SelfOrder(), jumping, (6, 2.0**-6)) - 1) < 0.5
