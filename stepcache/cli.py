@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import __version__, method
 from .extras import need
-from .install import HOSTS
+from .samplers.install import HOSTS
 
 
 def main(arguments: list[str] | None = None) -> int:

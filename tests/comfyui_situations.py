@@ -1,6 +1,7 @@
 """What must hold in ComfyUI, on any host that offers `tests.comfyui_double.Double`'s few methods.
 
-Collected twice: on the double (tests/test_comfyui_nodes.py), and on a real checkout (tests/hosts/test_comfyui.py).
+Collected twice: on the double (tests/test_comfyui_nodes.py), and on a real checkout (tests/hosts/test_comfyui.py), each
+with the samplers that it has as the fixture `sampler`.
 Each failure of ComfyUI's own EasyCache and LazyCache that was seen there has a test.
 """
 
@@ -69,21 +70,6 @@ def fates(patcher: Any, condition: str = "cond") -> str:
 
 def close(a: Tensor, b: Tensor, share: float = 1e-3) -> bool:
     return bool((a - b).norm() <= share * b.norm())
-
-
-@pytest.fixture(scope="module")
-def samplers(host: Any) -> tuple[str, ...]:
-    return host.samplers
-
-
-NAMES = ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "heun", "dpm_2", "dpmpp_sde", "ddim", "uni_pc", "lms")
-
-
-@pytest.fixture(params=NAMES)
-def sampler(request: Any, samplers: tuple[str, ...]) -> str:
-    if request.param not in samplers:
-        pytest.skip(f"this host has no {request.param}")
-    return request.param
 
 
 def test_off_is_bit_identical_with_the_same_calls(host: Any, sampler: str) -> None:

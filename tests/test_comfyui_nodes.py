@@ -35,6 +35,11 @@ def host() -> Any:
         sys.modules.pop(name) if module is None else sys.modules.update({name: module})
 
 
+@pytest.fixture(params=Double.samplers)
+def sampler(request: Any) -> str:
+    return request.param
+
+
 def defaults(node: str) -> dict[str, Any]:
     inputs = NODE_CLASS_MAPPINGS[node].INPUT_TYPES()
     given = {**inputs["required"], **inputs.get("optional", {})}

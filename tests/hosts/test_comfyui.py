@@ -35,6 +35,11 @@ def host() -> Real:
     return Real(Path(CHECKOUT))
 
 
+@pytest.fixture(params=Real.samplers)
+def sampler(request: Any) -> str:
+    return request.param
+
+
 def node(module: str, name: str) -> Any:
     """One of the host's own nodes."""
     return getattr(__import__(f"comfy_extras.{module}", fromlist=[name]), name)

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import __version__
-from .options import OptionError
+from stepcache import __version__
+from stepcache.options import OptionError
 
 MARK = "# Written by `stepcache install`; a later run replaces it."
 
