@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stepcache import Forecast, Method, SelfOrder, Static, UCache
+from stepcache import Forecast, Method, AdaptiveOrder, Static, UCache
 from stepcache.bench import bench
 from stepcache.demo.sampling import subject
 
@@ -23,9 +23,9 @@ def methods(steps: int) -> dict[str, Method]:
     quarter = [1, 1, 1, 0] * (-(-steps // 4))
     return {
         "Forecast, followers": Forecast(skip="followers"),
-        "SelfOrder, followers": Forecast(skip="followers", predictor=SelfOrder()),
+        "AdaptiveOrder, followers": Forecast(skip="followers", predictor=AdaptiveOrder()),
         "reuse, 3 of 4": Static(quarter[:steps]),
-        "SelfOrder, 3 of 4": Static(quarter[:steps], predictor=SelfOrder()),
+        "AdaptiveOrder, 3 of 4": Static(quarter[:steps], predictor=AdaptiveOrder()),
         "UCache 0.75": UCache(0.75),
     }
 

@@ -30,7 +30,7 @@ from diffusers import CacheMixin, hooks
 from rich.console import Console
 from torch import nn
 
-from stepcache import DBCache, EasyCache, FBCache, Forecast, Method, Reuse, SelfOrder, Static, TaylorSeer, UCache
+from stepcache import DBCache, EasyCache, FBCache, Forecast, Method, Reuse, AdaptiveOrder, Static, TaylorSeer, UCache
 from stepcache.bench import Pipeline, Results, Sampled, bench
 from stepcache.demo import pipelines
 from stepcache.extras import need
@@ -281,7 +281,7 @@ def side_by_side(search: Search) -> dict[str, Setting]:
             "UCache": search(f"UCache, {work:g}", lambda t: Setting(UCache(t)), work),
             "EasyCache": search(f"EasyCache, {work:g}", lambda t: Setting(EasyCache(t)), work),
             "MagCache": search(f"MagCache, {work:g}", lambda t: Setting(None, Mag(t, ratios)), work),
-            "Forecast at TaylorSeer's calls": Setting(Static(calls, predictor=SelfOrder())),
+            "Forecast at TaylorSeer's calls": Setting(Static(calls, predictor=AdaptiveOrder())),
             "our taylorseer": Setting(Static(calls, predictor=TaylorSeer(1, of="output"))),
             "TaylorSeer": Setting(None, Taylor(*intervals)),
             "TaylorSeer, order 2": Setting(None, Taylor(*intervals, 2)),

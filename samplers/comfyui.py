@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepcache import METHODS, Method, OptionError, Report, Request, Session, StepMask
+from stepcache import METHODS, Method, OptionError, Parametrization, Report, Request, Session, StepMask
 from stepcache.masks import PRESETS
 from stepcache.methods import main_number
 from stepcache.methods import method as make_method
@@ -163,6 +163,7 @@ class _Run:
             decide=decide,
             training_sigma=lambda share: float(self.sampling.percent_to_sigma(share)),
             coordinate=_coordinate(self.sampling),
+            parametrization=lambda sigma: _parametrization(self.sampling, sigma),
             lowest_sigma=float(self.sampling.sigma_min),
             network=guider.model_patcher.model,
         )
@@ -320,6 +321,11 @@ def scalings(sampling: Any, sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor, T
     c_skip = sampling.calculate_denoised(sigma, nothing, one)
     c_out = sampling.calculate_denoised(sigma, one, nothing)
     return c_skip, c_out, c_in
+
+
+def _parametrization(sampling: Any, sigma: float) -> Parametrization:
+    """`Run.parametrization`, as the model's `model_sampling` has it."""
+    return Parametrization.of(sigma, *(float(c) for c in scalings(sampling, torch.tensor([sigma]), torch.ones(1))))
 
 
 def _coordinate(sampling: Any) -> Callable[[float], float] | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from stepcache import FBCache, Method, OptionError, Report, Request, Session, StepMask, method
+from stepcache import FBCache, Method, OptionError, Parametrization, Report, Request, Session, StepMask, method
 from stepcache.options import flag
 from stepcache.readings import wide, widened
 
@@ -407,6 +407,7 @@ class _Slot(_Stand):
             coordinate=_coordinate(scheduler),
             network=module,
             exposure=_exposure(scheduler),
+            parametrization=_parametrization(scheduler),
             guidance=lambda: _guidance_scale(owner.pipe),
         )
         self.parameters = list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters)
@@ -825,6 +826,27 @@ def _exposure(scheduler: Any) -> Callable[[float], float] | None:
         "sample": lambda sigma: (sigma * sigma + 1) ** -0.5 / sigma,
     }
     return by_kind.get(predicted)
+
+
+def _parametrization(scheduler: Any) -> Callable[[float], Parametrization] | None:
+    """`Run.parametrization` by what the network predicts. Its input is of unit scale, or a flow's interpolation."""
+    if _is_flow(scheduler):
+        return lambda t: Parametrization((0.0, 1.0), (1.0, -t)) if t > 0 else Parametrization()
+    if not _has_sigma(scheduler):
+        return None
+    config = getattr(scheduler, "config", {})
+    data, kind = config.get("sigma_data"), config.get("prediction_type", "epsilon")
+    if data is not None and hasattr(scheduler, "precondition_outputs"):
+        sign = -1 if kind == "v_prediction" else 1
+        return lambda s: Parametrization.of(
+            s, data**2 / (s**2 + data**2), sign * s * data / math.hypot(s, data), 1 / math.hypot(s, data)
+        )
+    by_kind = {
+        "epsilon": lambda s: Parametrization.of(s, 1.0, -s, 1 / math.hypot(s, 1)),
+        "v_prediction": lambda s: Parametrization.of(s, 1 / (s * s + 1), -s / math.hypot(s, 1), 1 / math.hypot(s, 1)),
+        "sample": lambda s: Parametrization.of(s, 0.0, 1.0, 1 / math.hypot(s, 1)),
+    }
+    return by_kind.get(kind)
 
 
 def _guidance_scale(pipe: Any) -> float | None:

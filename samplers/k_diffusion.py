@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from stepcache import Method, Report, Request, Session, method
 from stepcache.extras import need
 from stepcache.options import OptionError, number, unknown
+from stepcache.parametrization import Parametrization
 from stepcache.readings import wide, widened
 from stepcache.timeline import same_sigma
 
@@ -34,6 +35,7 @@ EVALUATIONS = {
     "sample_dpmpp_2m": 1,
     "sample_dpmpp_2m_sde": 1,
     "sample_dpmpp_3m_sde": 1,
+    "sample_unipc": 1,
     "sample_heun": 2,
     "sample_dpm_2": 2,
     "sample_dpm_2_ancestral": 2,
@@ -187,6 +189,7 @@ class CachedDenoiser(nn.Module):
             training_sigma=TrainingTable(inner) if _owner(inner, "t_to_sigma") is not None else None,
             coordinate=coordinate or _coordinate(inner, self._scalings),
             exposure=Exposure(self._scalings),
+            parametrization=ScalingsAsFloats(self._scalings),
             guidance=None if guidance is None else number("guidance", guidance, low=-math.inf),
             lowest_sigma=_lowest_sigma(inner),
             group=group,
@@ -423,6 +426,19 @@ class TrainingTable:
         last = (1000 if table is None else len(table)) - 1 if discrete else 1.0
         t = (1 - torch.tensor(share, dtype=torch.float32)) * last
         return float(self.owner.t_to_sigma(t if table is None else t.to(table.device)))
+
+
+class ScalingsAsFloats:
+    """`Run.parametrization`: what the network's input and output mean at a sigma, from scalings."""
+
+    def __init__(self, scalings: Scalings, device: torch.device | str = "cpu") -> None:
+        self._scalings, self._device = scalings, device
+
+    @torch.no_grad()
+    def __call__(self, sigma: float) -> Parametrization:
+        scalings = self._scalings(torch.tensor([sigma], dtype=torch.float32, device=self._device))
+        c_skip, c_out, c_in = (1.0 if c is None else float(c) for c in scalings)
+        return Parametrization.of(sigma, c_skip, c_out, c_in)
 
 
 class Exposure:

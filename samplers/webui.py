@@ -25,13 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepcache import METHODS, Method, OptionError, Report, Session, StepMask
+from stepcache import METHODS, Method, OptionError, Parametrization, Report, Session, StepMask
 from stepcache.masks import PRESETS
 from stepcache.methods import main_number
 from stepcache.methods import method as make_method
 from stepcache.options import flag, number, unknown
 
-from .k_diffusion import EVALUATIONS, ModelScalings, Scalings, TrainingTable, denoised_scalings, flow_scalings
+from .k_diffusion import (
+    EVALUATIONS,
+    ModelScalings,
+    Scalings,
+    ScalingsAsFloats,
+    TrainingTable,
+    denoised_scalings,
+    flow_scalings,
+)
 from .k_diffusion import _Call as DenoiserCall
 from .rows import Uncut, cut_exactly, may_be_ordered, rows_of
 
@@ -500,7 +508,12 @@ class Run:
         self.denoiser = denoiser
         self.seat = ForgeSeat(self) if hasattr(p.sd_model, "forge_objects") else A1111Seat(self)
         self.plan = Plan.of(func, keywords, self.seat)
-        self.session = Session(job.method, training_sigma=self.seat.training_sigma(), coordinate=self.seat.coordinate())
+        self.session = Session(
+            job.method,
+            training_sigma=self.seat.training_sigma(),
+            coordinate=self.seat.coordinate(),
+            parametrization=self.seat.parametrization,
+        )
         self.session.begin(self.plan.sigmas, self.plan.stages, self.plan.on_schedule)
         if self.plan.noted and callable(keywords.get("callback")):
             keywords["callback"] = self._noting(keywords["callback"])
@@ -749,6 +762,10 @@ class Seat(ABC):
         """For flow models the coordinate is sigma itself, which is their time; None: log sigma."""
         return None
 
+    def parametrization(self, sigma: float) -> Parametrization:
+        """What the network's input and output mean at a sigma."""
+        return ScalingsAsFloats(self.scalings)(sigma)
+
     def unpaired(self) -> str | None:
         """Why one condition cannot be predicted from another, row by row; None where it can."""
         return None
@@ -983,6 +1000,13 @@ class A1111Seat(Seat):
 
     def coordinate(self) -> Callable[[float], float] | None:
         return float if not self._in_timesteps and self._flow else None
+
+    def parametrization(self, sigma: float) -> Parametrization:
+        if not self._in_timesteps:
+            return super().parametrization(sigma)
+        # The model returns eps at x = sqrt(a) x0 + sqrt(1 - a) noise, so denoised = x / sqrt(a) - sigma eps.
+        c_skip, c_out, _ = (float(c) for c in self.scalings(torch.tensor([sigma])))
+        return Parametrization((c_skip, c_out), (math.hypot(sigma, 1) - sigma * c_skip, -sigma * c_out))
 
 
 def v_as_eps_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:

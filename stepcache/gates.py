@@ -16,7 +16,8 @@ import torch
 
 from .masks import StepMask
 from .options import OptionError, number, unknown, window
-from .timeline import Where
+from .parametrization import Parametrization
+from .timeline import Where, near
 
 WindowUnit = Literal["steps", "training"]
 UNKNOWN_SCHEDULE = "this run's schedule is not known (pass sigmas=, or use sample())"
@@ -55,7 +56,8 @@ class Run:
 
     `exposure(sigma)` is how fast the latent, scaled to 1, changes with sigma for one unit of the network's output:
     1 / sqrt(sigma^2 + 1) where that is noise, 1 / sqrt(t^2 + (1 - t)^2) for a flow in its t; None where it is not
-    known. `guidance` is the scale of uncond + guidance (cond - uncond), None if not known.
+    known. `guidance` is the scale of uncond + guidance (cond - uncond), None if not known. `parametrization(sigma)`
+    says what the network's input and output mean there; None if nothing is known of the network.
     """
 
     schedule: tuple[float, ...] | None = None
@@ -65,12 +67,34 @@ class Run:
     coordinate: Callable[[float], float] = math.log
     exposure: Callable[[float], float] | None = None
     guidance: float | None = None
+    parametrization: Callable[[float], Parametrization] | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
     def steps(self) -> int | None:
         return None if self.schedule is None else len(self.schedule) - 1
+
+    def index(self, where: Where) -> float | None:
+        """The place of an evaluation in the schedule: step i at sigmas[i], in log sigma between (linear down to 0).
+
+        Without a schedule it is minus log sigma, or `coordinate`; None if neither is a finite number.
+        """
+        sigma = where.sigma
+        if where.step is not None and self.schedule is not None:
+            high, low = self.schedule[where.step], self.schedule[where.step + 1]
+            if near(sigma, high):
+                return float(where.step)
+            if near(sigma, low):
+                return where.step + 1.0
+            if sigma > 0 and high > low > 0:
+                return where.step + math.log(high / sigma) / math.log(high / low)
+            return where.step + (high - sigma) / (high - low) if high > low else None
+        try:
+            value = -float(self.coordinate(sigma))
+        except (ValueError, ArithmeticError):
+            return None
+        return value if math.isfinite(value) and self.schedule is None else None
 
     @property
     def evaluations(self) -> int | None:
@@ -263,22 +287,24 @@ class SecondOfTwo(Gate):
 
 @dataclass(frozen=True)
 class Every(Gate):
-    """Of `n` evaluations one is computed, from the first on.
+    """Of `n` evaluations one is computed, after the first `start`, which all are.
 
     Where a step has two (Heun, DPM2, DPM++ SDE), only second ones are computed: at Heun's first one the sigma is that
     of the second one before, so that a skip there costs next to nothing. n = 1 computes all.
     """
 
     n: int = 2
+    start: int = 1
 
     def __post_init__(self) -> None:
         number("n", self.n, low=1, whole=True)
+        number("start", self.start, low=1, whole=True)
 
     def begin(self, run: Run) -> Answer:
         hold, second = Hold(f"every {self.n}"), run.stages == 2 and self.n > 1
 
         def answer(where: Where, tally: Tally) -> Hold | None:
-            due = tally.consecutive >= self.n - 1
+            due = tally.consecutive >= self.n - 1 or tally.computed < self.start
             if second and where.stage == 1:
                 due = due or tally.computed < 2
             elif second:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .gates import Run
+from .parametrization import Parametrization
 from .readings import Reading, Readings, mean_abs, mean_abs_difference
 from .timeline import Where
 
@@ -25,7 +26,9 @@ class Node:
     """One computed evaluation of one condition, in the network's own space.
 
     `x` is the network's input (x c_in), `out` its raw output, both in the dtype of the latents; `size` is mean |out|;
-    `coordinate` is its place in `Run.coordinate`, None where that is not finite; `hindsight` is the predictor's own.
+    `coordinate` is its place in `Run.coordinate`, None where that is not finite, `index` its place in the schedule
+    (`Run.index`), `parametrization` what x and out mean there, `noise` the noise level (B,) if it was measured;
+    `hindsight` is the predictor's own.
     """
 
     where: Where
@@ -34,6 +37,9 @@ class Node:
     out: Tensor
     size: Reading
     hindsight: Tensor | None = None
+    index: float | None = None
+    parametrization: Parametrization = Parametrization()
+    noise: Tensor | None = None
 
 
 History = deque[Node]
@@ -51,6 +57,7 @@ class Evidence:
         out: the network's raw output, once it has been computed (in `Criterion.observe`).
         leans: whether this condition is predicted from another's output (`Method.skip`). That then stands for x, here
             and in the memory; x is None until it is known.
+        noise: how noisy the sampler is, (B,) from 0 to 1 (`noise.FreshNoise`); None if not known or not asked for.
         signal: what the criterion compares from one evaluation to the next: what the blocks that it looks at add to
             their input (`Criterion.blocks`), None until the forward has got there; without blocks, x.
     """
@@ -65,6 +72,7 @@ class Evidence:
         self.history = history
         self.out: Tensor | None = None
         self.leans = False
+        self.noise: Tensor | None = None
         self.signal: Tensor | None = x
         self._predictor = predictor
         self._readings = readings
@@ -76,6 +84,17 @@ class Evidence:
         except (ValueError, ArithmeticError):
             return None
         return value if math.isfinite(value) else None
+
+    @cached_property
+    def index(self) -> float | None:
+        """The place of this evaluation in the schedule; see `Run.index`."""
+        return self.run.index(self.where)
+
+    @cached_property
+    def parametrization(self) -> Parametrization:
+        """What x and out mean here. Of a branch that leans on another only the output is known."""
+        known = None if self.leans else self.run.parametrization
+        return Parametrization() if known is None else known(self.where.sigma)
 
     def take(self, number: Tensor) -> Reading:
         """A number measured by the asker (0-dimensional), to come over with the others."""
@@ -139,4 +158,13 @@ class Evidence:
     def node(self, storage: torch.dtype) -> Node:
         """What to remember of this evaluation, now that it has been computed."""
         place = self.coordinate(self.where)
-        return Node(self.where, place, self.x.to(storage), self.out.to(storage), self.size)
+        return Node(
+            self.where,
+            place,
+            self.x.to(storage),
+            self.out.to(storage),
+            self.size,
+            index=self.index,
+            parametrization=self.parametrization,
+            noise=self.noise,
+        )

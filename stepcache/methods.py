@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any, Literal
 
 from . import options
+from .adaptive_order import AdaptiveOrder
 from .criteria import Always, Criterion, EasyCacheRule, Never, ToleranceRule, UCacheRule
 from .gates import (
     Every,
@@ -25,7 +26,7 @@ from .gates import (
     as_gates,
 )
 from .masks import StepMask
-from .predictors import Chebyshev, Lagrange, Predictor, Reuse, SelfOrder
+from .predictors import Chebyshev, Lagrange, Predictor, Reuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ def Forecast(every: int | None = None, tolerance: float | None = None, **common:
 
     Nothing is calibrated. With `every` nothing depends on the latents but the order, and the calls are known before the
     run; with `tolerance` the error is, and the calls follow. What is computed stands at `stepcache.gates.Every` and
-    `stepcache.criteria.ToleranceRule`, the prediction as a formula at `stepcache.predictors.SelfOrder`.
+    `stepcache.criteria.ToleranceRule`, the prediction as a formula at `stepcache.adaptive_order.AdaptiveOrder`.
 
     Args:
         every: of so many evaluations one is computed: 2 (the default) is half the calls, 3 a third. 1 computes
@@ -175,10 +176,10 @@ def Forecast(every: int | None = None, tolerance: float | None = None, **common:
     the sampler's callback. What it reaches, and where it does not help, is measured in docs/measurements.md and, with a
     tolerance, in docs/tolerance.md.
     """
-    predictor = Lagrange(1) if common.get("skip") == "followers" else SelfOrder()
+    predictor = Lagrange(1) if common.get("skip") == "followers" else AdaptiveOrder()
     chosen: dict[str, Any] = {"predictor": predictor, "last_step": True, "name": "forecast"}
     if tolerance is None:
-        chosen["gates"] = (Every(2 if every is None else every), *as_gates(common.pop("gates", ())))
+        chosen["gates"] = (Every(2 if every is None else every, start=2), *as_gates(common.pop("gates", ())))
     elif every is not None:
         raise options.OptionError(
             f"every={every!r}, tolerance={tolerance!r}: each says how much is skipped; leave one of them out"

@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from .options import number, unknown
-from .readings import wide
 from .timeline import near
 
 if TYPE_CHECKING:
@@ -37,6 +36,9 @@ class Predictor(ABC):
     finite_where_memory_is: bool = False
     """Whether a prediction from finite outputs is sure to be finite; then a condition that follows the anchor in a
     call of its own need not be checked, which would cost a transfer."""
+
+    follows_noise: bool = False
+    """Whether `predict` looks at `evidence.noise`; it is measured only then."""
 
     @abstractmethod
     def predict(self, evidence: Evidence) -> Tensor | None:
@@ -165,91 +167,6 @@ def _lagrange(here: float | None, history: Sequence[Node], order: int) -> list[t
         (node, math.prod((here - other) / (there - other) for other in nodes if other != there))
         for there, node in nodes.items()
     ]
-
-
-def _reach(here: float | None, newest: float | None, oldest: float | None) -> float:
-    """How far a place lies beyond evaluations, in their own length; 0 where that is not known, or they have none."""
-    if here is None or newest is None or oldest is None or newest == oldest:
-        return 0.0
-    return abs(here - newest) / abs(newest - oldest)
-
-
-UNTRIED_REACH = 1.5
-"""How far beyond its evaluations an order that was not tried is half believed, in the length over which they lie."""
-
-
-@dataclass(frozen=True)
-class SelfOrder(Predictor):
-    """`Lagrange` of an order that chooses itself, for every sample of a batch and after every computed evaluation.
-
-        out = out_0 + sum over p >= 1 of g_p (out_p - out_(p-1))
-        g_0 = 1,   g_p = g_(p-1) h_p / (1 + (e_p / (trust e_(p-1)))^4),   h_1 = 1, else 3/4
-        where order p could not be tried yet:   g_p = g_(p-1) h_p / (1 + (|s - s_n| / (1.5 |s_n - s_(n-p)|))^8)
-
-    with out_p the prediction of order p from the evaluations n - p to n, s the coordinate, and e_p how far that order
-    would have been off at the last computed evaluation, in rms over the sample. Where the residual is smooth a higher
-    order is less far off. Of a random walk, as fresh noise makes it, e_1 / e_0 is the square root of 2 and e_2 / e_1
-    that of 3: then g falls, and the prediction goes back to reuse. An order that was not tried is believed up to one
-    and a half times as far as it has something to stand on: at the start of Heun and DPM2 two evaluations lie close
-    together and the next one far away. No network call and no transfer: the g stay on the device.
-
-    Args:
-        order: the highest order. Default 2.
-        trust: the ratio of errors at which half of an order is kept. Default 1.3.
-
-    Keeps order + 1 evaluations, 2 (order + 1) latents a condition.
-    Source: ours. Measured in docs/measurements.md.
-    """
-
-    order: int = 2
-    trust: float = 1.3
-    finite_where_memory_is = True
-
-    def __post_init__(self) -> None:
-        number("order", self.order, whole=True)
-        number("trust", self.trust)
-
-    @property
-    def memory(self) -> int:
-        return self.order + 1
-
-    def remember(self, history: History, node: Node) -> None:
-        kept = [old for old in history if not near(old.where.sigma, node.where.sigma)]
-        if kept:
-            node = replace(node, hindsight=torch.stack([self._off(node, kept, p) for p in range(len(kept))]))
-        history.clear()
-        history.extend([*kept, node])
-
-    def _off(self, node: Node, history: Sequence[Node], order: int) -> Tensor:
-        """How far `order` would have been off at a computed evaluation: rms over each sample (B,)."""
-        x = node.x.to(wide(node.x.dtype))
-        guess = weighted(x, _lagrange(node.coordinate, history, order), "residual")
-        return guess.sub_(node.out).flatten(1).square_().mean(1).sqrt_()
-
-    def predict(self, evidence: Evidence) -> Tensor:
-        here, history = evidence.coordinate(evidence.where), evidence.history
-        trusts = [*self._trusts(history, here), 0.0]
-        total = [torch.zeros(len(evidence.x), device=evidence.x.device, dtype=evidence.x.dtype) for _ in history]
-        place = {id(node): k for k, node in enumerate(history)}
-        for p in range(len(trusts) - 1):
-            for node, weight in _lagrange(here, history, p):
-                total[place[id(node)]] += weight * (trusts[p] - trusts[p + 1])
-        return weighted(evidence.x, list(zip(history, total, strict=True)), "residual")
-
-    def _trusts(self, history: Sequence[Node], here: float | None) -> list[Tensor | float]:
-        """g_0, g_1, ... as far as there are evaluations for; each a number, or one a sample."""
-        off, trusts = history[-1].hindsight, [1.0]
-        tried = 0 if off is None else len(off)
-        newest = history[-1].coordinate
-        for p in range(1, len(history)):
-            kept = 1.0 if p == 1 else 0.75
-            if p < tried:
-                ratio = off[p] / (self.trust * off[p - 1] + torch.finfo(off.dtype).tiny)
-                kept = (kept / (1 + ratio**4)).nan_to_num(nan=0.0)
-            else:
-                kept /= 1 + (_reach(here, newest, history[-1 - p].coordinate) / UNTRIED_REACH) ** 8
-            trusts.append(trusts[-1] * kept)
-        return trusts
 
 
 @dataclass(frozen=True)

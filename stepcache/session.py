@@ -20,7 +20,9 @@ from .criteria import INVALID_STATE, Always, Criterion, Verdict
 from .gates import Answer, Hold, Run, Tally
 from .memory import Evidence, History
 from .methods import Method, Off
+from .noise import FreshNoise
 from .options import OptionError, unknown
+from .parametrization import Parametrization
 from .readings import Readings
 from .report import Event, Report
 from .timeline import Timeline, Where, same_sigma
@@ -111,6 +113,7 @@ class RunState:
         self.rules: dict[str, Criterion] = {}
         self.histories: dict[str, History] = {}
         self.whole = False
+        self.noise = FreshNoise() if method.predictor.follows_noise and not method.never_skips else None
         self.evaluation: Evaluation | None = None
 
 
@@ -140,6 +143,7 @@ class Session:
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: log sigma.
         exposure, guidance: as in `Run`; what `criteria.ToleranceRule` needs to know of the host. None: not known.
             `guidance` may be a function, which is asked when a run begins.
+        parametrization: sigma -> what the network's input and output mean there; None: not known. Forecast needs it.
         lowest_sigma: the model's lowest sigma: at or below it a run without a schedule is over and its memory is freed.
         group: a torch.distributed process group whose ranks work on one sample together. All of them then take the same
             decision: to skip where every rank would. None: no communication.
@@ -161,6 +165,7 @@ class Session:
         training_sigma: Callable[[float], float] | None = None,
         coordinate: Callable[[float], float] | None = None,
         exposure: Callable[[float], float] | None = None,
+        parametrization: Callable[[float], Parametrization] | None = None,
         guidance: float | Callable[[], float | None] | None = None,
         lowest_sigma: float = 0.0,
         group: Any = None,
@@ -179,6 +184,7 @@ class Session:
         self._training_sigma = training_sigma
         self._coordinate = coordinate or math.log
         self._exposure = exposure
+        self._parametrization = parametrization
         self._guidance = guidance
         self._lowest_sigma = lowest_sigma
         self._group = group
@@ -241,6 +247,7 @@ class Session:
             name: Evidence(where, state.run, x, self._memory(name, evaluation), self.method.predictor, state.readings)
             for name, x in zip(request.names, request.inputs(), strict=True)
         }
+        self._measure_noise(request, where, evidence)
         self._lean(evaluation, evidence)
 
         # May I? Shall I? A criterion that looks inside the model is asked during the forward, which is left on a skip.
@@ -259,6 +266,7 @@ class Session:
             self._lean(evaluation, evidence)
 
         # What do I record?
+        self._give(where, evidence)
         for name, one in evidence.items():
             held = KEPT if hold is None and one.out is not None else hold
             decides, checked = name in state.rules, name in state.rules or one.leans
@@ -316,6 +324,8 @@ class Session:
             if (state := self._state) is not None:
                 state.histories.clear()
                 state.rules.clear()
+                if state.noise is not None:
+                    state.noise.forget()
                 state.anchor = None
                 if state.evaluation is not None:
                     state.evaluation.lead = None
@@ -380,6 +390,8 @@ class Session:
             sentence = "shape, dtype, device, thread, prompt or model changed within the run: the memory was dropped"
             if sentence not in state.run.notes:
                 state.run.notes.append(sentence)
+            if state.noise is not None:
+                state.noise.forget()
             for name in changed:
                 state.signatures[name] = signature
                 state.histories.pop(name, None)
@@ -391,6 +403,7 @@ class Session:
         second_only = self.method.evaluations == "second"
         schedule = timeline.schedule if fits else None
         run = Run(schedule, self._training_sigma, timeline.stages, second_only, self._coordinate, self._exposure)
+        run.parametrization = self._parametrization
         run.guidance = self._guidance() if callable(self._guidance) else self._guidance
         self.report = Report(self.method.name, where.run, run.steps, run.notes)
         if not fits:
@@ -457,6 +470,23 @@ class Session:
         if deciders:
             evaluation.decision = decision
         return decision
+
+    def _measure_noise(self, request: Request, where: Where, evidence: dict[str, Evidence]) -> None:
+        """Says to a predictor that asks for it how noisy the sampler is."""
+        noise = self._state.noise
+        if noise is None:
+            return
+        first = next(iter(evidence.values()))
+        level = noise.level(where.evaluation, first.x, torch.finfo(request.latent.dtype).eps)
+        for one in evidence.values():
+            one.noise = level if one.shape == first.shape else None
+
+    def _give(self, where: Where, evidence: dict[str, Evidence]) -> None:
+        """What the sampler has been answered, for the next evaluation's noise level."""
+        if self._state.noise is not None and not self._leads:
+            first = next(iter(evidence.values()))
+            answers = (one.prediction if one.out is None else one.out for one in evidence.values())
+            self._state.noise.give(where.evaluation, first.x, answers)
 
     def _lean(self, evaluation: Evaluation, evidence: dict[str, Evidence]) -> None:
         """Puts the anchor's output in the place of the others' input, once it is known, where they lean on it."""

@@ -18,6 +18,7 @@ from toys import SIX, Toy, cached, drive, fates, heun, level, reasons
 
 from stepcache import (
     DMD,
+    AdaptiveOrder,
     Chebyshev,
     Every,
     Evidence,
@@ -30,7 +31,6 @@ from stepcache import (
     Predictor,
     Reuse,
     Run,
-    SelfOrder,
     Spectrum,
     SpectrumCadence,
     Static,
@@ -60,8 +60,8 @@ PREDICTORS: tuple[Predictor, ...] = (
     FiniteDifference(3),
     Chebyshev(),
     Chebyshev(m=7, of="residual"),
-    SelfOrder(),
-    SelfOrder(1),
+    AdaptiveOrder(),
+    AdaptiveOrder(1),
     DMD(),
     DMD(order=3, history=4, of="output"),
 )
@@ -649,44 +649,7 @@ def test_lagrange_in_t_reproduces_a_velocity_that_is_a_parabola_in_t():
     torch.testing.assert_close(answers[3], network(x, level(0.25)), rtol=1e-5, atol=1e-7)
 
 
-# An order that chooses itself, and the project's own method
-
-
-def test_the_order_follows_hindsight():
-    """Of 0, 4, 6, 9 the orders 0, 1, 2 would have said 6, 8, 6 for the last; they say 9, 12, 13 for the next."""
-    errors = [3.0, 1.0, 3.0]
-    guesses = [9.0, 12.0, 13.0]
-    first = 1 / (1 + (errors[1] / (1.3 * errors[0])) ** 4)
-    second = first * 0.75 / (1 + (errors[2] / (1.3 * errors[1])) ** 4)
-    expected = guesses[0] + first * (guesses[1] - guesses[0]) + second * (guesses[2] - guesses[1])
-    assert number(SelfOrder(), walk([0, 4, 6, 9]), (4, 2.0**-4)) == pytest.approx(expected, rel=1e-6)
-
-
-def test_an_order_that_could_not_be_tried_is_believed_as_far_as_it_has_something_to_stand_on():
-    assert number(SelfOrder(), walk([5]), (1, 0.5)) == 5
-    untried = 1 / (1 + (1 / 1.5) ** 8)  # as far beyond the newest as that is from the oldest
-    assert number(SelfOrder(), walk([5, 7]), (2, 0.25)) == pytest.approx(7 + untried * 2)
-    first = 1 / (1 + (1 / (1.3 * 3)) ** 4)  # order 0 was off by 3 at the last, order 1 by 1
-    second = first * 0.75 / (1 + (0.5 / 1.5) ** 8)
-    assert number(SelfOrder(), walk([5, 7, 10]), (3, 0.125)) == pytest.approx(10 + first * 3 + second * 1)
-
-
-def test_far_from_two_evaluations_that_lie_close_together_the_newest_is_kept():
-    far = number(SelfOrder(), walk([5, 7]), (2, 2.0**-5))  # four times as far away as they are apart
-    assert far == pytest.approx(7 + 8 / (1 + (4 / 1.5) ** 8))
-
-
-def test_an_order_that_chooses_itself_survives_what_has_no_coordinate_or_all_the_same():
-    assert number(SelfOrder(), walk([5, 7]), (2, 0.25), Run(coordinate=lambda sigma: 1.0)) == 7
-    assert number(SelfOrder(), [*walk([5]), ((1, 0.0), 7.0)], (2, 0.25)) == 5
-    assert number(SelfOrder(), [((0, 0.0), 5.0), ((1, 1.0), 7.0)], (2, 0.25)) == 7
-    assert number(SelfOrder(), walk([5, 7]), (2, 0.0)) == 7
-
-
-def test_of_a_series_that_jumps_to_and_fro_little_but_the_last_is_kept():
-    jumping = walk([0, 1, -1, 1, -1, 1])
-    assert abs(number(SelfOrder(), jumping, (6, 2.0**-6)) - 1) < 0.5
-    assert abs(number(Lagrange(2), jumping, (6, 2.0**-6)) - 1) > 5
+# The project's own method; its predictor has tests of its own
 
 
 @pytest.mark.parametrize(("n", "expected"), [(1, "CCCCCCC"), (2, "CSCSCSC"), (3, "CSSCSSC"), (4, "CSSSCSS")])
@@ -697,6 +660,15 @@ def test_of_n_evaluations_one_is_computed(n, expected):
         fates += "C" if computed else "S"
         count(tally, computed)
     assert fates == expected
+
+
+def test_the_first_ones_may_all_be_computed():
+    answer, tally, fates = Every(3, start=2).begin(Run()), Tally(), ""
+    for index in range(8):
+        computed = index == 0 or answer(Where(0, index, 1.0), tally) is not None
+        fates += "C" if computed else "S"
+        count(tally, computed)
+    assert fates == "CCSSCSSC"
 
 
 @pytest.mark.parametrize(("n", "expected"), [(2, "CCSCSCSCSC"), (3, "CCSSSCSSSC"), (4, "CCSSSCSSSC")])

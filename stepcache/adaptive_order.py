@@ -1,0 +1,171 @@
+"""Forecast's predictor: a polynomial of an order that chooses itself, through what the sampler integrates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .options import number
+from .parametrization import Parametrization
+from .predictors import Predictor
+from .timeline import near
+
+if TYPE_CHECKING:
+    from .memory import Evidence, History, Node
+
+RESPONSE = 0.25, 0.8
+"""The share of denoised in the prediction, without noise and under fresh noise."""
+
+TRUST = 3.0, 1.3
+"""The ratio of errors at which half of order 1 is kept, without noise and under fresh noise."""
+
+HIGHER = 0.5
+"""The most that is kept of an order above 1, as a share of the order below it."""
+
+UNTRIED_REACH = 1.5
+"""Extrapolation distance, relative to the span of the history, at which an untested order gets weight 1/2."""
+
+
+@dataclass(frozen=True)
+class AdaptiveOrder(Predictor):
+    """A Lagrange polynomial in the schedule's step index s, through the derivative that the sampler integrates.
+
+        d_p = sum_j w_j d_j,   D_p = sum_j w_j D_j,   w_j = product over i != j of (s - s_i) / (s_j - s_i)
+        out_p = (1 - r) out(d_p) + r out(D_p)
+        out = out_0 + sum over p >= 1 of g_p (out_p - out_(p-1)),   g_p = g_(p-1) h_p / (1 + (e_p / (t_p e_(p-1)))^4)
+
+    d is the derivative, eps = (x - denoised) / sigma or a flow's velocity, and D the denoised image
+    (`Parametrization`); out(...) is the network's output that gives this derivative, or this image, at the input now.
+    The derivative is the smooth quantity along a deterministic run, whatever the network predicts and however its data
+    are centred. The share r of the image lets the prediction follow x where x itself has left the smooth path: a little
+    (r = 0.25) because earlier predictions have moved it, which otherwise builds up under multistep samplers; mostly
+    (r = 0.8) under fresh noise, which the network would see. Between the two r follows the measured noise level
+    (`noise.FreshNoise`).
+
+    e_p is the backtest error: how far order p would have been off at the last computed evaluation, in rms over the
+    sample. h_1 = 1 and h_p = 1/2 above; t_1 is 3, or 1.3 under noise, and t_p = 1.3 above. An order that has not been
+    tested yet is kept up to one and a half times as far as its history spans. Everything is per sample and stays on the
+    device: a sample does not depend on its neighbours, and a prediction costs no network call and no transfer.
+
+    Args:
+        order: the highest order. Default 2.
+        trust: t_p above order 1. Default 1.3.
+
+    Keeps order + 1 evaluations, 2 (order + 1) latents a branch.
+    Source: ours; chosen on the development networks of the zoo (docs/measurements.md).
+
+    Example:
+        >>> from stepcache import AdaptiveOrder, Static
+        >>> Static("medium", predictor=AdaptiveOrder(order=1)).predictor.memory
+        2
+    """
+
+    order: int = 2
+    trust: float = 1.3
+    finite_where_memory_is = True
+    follows_noise = True
+
+    def __post_init__(self) -> None:
+        number("order", self.order, whole=True)
+        number("trust", self.trust)
+
+    @property
+    def memory(self) -> int:
+        return self.order + 1
+
+    def remember(self, history: History, node: Node) -> None:
+        kept = [old for old in history if not near(old.where.sigma, node.where.sigma)]
+        if kept:
+            errors = [self._backtest_error(node, kept, p) for p in range(len(kept))]
+            node = replace(node, hindsight=torch.stack(errors))
+        history.clear()
+        history.extend([*kept, node])
+
+    def _backtest_error(self, node: Node, history: Sequence[Node], order: int) -> Tensor:
+        """How far `order` would have been off at a computed evaluation: rms over each sample (B,)."""
+        weights = lagrange(node.index, history, order)
+        guess = _combined(node.x, weights, node.parametrization, _between(RESPONSE, node.noise))
+        return guess.sub_(node.out).flatten(1).square_().mean(1).sqrt_()
+
+    def predict(self, evidence: Evidence) -> Tensor:
+        history, x = list(evidence.history), evidence.x
+        here = evidence.index
+        kept = [*self._kept(history, here, evidence.noise), 0.0]
+        total: dict[int, Tensor | float] = dict.fromkeys(range(len(history)), 0.0)
+        place = {id(node): k for k, node in enumerate(history)}
+        for p in range(len(kept) - 1):
+            for node, weight in lagrange(here, history, p):
+                total[place[id(node)]] = total[place[id(node)]] + weight * (kept[p] - kept[p + 1])
+        weights = [(node, total[k]) for k, node in enumerate(history)]
+        return _combined(x, weights, evidence.parametrization, _between(RESPONSE, evidence.noise))
+
+    def _kept(self, history: Sequence[Node], here: float | None, noise: Tensor | None) -> list[Tensor | float]:
+        """g_0, g_1, ... as far as there are evaluations for; each a number, or one a sample."""
+        errors, kept = history[-1].hindsight, [1.0]
+        tested = 0 if errors is None else len(errors)
+        for p in range(1, len(history)):
+            share = 1.0 if p == 1 else HIGHER
+            if p < tested:
+                trust = self.trust if p > 1 else _between(TRUST, noise)
+                ratio = errors[p] / (trust * errors[p - 1] + torch.finfo(errors.dtype).tiny)
+                share = (share / (1 + ratio**4)).nan_to_num(nan=0.0)
+            else:
+                reach = _reach(here, history[-1].index, history[-1 - p].index)
+                share /= 1 + (reach / UNTRIED_REACH) ** 8
+            kept.append(kept[-1] * share)
+        return kept
+
+
+def lagrange(here: float | None, history: Sequence[Node], order: int) -> list[tuple[Node, float]]:
+    """Each of the last order + 1 evaluations at different indices, with its weight; the last one alone at worst."""
+    nodes: dict[float, Node] = {}
+    for node in reversed(history):
+        if here is not None and node.index is not None and len(nodes) <= order:
+            nodes.setdefault(node.index, node)
+    if not nodes or not order:
+        return [(history[-1], 1.0)]
+    return [
+        (node, math.prod((here - other) / (there - other) for other in nodes if other != there))
+        for there, node in nodes.items()
+    ]
+
+
+def _combined(
+    x: Tensor, weights: Sequence[tuple[Node, Tensor | float]], now: Parametrization, share: Tensor | float
+) -> Tensor:
+    """The output at x whose derivative and denoised are the weighted sums of the nodes', mixed by `share`."""
+    a, b = now.derivative
+    skip, scale = now.denoised
+    by_derivative, by_denoised = (1 - share) / b, share / scale
+    out = x * _rows(-by_derivative * a - by_denoised * skip, x)
+    for node, weight in weights:
+        d, D = node.parametrization.derivative, node.parametrization.denoised
+        for part, term in enumerate((node.x, node.out)):
+            factor = weight * (by_derivative * d[part] + by_denoised * D[part])
+            if isinstance(factor, Tensor) or factor:
+                out.addcmul_(term.to(out.dtype), _rows(factor, out).to(out.dtype).expand_as(out))
+    return out
+
+
+def _rows(factor: Tensor | float, x: Tensor) -> Tensor:
+    """A number, or one a sample (B,), as a factor for x (B, ...)."""
+    if not isinstance(factor, Tensor):
+        return torch.full([1] * x.ndim, factor, dtype=x.dtype, device=x.device)
+    return factor.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _between(ends: tuple[float, float], noise: Tensor | None) -> Tensor | float:
+    """The value for a noise level from 0 to 1 (B,), between the one without noise and the one under it."""
+    return ends[0] if noise is None else ends[0] + (ends[1] - ends[0]) * noise
+
+
+def _reach(here: float | None, newest: float | None, oldest: float | None) -> float:
+    """How far a place is beyond the history, relative to the history's span; 0 if that is not known or empty."""
+    if here is None or newest is None or oldest is None or newest == oldest:
+        return 0.0
+    return abs(here - newest) / abs(newest - oldest)
