@@ -5,14 +5,18 @@ The core knows no host; adapters live in `stepcache.samplers`. See docs/design.m
 
 from typing import Any
 
+from .adaptive_order import AdaptiveOrder
 from .compat import load_config, parse
-from .criteria import Always, Criterion, Never, RelativeChange, ToleranceRule, Verdict, state
+from .criteria import Always, Criterion, Never, RelativeChange, Verdict, state
 from .gates import Every, Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, SpectrumCadence, Tally, Warmup, Window
+from .hicache import Hermite, HiCache
+from .magcache import MagCache
 from .masks import StepMask
 from .memory import Evidence, Node
 from .methods import METHODS, EasyCache, Forecast, Method, Off, Spectrum, Static, UCache, method
 from .options import OptionError
-from .predictors import DMD, Chebyshev, FiniteDifference, Lagrange, Predictor, Reuse, SelfOrder, TaylorSeer, Weighted
+from .parametrization import Parametrization
+from .predictors import DMD, Chebyshev, FiniteDifference, Lagrange, Predictor, Reuse, TaylorSeer, Weighted
 from .published import CacheDiT, DBCache, FBCache, TaylorSeerCache
 from .report import Event, Report
 from .session import Request, Session
@@ -33,6 +37,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "DMD",
     "METHODS",
+    "AdaptiveOrder",
     "Always",
     "CacheDiT",
     "Chebyshev",
@@ -46,9 +51,12 @@ __all__ = [
     "FiniteDifference",
     "Forecast",
     "Gate",
+    "Hermite",
+    "HiCache",
     "Hold",
     "Lagrange",
     "LastStep",
+    "MagCache",
     "MaxCached",
     "MaxConsecutive",
     "Method",
@@ -56,13 +64,13 @@ __all__ = [
     "Node",
     "Off",
     "OptionError",
+    "Parametrization",
     "Predictor",
     "RelativeChange",
     "Report",
     "Request",
     "Reuse",
     "Run",
-    "SelfOrder",
     "Session",
     "Spectrum",
     "SpectrumCadence",
@@ -71,7 +79,6 @@ __all__ = [
     "Tally",
     "TaylorSeer",
     "TaylorSeerCache",
-    "ToleranceRule",
     "UCache",
     "Verdict",
     "Warmup",

@@ -318,7 +318,7 @@ def test_calls_of_other_guidance_pass_through_and_are_never_stored(host: Any, ch
 
 
 def test_scheduled_prompts_have_no_memory_of_each_other(host: Any) -> None:
-    model = patched(host.model(), chosen("forecast"))
+    model = patched(host.model(), chosen("forecast", "every=3"))
     positive = host.cond(1, start_percent=0.0, end_percent=0.5) + host.cond(3, start_percent=0.5, end_percent=1.0)
     switch = model.get_model_object("model_sampling").percent_to_sigma(0.5)
     run(host, model, positive=positive)
@@ -341,7 +341,7 @@ def test_a_control_net_is_not_asked_on_skipped_evaluations(host: Any) -> None:
 
 def test_memory_ends_where_a_control_net_ends(host: Any) -> None:
     control = host.control((0.0, 0.5))
-    model = patched(host.model(), chosen("forecast"))
+    model = patched(host.model(), chosen("forecast", "every=3"))
     positive, negative = host.controlled(control)
     end = model.get_model_object("model_sampling").percent_to_sigma(0.5)
     run(host, model, positive=positive, negative=negative)
@@ -476,8 +476,8 @@ def test_guidance_that_ends_in_the_run_leaves_cond_its_memory(host: Any) -> None
 
     model = patched(with_option(host.model(), "sampler_calc_cond_batch_function", ending), chosen("forecast"))
     run(host, model)
-    assert fates(model) == "CSCSCSCSCC"
-    assert fates(model, "uncond") == "CSCSCS"
+    assert fates(model) == "CCSCSCSCSC"
+    assert fates(model, "uncond") == "CCSCSC"
     assert not cache_of(model).report.notes
 
 

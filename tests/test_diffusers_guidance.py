@@ -93,7 +93,7 @@ def test_a_second_run_puts_off_what_it_can_and_draws_the_same():
 
 
 @pytest.mark.parametrize(
-    ("name", "fates"), [("sd-pndm", "CSCSCSC"), ("sd-heun", "CCSCSCSCSCC"), ("sd", "CSCSCC"), ("flux", "CSCSCC")]
+    ("name", "fates"), [("sd-pndm", "CCSCSCC"), ("sd-heun", "CCSCSCSCSCC"), ("sd", "CCSCSC"), ("flux", "CCSCSC")]
 )
 def test_forecast_computes_every_second_evaluation(name, fates):
     _, report = cached(name, Forecast())

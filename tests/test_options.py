@@ -221,7 +221,8 @@ def test_an_unknown_name_gets_the_nearest_one(call, message):
 def test_an_unknown_name_near_nothing_gets_the_names_there_are():
     with pytest.raises(OptionError) as refusal:
         method("xyz")
-    names = "forecast, ucache, easycache, spectrum, static, none, fbcache, dbcache, taylorseer, cache-dit"
+    names = "forecast, ucache, easycache, spectrum, static, none, fbcache, dbcache, taylorseer, cache-dit, "
+    names += "hicache, magcache"
     assert str(refusal.value) == f"unknown method 'xyz'. Accepted: {names}."
 
 

@@ -110,7 +110,7 @@ def test_the_hosts_easy_cache_on_the_same_model(host: Real) -> None:
         first(easy.execute(patched(host.model(), chosen("forecast")), 0.2, 0.15, 0.95, False)),
     ):
         assert run(host, model).isfinite().all()
-        assert fates(model) == "CSCSCSCSCC"
+        assert fates(model) == "CCSCSCSCSC"
         assert "stepcache" not in model.model_options["transformer_options"]
 
 

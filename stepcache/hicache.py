@@ -1,0 +1,117 @@
+"""HiCache: one of so many evaluations is computed, the others are predicted by Hermite polynomials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .gates import Every, as_gates
+from .memory import Evidence, Node
+from .methods import METHODS, Method
+from .options import number
+from .predictors import Of, OfOrder, Terms
+from .published import published
+
+
+@dataclass(frozen=True)
+class Hermite(OfOrder):
+    """HiCache's series in the index n of the evaluation, around the last computed one:
+
+        out = out' + sum over i >= 1 of D_i(n') / i! sigma^i H_i(sigma (n - n'))
+        D_0(n') = out',   D_i(n') = (D_(i-1)(n') - D_(i-1)(n'')) / (n' - n'')
+        H_0(x) = 1,   H_1(x) = 2 x,   H_(i+1)(x) = 2 x H_i(x) - 2 i H_(i-1)(x)
+
+    with n' the last computed evaluation and n'' the one computed before it. It is `TaylorSeer` with
+    sigma^i H_i(sigma k) in the place of k^i. Order 1 is TaylorSeer's step of order 1 times 2 sigma^2: half of it at
+    sigma = 0.5, all of it at sqrt(1/2). From order 2 on the polynomials also have lower terms: of order 2 it is
+    4 sigma^4 k^2 - 2 sigma^2. The weights do not depend on the tensors, so that the guided output, which the source
+    predicts, and each condition alone come to the same.
+
+    Args:
+        order: the highest i; lower while fewer evaluations were computed. 0 repeats the last one. Default 1.
+        sigma: the contraction, from 0 (repeats the last one) to 1. Default 0.5. It is no noise level.
+        of: what is extrapolated. Published is the output.
+
+    Raises `OptionError` for an order that is no whole number of at least 0, and a sigma outside 0 to 1.
+    Keeps order + 1 evaluations, 2 (order + 1) latents a condition.
+    Source: arXiv 2508.16984; defaults of hicache-pp 1.3.0.
+
+    Example:
+        >>> from stepcache import Hermite, Static
+        >>> Static("medium", predictor=Hermite(order=2)).predictor.memory
+        3
+    """
+
+    order: int = 1
+    sigma: float = 0.5
+    of: Of = "output"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("sigma", self.sigma, high=1.0)
+
+    def weights(self, evidence: Evidence) -> Terms:
+        nodes = list(evidence.history)[-self.memory :]
+        ahead = evidence.where.evaluation - nodes[-1].where.evaluation
+        weights = [0.0] * len(nodes)
+        polynomials = _hermite(len(nodes), self.sigma * ahead)
+        for i, (polynomial, shares) in enumerate(zip(polynomials, _differences(nodes), strict=True)):
+            factor = self.sigma**i * polynomial / math.factorial(i)
+            weights = [weight + factor * share for weight, share in zip(weights, shares, strict=True)]
+        return list(zip(nodes, weights, strict=True))
+
+
+def _hermite(count: int, x: float) -> list[float]:
+    """H_0(x), H_1(x), ..., so many."""
+    values = [1.0, 2 * x]
+    while len(values) < count:
+        i = len(values) - 1
+        values.append(2 * x * values[i] - 2 * i * values[i - 1])
+    return values[:count]
+
+
+def _differences(nodes: Sequence[Node]) -> list[list[float]]:
+    """D_0, D_1, ... at the last of these evaluations, each as weights over all of them."""
+    index, count = [node.where.evaluation for node in nodes], len(nodes)
+    rows = {j: [float(i == j) for i in range(count)] for j in range(count)}  # D_i at evaluation j
+    last = [rows[count - 1]]
+    for order in range(1, count):
+        rows = {
+            j: [(a - b) / (index[j] - index[j - 1]) for a, b in zip(rows[j], rows[j - 1], strict=True)]
+            for j in range(order, count)
+        }
+        last.append(rows[count - 1])
+    return last
+
+
+@published(max_order="order", first_enhance="warmup")
+def HiCache(interval: int = 4, order: int = 1, sigma: float = 0.5, warmup: int = 2, **common: Any) -> Method:
+    """HiCache, with the defaults of hicache-pp 1.3.0: a quarter of the calls, the rest by Hermite polynomials.
+
+    Which evaluations are computed does not depend on the latents; the prediction as a formula is at
+    `stepcache.hicache.Hermite`.
+
+    Args:
+        interval: after the warm-up one of so many evaluations is computed. 1 computes everything.
+        order (max_order): of the series.
+        sigma: the contraction, 0 to 1. Higher trusts the series more; at 0.7071 order 1 is TaylorSeer's.
+        warmup (first_enhance): so many steps are computed first.
+        **common: every option of `Method`: start, end, mask, last_step, max_cached, predictor, ... The source's
+            `end_enhance`, from which step on everything is computed, is `end` as a share of the run.
+
+    Raises `OptionError` for an unknown option (with the nearest name) and for numbers that are not accepted.
+    Source: arXiv 2508.16984. Published is the guided output of the whole network; for samplers with two evaluations a
+    step (Heun, DPM2) `stepcache.gates.Every` says which ones are computed.
+
+    Example:
+        >>> from stepcache import HiCache, method
+        >>> HiCache(interval=3, last_step=True) == method("hicache", "interval=3,last_step=1")
+        True
+    """
+    gates = (Every(interval), *as_gates(common.pop("gates", ())))
+    return Method(**{"predictor": Hermite(order, sigma), "warmup": warmup, "gates": gates, "name": "hicache", **common})
+
+
+METHODS["hicache"] = HiCache

@@ -1,0 +1,151 @@
+"""HiCache: which evaluations are computed, and what the Hermite series predicts, by hand and as hicache-pp does it."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import pytest
+import torch
+from test_predictors import number, predict, smooth, walk
+from toys import SIX, Toy, cached, drive, fates, heun, level
+
+from stepcache import Hermite, HiCache, Method, OptionError, TaylorSeer, method
+
+TWELVE = (*range(12, 0, -1), 0)
+
+
+# The prediction
+
+
+def test_hermite_by_hand():
+    """After 3, 5, 9: D_1 = 4 and D_2 = 2. At sigma = 1/2 the polynomials are k / 2 and k^2 / 4 - 1 / 2."""
+    assert [number(Hermite(m), walk([3, 5, 9]), (3, 0.1)) for m in (0, 1, 2)] == [9, 9 + 2, 11 - 0.25]
+    assert number(Hermite(2), walk([3, 5, 9]), (5, 0.1)) == 9 + 6 + 1.75
+
+
+def test_hermite_of_order_3_by_hand():
+    """After 3, 5, 9, 18: D = 9, 5, 3. One ahead the polynomials are 1/2, -1/4 and (8 / 8 - 12 / 2) / 8 = -5/8."""
+    assert number(Hermite(3), walk([3, 5, 9, 18]), (4, 0.1)) == 18 + 4.5 - 5 / 8 - 3 * 5 / 48
+
+
+def test_hermite_divides_every_difference_by_the_last_gap():
+    """3, 5, 8 at evaluations 0, 1, 4: D_1 = 1, before it 2, so D_2 = -1/3. Two ahead the polynomials are 1 and 1/2."""
+    known = [((0, 8.0), 3), ((1, 4.0), 5), ((4, 2.0), 8)]
+    assert number(Hermite(2), known, (6, 0.5)) == pytest.approx(8 + 1 - 1 / 12)
+
+
+def test_hermite_takes_a_lower_order_while_little_is_known():
+    assert number(Hermite(2), walk([3]), (1, 0.1)) == 3
+    assert number(Hermite(2), walk([3, 5]), (2, 0.1)) == 6
+    assert number(Hermite(5), walk([3, 5, 9]), (3, 0.1)) == number(Hermite(2), walk([3, 5, 9]), (3, 0.1))
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_hermite_of_order_1_is_taylorseer_times_2_sigma_squared(ahead):
+    known, place = walk([3, 5, 9]), (2 + ahead, 0.1)
+    whole = number(TaylorSeer(1), known, place) - 9
+    for sigma in (0.0, 0.3, 0.5, math.sqrt(0.5), 1.0):
+        assert number(Hermite(1, sigma), known, place) - 9 == pytest.approx(2 * sigma**2 * whole)
+
+
+def test_hermite_of_the_residual_carries_what_is_new_in_the_input():
+    *known, (place, x, _) = smooth(4, (2, 3, 4))
+    series = predict(Hermite(2), [(at, torch.zeros_like(past), out - past) for at, past, out in known], place, x)
+    assert torch.allclose(predict(Hermite(2, of="residual"), known, place, x), x + series, atol=1e-6)
+
+
+def test_hermite_keeps_one_evaluation_more_than_its_order():
+    assert [Hermite(m).memory for m in (0, 1, 3)] == [1, 2, 4]
+
+
+# The method
+
+
+def test_hicache_computes_its_warm_up_and_then_one_of_an_interval():
+    for chosen, expected in [
+        (HiCache(), "CCSSSCSSSCSS"),
+        (HiCache(last_step=True), "CCSSSCSSSCSC"),
+        (HiCache(interval=2, warmup=0), "CSCSCSCSCSCS"),
+        (HiCache(3, warmup=4), "CCCCSSCSSCSS"),
+        (HiCache(end=0.75), "CCSSSCSSSCCC"),
+        (HiCache(interval=1), "C" * 12),
+    ]:
+        model = cached(Toy(), chosen, sigmas=TWELVE)
+        drive(model, TWELVE[:-1], 1.0)
+        assert fates(model) == expected
+
+
+def test_a_run_by_hand():
+    """The network doubles 1, 2, 3, ... The slope is 2 and half of it is taken: from 4 on 5 6 7, from 12 on 13 14 15."""
+    model = cached(Toy(), HiCache(), sigmas=TWELVE)
+    assert drive(model, TWELVE[:-1], range(1, 13)) == [2, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22]
+
+
+def test_of_a_step_with_two_evaluations_the_second_is_computed():
+    model = cached(Toy(), HiCache(interval=2))
+    with model.run(SIX, stages=2):
+        drive(model, heun(SIX), 1.0)
+    assert fates(model) == "CCCC" + "SC" * 3 + "S"
+
+
+def test_options_come_as_text_and_under_the_names_of_the_source():
+    chosen = HiCache(3, 2, 0.7, 4)
+    assert method("hicache", "interval=3,order=2,sigma=0.7,warmup=4") == chosen
+    assert method("hicache", "interval=3,max_order=2,sigma=0.7,first_enhance=4") == chosen
+    assert HiCache(3, max_order=2, sigma=0.7, first_enhance=4) == chosen
+    assert method("hicache") == HiCache(interval=4, order=1, sigma=0.5, warmup=2)
+    assert HiCache(predictor=TaylorSeer(2)).predictor == TaylorSeer(2)
+    assert isinstance(chosen, Method)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"interval": 0}, "^n=0: accepted is a whole number of at least 1"),
+        ({"order": -1}, "^order=-1: accepted is a whole number"),
+        ({"sigma": 1.5}, "^sigma=1.5: accepted is a number from 0 to 1"),
+        ({"warmup": -1}, "^warmup=-1: "),
+        ({"ordr": 1}, "^unknown option 'ordr'. Did you mean 'order'"),
+        ({"order": 1, "max_order": 2}, "^max_order=2: order is given twice, under two names"),
+        ({"gates": 5}, "^gates=5: accepted are objects of classes made from Gate"),
+    ],
+)
+def test_options_are_checked_by_name(options, sentence):
+    with pytest.raises(OptionError, match=sentence):
+        HiCache(**options)
+
+
+# hicache-pp
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.7071])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(("interval", "warmup"), [(4, 2), (2, 1), (3, 4)])
+def test_decisions_and_predictions_are_those_of_hicache_pp(interval, warmup, order, sigma):
+    """Random outputs, twenty steps."""
+    theirs = pytest.importorskip("hicache_pp")
+    torch.manual_seed(0)
+    outputs, steps = torch.randn(20, 2, 3, 4, 4), 20
+    model = cached(lambda x, at: outputs[steps - int(at[0])], HiCache(interval, order, sigma, warmup))
+    state = theirs.hicache_init(steps, interval, order, warmup, sigma=sigma)
+    decisions = ""
+    with model.run(range(steps, -1, -1)):
+        for i in range(steps):
+            state["step"] = i
+            full = theirs.hicache_decide(state) == "full"
+            decisions += "C" if full else "S"
+            if full:
+                theirs.hicache_update_derivatives(state, outputs[i])
+            expected = outputs[i] if full else theirs.hicache_forecast(state)
+            answer = model(torch.randn(2, 3, 4, 4), level(steps - i, rows=2))
+            torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
+    assert fates(model) == decisions
+    assert "S" in decisions
+
+
+@pytest.mark.parametrize("documented", [Hermite, HiCache])
+def test_the_example_runs(documented):
+    [example] = doctest.DocTestFinder(recurse=False).find(documented, documented.__name__, globs={})
+    assert doctest.DocTestRunner().run(example).failed == 0
+    assert example.examples
