@@ -1,4 +1,4 @@
-"""Whether one tolerance is one error: Forecast(tolerance=) on both shipped networks, two samplers, two step counts.
+"""Whether one tolerance is one error: ForecastTolerance on both shipped networks, two samplers, two step counts.
 
 python benchmarks/tolerance.py [--samples 64] [--guidance 3] [--out tolerance-output]
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from stepcache import Forecast
 from stepcache.bench import bench
 from stepcache.demo import sampling
+from stepcache.experimental import ForecastTolerance
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tolerance-output"))
     options = parser.parse_args()
     console = Console()
-    methods = {f"tolerance {t:g}": Forecast(tolerance=t) for t in options.tolerances}
+    methods = {f"tolerance {t:g}": ForecastTolerance(t, options.guidance) for t in options.tolerances}
     results = bench(
         [sampling.subject(name, options.guidance) for name in ("unet", "dit")],
         options.samplers,

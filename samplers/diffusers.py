@@ -406,9 +406,7 @@ class _Slot(_Stand):
             training_sigma=_training_sigma(scheduler),
             coordinate=_coordinate(scheduler),
             network=module,
-            exposure=_exposure(scheduler),
             parametrization=_parametrization(scheduler),
-            guidance=lambda: _guidance_scale(owner.pipe),
         )
         self.parameters = list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters)
         self.pairing: Pairing | None = None
@@ -813,21 +811,6 @@ def _coordinate(scheduler: Any) -> Callable[[float], float] | None:
     return float if _is_flow(scheduler) or not _has_sigma(scheduler) else None
 
 
-def _exposure(scheduler: Any) -> Callable[[float], float] | None:
-    """`Run.exposure` by what the network predicts: a flow's velocity, noise, v, or the sample itself."""
-    if _is_flow(scheduler):
-        return lambda t: 1 / math.hypot(t, 1 - t)
-    if not _has_sigma(scheduler):
-        return None
-    predicted = getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
-    by_kind = {
-        "epsilon": lambda sigma: (sigma * sigma + 1) ** -0.5,
-        "v_prediction": lambda sigma: 1 / (sigma * sigma + 1),
-        "sample": lambda sigma: (sigma * sigma + 1) ** -0.5 / sigma,
-    }
-    return by_kind.get(predicted)
-
-
 def _parametrization(scheduler: Any) -> Callable[[float], Parametrization] | None:
     """`Run.parametrization` by what the network predicts. Its input is of unit scale, or a flow's interpolation."""
     if _is_flow(scheduler):
@@ -847,12 +830,6 @@ def _parametrization(scheduler: Any) -> Callable[[float], Parametrization] | Non
         "sample": lambda s: Parametrization.of(s, 0.0, 1.0, 1 / math.hypot(s, 1)),
     }
     return by_kind.get(kind)
-
-
-def _guidance_scale(pipe: Any) -> float | None:
-    """The scale of the pipeline's call in progress, where the pipeline shows it."""
-    scale = getattr(pipe, "guidance_scale", None)
-    return float(scale) if isinstance(scale, (int, float)) else None
 
 
 def _has_sigma(scheduler: Any) -> bool:

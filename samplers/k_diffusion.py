@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from stepcache import Method, Report, Request, Session, method
 from stepcache.extras import need
-from stepcache.options import OptionError, number, unknown
+from stepcache.options import OptionError, unknown
 from stepcache.parametrization import Parametrization
 from stepcache.readings import wide, widened
 from stepcache.timeline import same_sigma
@@ -147,8 +146,6 @@ class CachedDenoiser(nn.Module):
             noise), "denoised" (they are taken for one), or a function sigma -> (c_skip, c_out, c_in) with denoised =
             c_skip x + c_out network(c_in x), where c_skip = None stands for 1. None: taken from the `get_scalings` of
             the model or of the model inside it, else "eps".
-        guidance: the scale of guidance outside this wrapper, denoised = uncond + guidance (cond - uncond), with
-            conditions named so. Only `Forecast(tolerance=...)` asks; None: it takes 7.5 there, and the report says so.
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: t where scalings="flow" and for a
             `FlowDenoiser`, else log sigma.
         group: a torch.distributed process group whose ranks share one sample.
@@ -167,7 +164,6 @@ class CachedDenoiser(nn.Module):
         anchor: str | None = None,
         decide: Literal["anchor", "each"] = "anchor",
         scalings: Literal["eps", "flow", "denoised"] | Scalings | None = None,
-        guidance: float | None = None,
         coordinate: Callable[[float], float] | None = None,
         group: Any = None,
     ) -> None:
@@ -188,9 +184,7 @@ class CachedDenoiser(nn.Module):
             sigmas=sigmas,
             training_sigma=TrainingTable(inner) if _owner(inner, "t_to_sigma") is not None else None,
             coordinate=coordinate or _coordinate(inner, self._scalings),
-            exposure=Exposure(self._scalings),
             parametrization=ScalingsAsFloats(self._scalings),
-            guidance=None if guidance is None else number("guidance", guidance, low=-math.inf),
             lowest_sigma=_lowest_sigma(inner),
             group=group,
             notes=("scalings: the model has no get_scalings, eps is assumed",) if assumed else (),
@@ -439,23 +433,6 @@ class ScalingsAsFloats:
         scalings = self._scalings(torch.tensor([sigma], dtype=torch.float32, device=self._device))
         c_skip, c_out, c_in = (1.0 if c is None else float(c) for c in scalings)
         return Parametrization.of(sigma, c_skip, c_out, c_in)
-
-
-class Exposure:
-    """`Run.exposure`: |c_out| / sigma, what a unit of output does to x over a unit of sigma, divided by the scale of x.
-
-    That is sqrt(sigma^2 + 1), latents being of scale 1 at sigma = 0, or sqrt(sigma^2 + (1 - sigma)^2) where
-    scalings="flow".
-    """
-
-    def __init__(self, scalings: Scalings) -> None:
-        self._scalings = scalings
-
-    @torch.no_grad()
-    def __call__(self, sigma: float) -> float:
-        _, c_out, _ = self._scalings(torch.tensor([sigma], dtype=torch.float32))
-        data = 1 - sigma if self._scalings is flow_scalings else 1.0
-        return abs(float(c_out)) / sigma / math.hypot(sigma, data)
 
 
 def _scalings(model: Any, given: str | Scalings | None) -> Scalings:

@@ -54,10 +54,8 @@ class Run:
     extrapolate in: log sigma, or t for flow models. Sentences in `notes` go into the report; those in `warnings`, about
     options that cannot act, are also said aloud, once a session.
 
-    `exposure(sigma)` is how fast the latent, scaled to 1, changes with sigma for one unit of the network's output:
-    1 / sqrt(sigma^2 + 1) where that is noise, 1 / sqrt(t^2 + (1 - t)^2) for a flow in its t; None where it is not
-    known. `guidance` is the scale of uncond + guidance (cond - uncond), None if not known. `parametrization(sigma)`
-    says what the network's input and output mean there; None if nothing is known of the network.
+    `parametrization(sigma)` says what the network's input and output mean there; None if nothing is known of the
+    network.
     """
 
     schedule: tuple[float, ...] | None = None
@@ -65,8 +63,6 @@ class Run:
     stages: int | None = None
     second_only: bool = False
     coordinate: Callable[[float], float] = math.log
-    exposure: Callable[[float], float] | None = None
-    guidance: float | None = None
     parametrization: Callable[[float], Parametrization] | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

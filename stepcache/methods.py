@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from . import options
 from .adaptive_order import AdaptiveOrder
-from .criteria import Always, Criterion, EasyCacheRule, Never, ToleranceRule, UCacheRule
+from .criteria import Always, Criterion, EasyCacheRule, Never, UCacheRule
 from .gates import (
     Every,
     Gate,
@@ -84,11 +84,6 @@ class Method:
                 raise options.OptionError(
                     f"{name}={value!r}: accepted is an object of a class made from {kind.__name__}"
                 )
-        if self.skip == "followers" and isinstance(self.criterion, ToleranceRule):
-            raise options.OptionError(
-                f"tolerance={self.criterion.tolerance!r}, skip='followers': a tolerance counts errors of every "
-                "condition; with skip='followers' give every"
-            )
         object.__setattr__(self, "gates", as_gates(self.gates))
         self.all_gates()
 
@@ -155,38 +150,33 @@ def accepted_options(function: Callable[..., Method]) -> dict[str, Any]:
 
 
 @_known
-def Forecast(every: int | None = None, tolerance: float | None = None, **common: Any) -> Method:
+def Forecast(every: int = 2, **common: Any) -> Method:
     """Our own: computes every second evaluation and predicts the others, by an order that chooses itself.
 
-    Nothing is calibrated. With `every` nothing depends on the latents but the order, and the calls are known before the
-    run; with `tolerance` the error is, and the calls follow. What is computed stands at `stepcache.gates.Every` and
-    `stepcache.criteria.ToleranceRule`, the prediction as a formula at `stepcache.adaptive_order.AdaptiveOrder`.
+    Nothing is calibrated, and the calls are known before the run. The places are those of `stepcache.gates.Every`; the
+    prediction as a formula is at `stepcache.adaptive_order.AdaptiveOrder`. It extrapolates what the sampler integrates,
+    and follows the latent instead as far as the sampler adds fresh noise, which it sees in the run itself
+    (`stepcache.noise.FreshNoise`).
 
     Args:
         every: of so many evaluations one is computed: 2 (the default) is half the calls, 3 a third. 1 computes
-            everything. The last step is computed too.
-        tolerance: instead of `every`: the error that all skips together may leave in the result, as a share of the
-            latent's scale. 0.01 to 0.03 is usual; 0 never skips. It needs the schedule, as `sample` and diffusers give
-            it, and where cond and uncond are seen apart the guidance scale.
+            everything. The first two and the last step are computed too.
         **common: every option of `Method`: start, end, mask, warmup, last_step, max_cached, predictor, ... With
-            skip="followers" the predictor is `Lagrange(1)`, for what is predicted then is a difference of conditions,
-            which fresh noise hardly touches.
+            skip="followers" the predictor is `Lagrange(1)`, because a difference of branches is predicted, which fresh
+            noise hardly touches; and only the first evaluation is computed in any case.
 
     For samplers with two evaluations a step (Heun, DPM2, DPM++ SDE) it should know so: use `sample`, or `sigmas` and
-    the sampler's callback. What it reaches, and where it does not help, is measured in docs/measurements.md and, with a
-    tolerance, in docs/tolerance.md.
+    the sampler's callback. What it reaches, and when it does not help, is measured in docs/measurements.md.
+
+    Example:
+        >>> from stepcache import Forecast
+        >>> Forecast(3).name
+        'forecast'
     """
-    predictor = Lagrange(1) if common.get("skip") == "followers" else AdaptiveOrder()
-    chosen: dict[str, Any] = {"predictor": predictor, "last_step": True, "name": "forecast"}
-    if tolerance is None:
-        chosen["gates"] = (Every(2 if every is None else every, start=2), *as_gates(common.pop("gates", ())))
-    elif every is not None:
-        raise options.OptionError(
-            f"every={every!r}, tolerance={tolerance!r}: each says how much is skipped; leave one of them out"
-        )
-    else:
-        chosen["criterion"] = ToleranceRule(tolerance)
-    return Method(**{**chosen, **common})
+    followers = common.get("skip") == "followers"
+    gates = (Every(every, start=1 if followers else 2), *as_gates(common.pop("gates", ())))
+    predictor = Lagrange(1) if followers else AdaptiveOrder()
+    return Method(**{"predictor": predictor, "last_step": True, "gates": gates, "name": "forecast", **common})
 
 
 @_known
@@ -302,8 +292,6 @@ AS_TEXT = {
     "mask": "",
     "window": "",
     "steps": 0,
-    "every": 2,
-    "tolerance": 0.0,
     "preset": "",
     "policy": "",
     "block": "",

@@ -141,8 +141,6 @@ class Session:
         sigmas: the schedule, sigmas[0..n], of runs that the host does not announce with `begin`.
         training_sigma: share of the training timetable (0 to 1) -> sigma, where the model has such a table.
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: log sigma.
-        exposure, guidance: as in `Run`; what `criteria.ToleranceRule` needs to know of the host. None: not known.
-            `guidance` may be a function, which is asked when a run begins.
         parametrization: sigma -> what the network's input and output mean there; None: not known. Forecast needs it.
         lowest_sigma: the model's lowest sigma: at or below it a run without a schedule is over and its memory is freed.
         group: a torch.distributed process group whose ranks work on one sample together. All of them then take the same
@@ -164,9 +162,7 @@ class Session:
         sigmas: Tensor | Iterable[float] | None = None,
         training_sigma: Callable[[float], float] | None = None,
         coordinate: Callable[[float], float] | None = None,
-        exposure: Callable[[float], float] | None = None,
         parametrization: Callable[[float], Parametrization] | None = None,
-        guidance: float | Callable[[], float | None] | None = None,
         lowest_sigma: float = 0.0,
         group: Any = None,
         notes: Iterable[str] = (),
@@ -183,9 +179,7 @@ class Session:
         self._each = decide == "each"
         self._training_sigma = training_sigma
         self._coordinate = coordinate or math.log
-        self._exposure = exposure
         self._parametrization = parametrization
-        self._guidance = guidance
         self._lowest_sigma = lowest_sigma
         self._group = group
         self._state: RunState | None = None
@@ -402,9 +396,7 @@ class Session:
         fits = where.step is not None or where.mixed or timeline.schedule is None
         second_only = self.method.evaluations == "second"
         schedule = timeline.schedule if fits else None
-        run = Run(schedule, self._training_sigma, timeline.stages, second_only, self._coordinate, self._exposure)
-        run.parametrization = self._parametrization
-        run.guidance = self._guidance() if callable(self._guidance) else self._guidance
+        run = Run(schedule, self._training_sigma, timeline.stages, second_only, self._coordinate, self._parametrization)
         self.report = Report(self.method.name, where.run, run.steps, run.notes)
         if not fits:
             run.warnings.append(f"the schedule given lacks the run's first sigma, {where.sigma:g}: taken as not known")

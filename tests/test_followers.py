@@ -184,10 +184,6 @@ def test_it_is_an_option_of_every_method_and_needs_a_deciding_anchor():
     assert Forecast(skip="followers").skip == UCache(skip="followers").skip == "followers"
     with pytest.raises(OptionError, match=r"unknown skip 'uncond'\. Accepted: all, followers"):
         Method(skip="uncond")
-    with pytest.raises(OptionError, match=r"tolerance=0\.1, skip='followers': a tolerance counts errors"):
-        Forecast(tolerance=0.1, skip="followers")
-    with pytest.raises(OptionError, match=r"tolerance=0\.1, skip='followers': a tolerance counts errors"):
-        Forecast(tolerance=0.1).but(skip="followers")
     with pytest.raises(OptionError, match="skip='followers' with decide='each': the anchor is always computed"):
         cached(Rows(), FOLLOW, conditions=BOTH, decide="each")
 

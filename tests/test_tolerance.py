@@ -1,4 +1,4 @@
-"""A tolerance instead of a threshold: `ToleranceRule` by hand, and what `Forecast(tolerance=)` reaches."""
+"""A tolerance instead of a threshold: `ToleranceRule` by hand, and `ForecastTolerance` on the shipped networks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,30 @@ from tiny_pipelines import PIPELINES
 from torch import Tensor
 from toys import Toy, cached, drive, fates, filled
 
-from stepcache import Forecast, OptionError, Run, ToleranceRule, Where, method
+from stepcache import METHODS, Forecast, OptionError, Parametrization, Run, Where, method
 from stepcache.bench import METRICS
 from stepcache.demo import networks, sampling
+from stepcache.experimental import ForecastTolerance, ToleranceRule, exposure
 from stepcache.readings import Readings
-from stepcache.samplers.diffusers import attach
-from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
+from stepcache.samplers.diffusers import _parametrization, attach
+from stepcache.samplers.k_diffusion import (
+    CachedDenoiser,
+    FlowDenoiser,
+    InTurn,
+    ScalingsAsFloats,
+    denoised_scalings,
+    eps_scalings,
+    flow_scalings,
+    sample,
+)
 
 TEN = tuple(1 - k / 10 for k in range(11))
 """Ten steps of 0.1; with coordinate = sigma and exposure 1, u = 0.1 everywhere."""
+
+
+def unit(sigma: float) -> Parametrization:
+    """Of which the exposure is 1."""
+    return Parametrization(denoised=(0.0, sigma * math.hypot(sigma, 1)))
 
 
 @dataclass
@@ -51,9 +66,9 @@ class Seen:
 class ByHand:
     """A rule told of computed evaluations, one pixel a condition."""
 
-    def __init__(self, tolerance: float, **run: object) -> None:
-        self.run = Run(TEN, coordinate=float, exposure=lambda sigma: 1.0, **run)
-        self.rule = ToleranceRule(tolerance).begin(self.run)
+    def __init__(self, tolerance: float, guidance: float = 7.5) -> None:
+        self.run = Run(TEN, coordinate=float, parametrization=unit)
+        self.rule = ToleranceRule(tolerance, guidance).begin(self.run)
         self.history: list[Seen] = []
 
     def computed(self, k: int, **offs: float) -> None:
@@ -126,14 +141,15 @@ def test_not_a_number_is_computed():
 
 
 @pytest.mark.parametrize(
-    ("guidance", "off"), [(1.0, 0.2), (3.0, 0.4), (None, 0.1 + 7.5 * 0.1)], ids=["none", "three", "unknown"]
+    ("options", "off"),
+    [({"guidance": 1.0}, 0.2), ({"guidance": 3.0}, 0.4), ({}, 0.1 + 7.5 * 0.1)],
+    ids=["none", "three", "usual"],
 )
-def test_the_error_is_that_of_the_guided_prediction(guidance, off):
-    hand = ByHand(0.5, guidance=guidance)
+def test_the_error_is_that_of_the_guided_prediction(options, off):
+    hand = ByHand(0.5, **options)
     hand.computed(0, uncond=0.0, cond=0.0)
     hand.computed(2, uncond=0.1, cond=0.2)
     assert hand.asked(3)[1] == pytest.approx(0.4 * math.hypot(0.1 * off / 2, 0.1 * off / 2))
-    assert any("7.5" in note for note in hand.run.notes) == (guidance is None)
 
 
 @pytest.mark.parametrize(("guidance", "off"), [(3.0, 3 * 0.3 + 2 * 0.1), (1.0, 0.3), (0.5, 0.5 * 0.3 + 0.5 * 0.1)])
@@ -175,7 +191,7 @@ def test_one_condition_alone_is_taken_as_it_is():
 
 
 def test_without_a_schedule_or_a_scale_everything_is_computed_and_the_report_says_so():
-    model = CachedDenoiser(Toy(), Forecast(tolerance=0.1))
+    model = CachedDenoiser(Toy(), ForecastTolerance(0.1))
     with pytest.warns(UserWarning, match="schedule is not known"):
         drive(model, (10.0, 8.0, 6.0, 4.0), 1.0)
     assert fates(model) == "CCCC"
@@ -186,8 +202,8 @@ def test_without_a_schedule_or_a_scale_everything_is_computed_and_the_report_say
 
 def test_an_evaluation_off_the_schedule_is_computed_and_the_plan_begins_again():
     """A two-evaluation sampler that was not announced: its second evaluations are no places of the plan."""
-    model = cached(lambda x, sigma: 2 * x, Forecast(tolerance=0.5), sigmas=TEN)
-    assert drive(model, [*TEN[:2], 0.85, *TEN[2:10]], 1.0) == pytest.approx([2.0] * 11)
+    model = cached(lambda x, sigma: 2 * x, ForecastTolerance(0.5), sigmas=TEN)
+    drive(model, [*TEN[:2], 0.85, *TEN[2:10]], 1.0)
     at = [event.computed for event in model.report.events if event.where.stage]
     assert at == [True]
     assert "S" in fates(model)[4:]
@@ -212,32 +228,78 @@ def test_the_evidence_of_an_evaluation_is_not_kept():
 
 
 def test_tolerance_zero_calls_the_model_directly():
-    model = cached(Toy(), Forecast(tolerance=0), sigmas=TEN)
+    model = cached(Toy(), ForecastTolerance(0), sigmas=TEN)
     drive(model, TEN[:-1], 1.0)
     assert fates(model) == "C" * 10
     assert {event.reason for event in model.report.events} == {"off"}
 
 
-def test_the_option_as_text_and_what_is_refused():
-    assert method("forecast", "tolerance=0.01") == Forecast(tolerance=0.01)
-    assert method("forecast", "every=3") == Forecast(3)
-    assert Forecast().gates == Forecast(2).gates
-    for refused in ({"every": 2, "tolerance": 0.1}, {"tolerance": -1}, {"tolerance": math.nan}):
+def test_it_is_no_method_of_the_core_and_what_is_refused():
+    assert ForecastTolerance not in METHODS.values()
+    with pytest.raises(OptionError, match="unknown option 'tolerance'"):
+        Forecast(tolerance=0.01)
+    with pytest.raises(OptionError, match="'tolerance'"):
+        method("forecast", "tolerance=0.01")
+    assert ForecastTolerance(0.01, 3.0, warmup=2) == ForecastTolerance(0.01, guidance=3.0).but(warmup=2)
+    assert ForecastTolerance() == ForecastTolerance(0.02, 7.5)
+    for tolerance in (-1, math.nan):
         with pytest.raises(OptionError, match="tolerance="):
-            Forecast(**refused)
+            ForecastTolerance(tolerance)
     with pytest.raises(OptionError, match="guidance="):
-        CachedDenoiser(Toy(), Forecast(tolerance=0.1), guidance="3")
+        ForecastTolerance(guidance="3")
+    with pytest.raises(OptionError, match="unknown option 'tolerence'"):
+        ForecastTolerance(tolerence=0.1)
+    with pytest.raises(OptionError, match=r"tolerance=0\.1, skip='followers': a tolerance counts errors"):
+        ForecastTolerance(0.1, skip="followers")
+
+
+class Scheduler:
+    """As much of diffusers' schedulers as says what the network predicts."""
+
+    def __init__(self, **config: object) -> None:
+        self.sigmas = torch.ones(2)
+        self.config = config
+
+
+class FlowScheduler(Scheduler):
+    """A flow, by its name."""
+
+
+def v_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    c_in = (sigma**2 + 1).rsqrt()
+    return c_in**2, -sigma * c_in, c_in
+
+
+@pytest.mark.parametrize(
+    ("parametrization", "expected"),
+    [
+        (ScalingsAsFloats(eps_scalings), lambda s: 1 / math.hypot(s, 1)),
+        (ScalingsAsFloats(v_scalings), lambda s: 1 / math.hypot(s, 1) ** 2),
+        (ScalingsAsFloats(denoised_scalings), lambda s: 1 / s / math.hypot(s, 1)),
+        (ScalingsAsFloats(flow_scalings), lambda t: 1 / math.hypot(t, 1 - t)),
+        (ScalingsAsFloats(FlowDenoiser(Toy()).get_scalings), lambda s: 1 / (1 + s) / math.hypot(s, 1)),
+        (_parametrization(Scheduler()), lambda s: 1 / math.hypot(s, 1)),
+        (_parametrization(Scheduler(prediction_type="v_prediction")), lambda s: 1 / (s * s + 1)),
+        (_parametrization(Scheduler(prediction_type="sample")), lambda s: 1 / s / math.hypot(s, 1)),
+        (_parametrization(FlowScheduler()), lambda t: 1 / math.hypot(t, 1 - t)),
+    ],
+    ids=["eps", "v", "denoised", "flow", "FlowDenoiser", "diffusers eps", "diffusers v", "sample", "diffusers flow"],
+)
+def test_the_exposure_follows_from_the_parametrization(parametrization, expected):
+    """|c_out| / sigma over the latent's scale: sqrt(sigma^2 + 1), or sqrt(t^2 + (1 - t)^2) for a flow in its t."""
+    for sigma in (0.99, 0.9, 0.7, 0.5, 0.31, 0.1, 0.03, 3.0, 14.6, 80.0):
+        assert exposure(parametrization(sigma), sigma) == pytest.approx(expected(sigma), rel=1e-5)
 
 
 def test_nothing_of_a_run_reaches_the_next():
-    chosen = Forecast(tolerance=0.05)
+    chosen = ForecastTolerance(0.05)
     model = CachedDenoiser(Toy(lambda x, sigma: x * (1 - 0.1 * torch.sin(sigma.max()))), chosen)
     first = sample("euler", model, filled(1.0), torch.tensor(TEN), disable=True), fates(model)
     second = sample("euler", model, filled(1.0), torch.tensor(TEN), disable=True), fates(model)
     assert torch.equal(first[0], second[0])
     assert first[1] == second[1]
     assert "S" in first[1]
-    assert chosen == Forecast(tolerance=0.05)
+    assert chosen == ForecastTolerance(0.05)
 
 
 @cache
@@ -245,7 +307,7 @@ def reached(network: str, sampler: str, tolerance: float) -> tuple[float, str]:
     """PSNR in dB to the full run of 20 steps, and the fates."""
     subject, seeds = sampling.subject(network), range(6)
     full = full_run(network, sampler)
-    result = subject.sample(sampler, 20, Forecast(tolerance=tolerance), seeds)
+    result = subject.sample(sampler, 20, ForecastTolerance(tolerance, sampling.GUIDANCE), seeds)
     return statistics.fmean(METRICS["PSNR"](result.images, full, seeds)), result.report.fates("cond")
 
 
@@ -295,9 +357,8 @@ def run_of(labels: list[int], dtype: torch.dtype = torch.float32, separate: bool
     noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)).expand(len(labels), -1, -1, -1)
     model = CachedDenoiser(
         Toy(lambda x, sigma, **extra: denoiser(x.float(), sigma.float(), **extra).to(x.dtype)),
-        Forecast(tolerance=0.02),
+        ForecastTolerance(0.02, guidance=3.0),
         conditions=InTurn("cond", "uncond") if separate else ("uncond", "cond"),
-        guidance=3.0,
         scalings=denoiser.get_scalings,
         coordinate=denoiser.sigma_to_t,
         **options,
@@ -332,12 +393,12 @@ def test_one_transfer_a_decided_evaluation(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])
-def test_through_diffusers_schedule_and_guidance_come_from_the_pipeline(name):
+def test_through_diffusers_the_schedule_comes_from_the_pipeline(name):
     tiny = PIPELINES[name]
     pipe = tiny.build()
-    with attach(pipe, "forecast", tolerance=0.5) as loose:
+    with attach(pipe, ForecastTolerance(0.5)) as loose:
         pipe(**tiny.call(pipe))
-    with attach(pipe, "forecast", tolerance=1e-6) as tight:
+    with attach(pipe, ForecastTolerance(1e-6)) as tight:
         pipe(**tiny.call(pipe))
     assert any("S" in loose.report.fates(condition) for condition in loose.report.conditions)
     assert all("S" not in tight.report.fates(condition) for condition in tight.report.conditions)

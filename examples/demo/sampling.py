@@ -18,15 +18,19 @@ GUIDANCE = 3.0
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance, both conditions in one call: denoised = uncond + scale (cond - uncond)."""
+    """Classifier-free guidance, both conditions in one call: denoised = uncond + scale (cond - uncond).
 
-    def __init__(self, inner_model: nn.Module, scale: float = GUIDANCE) -> None:
+    `null` is the label of uncond.
+    """
+
+    def __init__(self, inner_model: nn.Module, scale: float = GUIDANCE, null: int = networks.NO_CLASS) -> None:
         super().__init__()
         self.inner_model = inner_model
         self.scale = scale
+        self.null = null
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        labels = torch.cat([torch.full_like(label, networks.NO_CLASS), label])
+        labels = torch.cat([torch.full_like(label, self.null), label])
         uncond, cond = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), label=labels).chunk(2)
         return uncond + self.scale * (cond - uncond)
 
@@ -49,7 +53,7 @@ def subject(name: str, guidance: float = GUIDANCE) -> KDiffusion:
         partial(sigmas, denoiser),
         guided=partial(Guided, scale=guidance),
         extra_args=asked,
-        cached={"conditions": ("uncond", "cond"), "guidance": guidance},
+        cached={"conditions": ("uncond", "cond")},
         metrics={**METRICS, "right": right},
     )
 
