@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import __version__, method
 from .extras import need
+from .options import unknown
 from .samplers.install import HOSTS
 
 
@@ -15,13 +16,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="stepcache", description="Training-free acceleration of diffusion sampling.")
     parser.add_argument("--version", action="version", version=f"stepcache {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="sample two small trained networks with and without the cache")
+    demo = commands.add_parser("demo", help="sample three small trained networks with and without the cache")
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to (default %(default)s)")
     demo.add_argument("--samples", type=int, default=10, help="images a run, a multiple of 10 (default %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the noise (default %(default)s)")
     bench = commands.add_parser("bench", help="measure quality against calls, beside fewer steps and other samplers")
     bench.add_argument(
-        "--network", nargs="+", default=["unet", "dit"], choices=["unet", "dit"], help="shipped networks"
+        "--network",
+        nargs="+",
+        default=["unet", "dit"],
+        metavar="NAME",
+        help="unet and dit (the default), or names of the zoo, as unet@7.5, edm or hsc32",
     )
     bench.add_argument("--sampler", nargs="+", default=["euler", "dpmpp_2m", "euler_ancestral"], help="%(default)s")
     bench.add_argument("--steps", nargs="+", type=int, default=[20, 30], help="%(default)s")
@@ -34,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument(
         "--other", nargs="+", default=["euler", "dpmpp_2m", "heun", "lms"], help="rival samplers (default %(default)s)"
     )
-    bench.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default %(default)s)")
+    bench.add_argument(
+        "--guidance", type=float, default=3.0, help="of unet and dit the guidance scale (default %(default)s)"
+    )
     bench.add_argument("--samples", type=int, default=64, help="seeds, the same for all (default %(default)s)")
     bench.add_argument("--batch", type=int, default=16, help="samples drawn at once (default %(default)s)")
     bench.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")
@@ -63,11 +70,17 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     from stepcache.bench import bench
-    from stepcache.demo.sampling import subject
+    from stepcache.demo import sampling, zoo
 
     console = need("rich.console", "bench").Console()
     methods = {text: method(*text.split(":", 1)) for text in options.method} if options.method else None
-    subjects = [subject(name, options.guidance) for name in options.network]
+    shipped = ("unet", "dit")
+    for name in options.network:
+        if name not in (*shipped, *zoo.NAMES):
+            raise unknown("network", name, (*shipped, *zoo.NAMES))
+    subjects = [
+        sampling.subject(name, options.guidance) if name in shipped else zoo.subject(name) for name in options.network
+    ]
     results = bench(
         subjects,
         options.sampler,

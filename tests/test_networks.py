@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from stepcache import EasyCache, Static, UCache
 from stepcache.bench import METRICS, KDiffusion, Sampled
-from stepcache.demo import networks, sampling
+from stepcache.demo import networks, run, sampling
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
 with warnings.catch_warnings():
@@ -61,10 +62,32 @@ def test_samples_of_one_class_differ_and_are_not_copies_of_a_training_image(name
     assert same_digit.min() > 0.25 * among_real.median()
 
 
-def test_the_shipped_weights_are_under_eight_megabytes():
-    sizes = [path.stat().st_size for path in networks.WEIGHTS.glob("*.safetensors")]
-    assert len(sizes) == 3
-    assert sum(sizes) < 8e6
+def test_the_shipped_weights_are_those_of_every_network_and_under_20_megabytes():
+    sizes = {path.stem: path.stat().st_size for path in networks.WEIGHTS.glob("*.safetensors")}
+    assert {*sizes} == {*networks.NETWORKS}
+    assert sum(sizes.values()) < 20e6
+
+
+def test_the_contact_sheet_has_every_method_and_as_many_calls_without_cache(tmp_path):
+    shape = (3, networks.EMOJI_SIZE, networks.EMOJI_SIZE)
+    network = KDiffusion(
+        "towards grey",
+        lambda x, sigma: x / (1 + sigma.view(-1, 1, 1, 1) ** 2),
+        shape,
+        lambda n: torch.linspace(9, 0, n + 1),
+    )
+    rows = run.sheet_rows(network, range(3))
+    assert [name for name, _ in rows] == ["full run", *run.ON_SHEET, "fewer steps", "fewer steps"]
+    calls = [made.calls for _, made in rows]
+    assert calls[0] == 20
+    assert calls[-2:] == calls[1:3] == [11, 8]
+    path = tmp_path / "sheet.png"
+    run.contact_sheet(network, rows, range(3), path)
+    with Image.open(path) as picture:
+        colours = picture.convert("RGB")
+    assert colours.width <= 1600
+    assert colours.getpixel((0, 0)) == (255, 255, 255)
+    assert path.stat().st_size < 400_000
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -175,6 +198,7 @@ def test_a_wheel_holds_the_adapters_the_demo_and_its_weights(tmp_path):
     subprocess.run(command, check=True, cwd=copy)
     (wheel,) = tmp_path.glob("stepcache-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    expected = ["py.typed", "session.py", "samplers/k_diffusion.py", "demo/run.py", "demo/weights/dit.safetensors"]
+    expected = ["py.typed", "session.py", "samplers/k_diffusion.py", "demo/run.py"]
+    expected += [f"demo/weights/{name}.safetensors" for name in networks.NETWORKS]
     assert {f"stepcache/{name}" for name in expected} <= set(names)
     assert not [name for name in names if name.startswith(("samplers/", "examples/", "tests/"))]

@@ -199,7 +199,8 @@ def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, ru
     for condition in names:
         assert fates(runs[0], condition) == cached.report.fates(condition)
     assert "S" in fates(runs[0], "uncond")
-    assert torch.allclose(latents, p.latents[0], rtol=1e-3, atol=1e-3)
+    # The order is chosen from errors near rounding here, so the two may differ by a share of it.
+    assert torch.allclose(latents, p.latents[0], rtol=1e-3, atol=5e-4 * float(latents.abs().max()))
 
 
 def products_of(host):

@@ -21,6 +21,18 @@ def psnr(images: Tensor, reference: Tensor, seeds: Sequence[int]) -> list[float]
     return (4 / error).log10().mul(10).clamp(max=CAP).tolist()
 
 
+def psnr_of_range(images: Tensor, reference: Tensor, seeds: Sequence[int]) -> list[float]:
+    """PSNR with a peak of each sample's own: 10 log10(range^2 / mean (image - reference)^2) in dB, at most `CAP`.
+
+    The range is that of the reference, max - min over all pixels and channels. Nothing is clamped: for samples that are
+    not in [-1, 1], as those of the galaxies.
+    """
+    images, reference = images.double().flatten(1), reference.double().flatten(1)
+    peak = reference.amax(1) - reference.amin(1)
+    error = (images - reference).square().mean(1)
+    return (peak.square() / error).log10().mul(10).nan_to_num(nan=CAP).clamp(max=CAP).tolist()
+
+
 def ssim(images: Tensor, reference: Tensor, seeds: Sequence[int]) -> list[float]:
     """Structural similarity (scikit-image, window 7, data range 2); of videos the mean over frames."""
     score = need("skimage.metrics", "bench").structural_similarity

@@ -6,7 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,16 +168,19 @@ class Store:
                 file.write(json.dumps(line) + "\n")
 
 
-def measured(units: Iterable[Unit], workers: int) -> Iterator[tuple[Unit, list[dict[str, Any]]]]:
-    """Units with their records, as they are done."""
+def measured(
+    units: Iterable[Any], workers: int, measure: Callable[[Any], list[dict[str, Any]]] | None = None
+) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+    """Units with their records, as they are done. `measure` makes a unit's records, None: `compared`."""
+    measure = measure or compared
     if workers == 1:
         for unit in units:
-            yield unit, compared(unit)
+            yield unit, measure(unit)
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
-        futures = {pool.submit(compared, unit): unit for unit in units}
+        futures = {pool.submit(measure, unit): unit for unit in units}
         for future in as_completed(futures):
             yield futures[future], future.result()
 

@@ -18,6 +18,7 @@ from stepcache.options import OptionError, unknown
 from stepcache.report import Report
 
 from .metrics import METRICS, Metric
+from .unipc import sample_unipc
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ NOISY = frozenset(
 
 @dataclass
 class KDiffusion:
-    """A k-diffusion denoiser under k-diffusion's samplers.
+    """A k-diffusion denoiser under k-diffusion's samplers, and "unipc", which is `stepcache.bench.unipc`'s.
 
     Args:
         name: how tables and records call it; a model of the same name in the same folder must be the same model.
@@ -101,9 +102,7 @@ class KDiffusion:
         """Every seed has a start noise of its own; the sampler's fresh noise is seeded by the first of the batch."""
         from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
-        function = getattr(need("k_diffusion.sampling", "bench"), f"sample_{sampler}", None)
-        if function is None or "sigmas" not in inspect.signature(function).parameters:
-            raise OptionError(f"sampler={sampler!r}: accepted is one of k-diffusion's that takes sigmas, as 'euler'")
+        function = sample_unipc if sampler == "unipc" else _sampler(sampler)
         sigmas = self.sigmas(steps).to(self.device)
         start = torch.stack([_noise(self.shape, seed) for seed in seeds]).to(self.device, self.dtype) * sigmas[0]
         extra_args = self.extra_args(seeds) if self.extra_args else {}
@@ -111,7 +110,7 @@ class KDiffusion:
         guided = self.guided(cached) if self.guided else cached
         torch.manual_seed(seeds[0])
         with _timed(self.device) as clock:
-            latents = sample(sampler, guided, start, sigmas, extra_args=extra_args, disable=True)
+            latents = sample(function, guided, start, sigmas, extra_args=extra_args, disable=True)
         images = self.decode(latents) if self.decode else latents
         return Sampled(images.float().cpu(), clock.seconds, cached.report)
 
@@ -177,6 +176,15 @@ class Pipeline:
         if not isinstance(images, Tensor):
             images = torch.stack(list(images))
         return images * 2 - 1
+
+
+def _sampler(name: str) -> Callable[..., Tensor]:
+    function = getattr(need("k_diffusion.sampling", "bench"), f"sample_{name}", None)
+    if function is None or "sigmas" not in inspect.signature(function).parameters:
+        raise OptionError(
+            f"sampler={name!r}: accepted is 'unipc', and one of k-diffusion's that takes sigmas, as 'euler'"
+        )
+    return function
 
 
 def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
