@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stepcache import Forecast, Method, AdaptiveOrder, Static, UCache
+from stepcache import AdaptiveOrder, Forecast, Method, Static, UCache
 from stepcache.bench import bench
 from stepcache.demo.sampling import subject
 

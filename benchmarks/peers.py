@@ -30,7 +30,7 @@ from diffusers import CacheMixin, hooks
 from rich.console import Console
 from torch import nn
 
-from stepcache import DBCache, EasyCache, FBCache, Forecast, Method, Reuse, AdaptiveOrder, Static, TaylorSeer, UCache
+from stepcache import AdaptiveOrder, DBCache, EasyCache, FBCache, Forecast, Method, Reuse, Static, TaylorSeer, UCache
 from stepcache.bench import Pipeline, Results, Sampled, bench
 from stepcache.demo import pipelines
 from stepcache.extras import need

@@ -53,8 +53,9 @@ def train(
 ) -> nn.Module:
     """Trains `networks.NETWORKS[name]` and saves the exponential average of its weights.
 
-    `loss(network, images, labels, generator)` is one batch's loss; `data` gives all images with their labels. The learning rate warms up over 2 % of the steps
-    and falls to zero as a half cosine. Every 200 steps everything, random state included, is written to the checkpoint.
+    `loss(network, images, labels, generator)` is one batch's loss; `data` gives all images with their labels. The
+    learning rate warms up over 2 % of the steps and falls to zero as a half cosine. Every 200 steps everything, random
+    state included, is written to the checkpoint.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -105,7 +106,9 @@ def train(
     return averaged
 
 
-def drop_labels(labels: Tensor, generator: torch.Generator, share: float = 0.1, null: int = networks.NO_CLASS) -> Tensor:
+def drop_labels(
+    labels: Tensor, generator: torch.Generator, share: float = 0.1, null: int = networks.NO_CLASS
+) -> Tensor:
     """Replaces a share of the labels by "no class", so that the network also learns the uncond branch."""
     dropped = torch.rand(labels.shape, generator=generator) < share
     return torch.where(dropped, null, labels)

