@@ -16,17 +16,16 @@ def loss(network, images, labels, generator):
 
 
 if __name__ == "__main__":
-    everything = training.images
 
     def without_held_out():
-        pixels, labels = everything()
+        pixels, labels = training.digits()
         keep = torch.ones(len(labels), dtype=torch.bool)
         keep[HELD_OUT] = False
         return pixels[keep], labels[keep]
 
-    training.images = without_held_out
-    network = training.train("classifier", loss, training.arguments(__doc__, steps=3000), learning_rate=2e-3)
-    pixels, labels = everything()
+    options = training.arguments(__doc__, steps=3000)
+    network = training.train("classifier", loss, options, data=without_held_out, learning_rate=2e-3)
+    pixels, labels = training.digits()
     with torch.no_grad():
         right = (network(pixels[HELD_OUT]).argmax(1) == labels[HELD_OUT]).float().mean()
     print(f"{right:.1%} of 500 held-out real images recognised")

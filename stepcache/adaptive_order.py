@@ -68,7 +68,7 @@ class AdaptiveOrder(Predictor):
     order: int = 2
     trust: float = 1.3
     finite_where_memory_is = True
-    follows_noise = True
+    sampler_aware = True
 
     def __post_init__(self) -> None:
         number("order", self.order, whole=True)

@@ -92,8 +92,8 @@ class Evidence:
 
     @cached_property
     def parametrization(self) -> Parametrization:
-        """What x and out mean here. Of a branch that leans on another only the output is known."""
-        known = None if self.leans else self.run.parametrization
+        """What x and out mean here, for a predictor that asks. Of a branch that leans on another nothing is known."""
+        known = self.run.parametrization if self._predictor.sampler_aware and not self.leans else None
         return Parametrization() if known is None else known(self.where.sigma)
 
     def take(self, number: Tensor) -> Reading:

@@ -37,8 +37,8 @@ class Predictor(ABC):
     """Whether a prediction from finite outputs is sure to be finite; then a condition that follows the anchor in a
     call of its own need not be checked, which would cost a transfer."""
 
-    follows_noise: bool = False
-    """Whether `predict` looks at `evidence.noise`; it is measured only then."""
+    sampler_aware: bool = False
+    """Whether it looks at `evidence.noise` and `parametrization`, which are found out only then."""
 
     @abstractmethod
     def predict(self, evidence: Evidence) -> Tensor | None:

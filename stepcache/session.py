@@ -113,7 +113,7 @@ class RunState:
         self.rules: dict[str, Criterion] = {}
         self.histories: dict[str, History] = {}
         self.whole = False
-        self.noise = FreshNoise() if method.predictor.follows_noise and not method.never_skips else None
+        self.noise = FreshNoise() if method.predictor.sampler_aware and not method.never_skips else None
         self.evaluation: Evaluation | None = None
 
 

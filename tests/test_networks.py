@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import statistics
 import subprocess
@@ -154,6 +155,25 @@ def test_training_can_be_stopped_and_resumed_with_the_same_result(tmp_path):
     at_once = train("a")
     assert not train("b", "--until=3").exists()
     assert train("b").read_bytes() == at_once.read_bytes()
+
+
+def test_the_colour_networks_training_reads_the_packages_images(tmp_path):
+    """Ten made-up images, one a class, laid out as in emoji-datasource-google; one step."""
+    from PIL import Image
+
+    images = tmp_path / "package" / "img" / "google" / "64"
+    images.mkdir(parents=True)
+    names = "face-smiling cat-face animal-mammal animal-bird animal-marine food-fruit food-sweet plant-flower heart"
+    entries = []
+    for k, subcategory in enumerate([*names.split(), "transport-ground"]):
+        Image.new("RGBA", (64, 64), (20 * k, 0, 0, 128)).save(images / f"{k}.png")
+        entries.append({"subcategory": subcategory, "has_img_google": True, "image": f"{k}.png"})
+    (tmp_path / "package" / "emoji.json").write_text(json.dumps(entries), encoding="utf-8")
+    script = Path(__file__).parents[1] / "examples" / "train_emoji.py"
+    options = ["--steps=1", "--batch=2", "--threads=1", f"--images={tmp_path / 'package'}"]
+    folders = [f"--checkpoint={tmp_path}", f"--out={tmp_path}"]
+    subprocess.run([sys.executable, str(script), *options, *folders], check=True, capture_output=True)
+    assert (tmp_path / "emoji.safetensors").stat().st_size > 10_000_000
 
 
 @pytest.mark.parametrize(
