@@ -148,6 +148,7 @@ class CachedDenoiser(nn.Module):
             the model or of the model inside it, else "eps".
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: t where scalings="flow" and for a
             `FlowDenoiser`, else log sigma.
+        noise: how noisy the sampler is, from 0 to 1, if you know; None: Forecast sees it in the run. See `Session`.
         group: a torch.distributed process group whose ranks share one sample.
 
     The output is the inner model's own, bit for bit, wherever it is computed. Attributes of the inner model
@@ -165,6 +166,7 @@ class CachedDenoiser(nn.Module):
         decide: Literal["anchor", "each"] = "anchor",
         scalings: Literal["eps", "flow", "denoised"] | Scalings | None = None,
         coordinate: Callable[[float], float] | None = None,
+        noise: float | None = None,
         group: Any = None,
     ) -> None:
         super().__init__()
@@ -186,6 +188,7 @@ class CachedDenoiser(nn.Module):
             coordinate=coordinate or _coordinate(inner, self._scalings),
             parametrization=ScalingsAsFloats(self._scalings),
             lowest_sigma=_lowest_sigma(inner),
+            noise=noise,
             group=group,
             notes=("scalings: the model has no get_scalings, eps is assumed",) if assumed else (),
             network=inner,

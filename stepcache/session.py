@@ -21,7 +21,7 @@ from .gates import Answer, Hold, Run, Tally
 from .memory import Evidence, History
 from .methods import Method, Off
 from .noise import FreshNoise
-from .options import OptionError, unknown
+from .options import OptionError, number, unknown
 from .parametrization import Parametrization
 from .readings import Readings
 from .report import Event, Report
@@ -143,6 +143,8 @@ class Session:
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: log sigma.
         parametrization: sigma -> what the network's input and output mean there; None: not known. Forecast needs it.
         lowest_sigma: the model's lowest sigma: at or below it a run without a schedule is over and its memory is freed.
+        noise: how noisy the sampler is, if the host knows: 0 for a deterministic one, 1 for one that adds fresh noise
+            at every step. None: Forecast measures it in the run itself.
         group: a torch.distributed process group whose ranks work on one sample together. All of them then take the same
             decision: to skip where every rank would. None: no communication.
         notes: sentences of the host for every report.
@@ -164,6 +166,7 @@ class Session:
         coordinate: Callable[[float], float] | None = None,
         parametrization: Callable[[float], Parametrization] | None = None,
         lowest_sigma: float = 0.0,
+        noise: float | None = None,
         group: Any = None,
         notes: Iterable[str] = (),
         network: Any = None,
@@ -180,6 +183,7 @@ class Session:
         self._training_sigma = training_sigma
         self._coordinate = coordinate or math.log
         self._parametrization = parametrization
+        self._noise = None if noise is None else number("noise", noise, high=1.0)
         self._lowest_sigma = lowest_sigma
         self._group = group
         self._state: RunState | None = None
@@ -469,13 +473,16 @@ class Session:
         if noise is None:
             return
         first = next(iter(evidence.values()))
-        level = noise.level(where.evaluation, first.x, torch.finfo(request.latent.dtype).eps)
+        if self._noise is not None:
+            level = first.x.new_full((len(first.x),), self._noise)
+        else:
+            level = noise.level(where.evaluation, first.x, torch.finfo(request.latent.dtype).eps)
         for one in evidence.values():
             one.noise = level if one.shape == first.shape else None
 
     def _give(self, where: Where, evidence: dict[str, Evidence]) -> None:
         """What the sampler has been answered, for the next evaluation's noise level."""
-        if self._state.noise is not None and not self._leads:
+        if self._state.noise is not None and self._noise is None and not self._leads:
             first = next(iter(evidence.values()))
             answers = (one.prediction if one.out is None else one.out for one in evidence.values())
             self._state.noise.give(where.evaluation, first.x, answers)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepcache import AdaptiveOrder, Forecast
+from stepcache import AdaptiveOrder, Forecast, OptionError
 from stepcache.bench.unipc import sample_unipc
 from stepcache.noise import FreshNoise
 from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
@@ -111,6 +111,16 @@ def test_a_mixture_lies_between_and_grows_with_the_noise():
     assert means == sorted(means)
     churned = [measured("euler", "Karras", s_churn=churn).mean() for churn in (0.0, 0.01, 1.0)]
     assert churned[0] < 1e-3 < churned[1] < churned[2]
+
+
+@pytest.mark.parametrize("told", [0.0, 0.4, 1.0])
+def test_a_host_that_knows_may_say_it(told):
+    levels.clear()
+    cached = CachedDenoiser(Network(), Forecast(predictor=Listening()), noise=told)
+    sample("euler_ancestral", cached, torch.randn(2, 2, 8, 8) * 15, SCHEDULES["Karras"](8), disable=True)
+    assert all(level.tolist() == pytest.approx([told, told]) for level in levels)
+    with pytest.raises(OptionError, match=r"^noise="):
+        CachedDenoiser(Network(), Forecast(), noise=1.5)
 
 
 def test_the_share_by_hand():
