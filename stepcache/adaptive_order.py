@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RESPONSE = 0.25, 0.8
 """The share of denoised in the prediction, without noise and under fresh noise."""
 
-TRUST = 3.0, 1.3
+TRUST = 5.0, 1.3
 """The ratio of errors at which half of order 1 is kept, without noise and under fresh noise."""
 
 HIGHER = 0.5
@@ -48,7 +48,7 @@ class AdaptiveOrder(Predictor):
     (`noise.FreshNoise`).
 
     e_p is the backtest error: how far order p would have been off at the last computed evaluation, in rms over the
-    sample. h_1 = 1 and h_p = 1/2 above; t_1 is 3, or 1.3 under noise, and t_p = 1.3 above. An order that has not been
+    sample. h_1 = 1 and h_p = 1/2 above; t_1 is 5, or 1.3 under noise, and t_p = 1.3 above. An order that has not been
     tested yet is kept up to one and a half times as far as its history spans. Everything is per sample and stays on the
     device: a sample does not depend on its neighbours, and a prediction costs no network call and no transfer.
 

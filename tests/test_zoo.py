@@ -68,7 +68,7 @@ def test_every_galaxy_network_samples(name):
         ("v", "euler", 3, 1, 0),
         ("hsc32", "euler", 2, 6, 1),
         ("hsc32", "unipc", 2, 0.5, 0.5),
-        ("hsc32", "dpmpp_2m", 3, 1, 1),
+        ("hsc32", "dpmpp_2m", 3, 1, 0.5),
     ],
 )
 def test_forecast_is_above_fewer_steps_and_taylorseer(name, sampler, every, over_fewer, over_taylorseer):
