@@ -1,4 +1,4 @@
-"""What is skipped at three quarters of the calls: whole evaluations, or every second time all conditions but one.
+"""What is skipped at three quarters of the calls: whole evaluations, or every second time all branches but one.
 
 python benchmarks/followers.py [--samples 64] [--steps 20] [--out followers-output]
 
@@ -22,8 +22,8 @@ SAMPLERS = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "euler", "dpmpp_2m")
 def methods(steps: int) -> dict[str, Method]:
     quarter = [1, 1, 1, 0] * (-(-steps // 4))
     return {
-        "Forecast, followers": Forecast(skip="followers"),
-        "AdaptiveOrder, followers": Forecast(skip="followers", predictor=AdaptiveOrder()),
+        "Forecast, followers": Forecast(skip="uncond"),
+        "AdaptiveOrder, followers": Forecast(skip="uncond", predictor=AdaptiveOrder()),
         "reuse, 3 of 4": Static(quarter[:steps]),
         "AdaptiveOrder, 3 of 4": Static(quarter[:steps], predictor=AdaptiveOrder()),
         "UCache 0.75": UCache(0.75),

@@ -1,4 +1,4 @@
-"""What stepcache itself costs: time and memory per evaluation and condition, in copies of the latent.
+"""What stepcache itself costs: time and memory per evaluation and branch, in copies of the latent.
 
 python benchmarks/overhead.py [--device cuda] [--markdown overhead.md] [--json overhead.json]
 
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepcache import EasyCache, Method, UCache
-from stepcache.readings import Readings
+from stepcache.deferred import DeferredScalars
 from stepcache.samplers.k_diffusion import CachedDenoiser
 
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (4, 16, 128, 128), (1, 16, 21, 90, 160))
@@ -68,17 +68,17 @@ class Transfers:
     """Counts how often readings are brought from the device to the host."""
 
     def __enter__(self) -> Transfers:
-        self.count, self._fetch = 0, Readings.fetch
+        self.count, self._fetch = 0, DeferredScalars.fetch
 
-        def fetch(readings: Readings) -> None:
+        def fetch(deferred: DeferredScalars) -> None:
             self.count += 1
-            self._fetch(readings)
+            self._fetch(deferred)
 
-        Readings.fetch = fetch
+        DeferredScalars.fetch = fetch
         return self
 
     def __exit__(self, *error: object) -> None:
-        Readings.fetch = self._fetch
+        DeferredScalars.fetch = self._fetch
 
 
 def denoiser(method: Method, latents: list[torch.Tensor]) -> CachedDenoiser:
@@ -129,7 +129,7 @@ def measure(
                 copies.append(copy)
         fates = model.report.fates("guided")[8:]
         assert set(fates) == {"S" if kind == "skipped" else "C"}, fates
-        kept = sum(node.x.nbytes + node.out.nbytes for h in model.session._state.histories.values() for node in h)
+        kept = sum(entry.x.nbytes + entry.out.nbytes for h in model.engine._state.histories.values() for entry in h)
         with Allocations() as memory, Transfers() as transfers:
             model(latents[0], sigmas[-2].to(device).expand(shape[0]))
     size = latents[0].nbytes

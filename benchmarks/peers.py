@@ -31,9 +31,9 @@ from rich.console import Console
 from torch import nn
 
 from stepcache import AdaptiveOrder, DBCache, EasyCache, FBCache, Forecast, Method, Reuse, Static, TaylorSeer, UCache
+from stepcache._optional import require
 from stepcache.bench import Pipeline, Results, Sampled, bench
 from stepcache.demo import pipelines
-from stepcache.extras import need
 
 SAMPLER = "flow-match Euler"
 CALIBRATION = range(1000, 1016)
@@ -120,7 +120,7 @@ class CacheDiT:
 
     def put(self, net: nn.Module) -> None:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # it tells everything it does
-        library = need("cache_dit", "cache-dit")
+        library = require("cache_dit", "cache-dit")
         config = library.DBCacheConfig(
             Fn_compute_blocks=1,
             Bn_compute_blocks=0,
@@ -282,7 +282,7 @@ def side_by_side(search: Search) -> dict[str, Setting]:
             "EasyCache": search(f"EasyCache, {work:g}", lambda t: Setting(EasyCache(t)), work),
             "MagCache": search(f"MagCache, {work:g}", lambda t: Setting(None, Mag(t, ratios)), work),
             "Forecast at TaylorSeer's calls": Setting(Static(calls, predictor=AdaptiveOrder())),
-            "our taylorseer": Setting(Static(calls, predictor=TaylorSeer(1, of="output"))),
+            "our taylorseer": Setting(Static(calls, predictor=TaylorSeer(1, baseline="zero"))),
             "TaylorSeer": Setting(None, Taylor(*intervals)),
             "TaylorSeer, order 2": Setting(None, Taylor(*intervals, 2)),
             "TaylorSeer, lite": Setting(None, lite(*intervals)),
@@ -310,7 +310,7 @@ def first_block(search: Search, label: str, work: float, whole: int, warmup: int
         "our fbcache": found("our fbcache", lambda t: Setting(FBCache(t))),
         "our dbcache": found("our dbcache", lambda t: Setting(DBCache(1, 0, t, warmup))),
         "our cache-dit": found(
-            "our cache-dit", lambda t: Setting(DBCache(1, 0, t, warmup, predictor=TaylorSeer(1, of="residual")))
+            "our cache-dit", lambda t: Setting(DBCache(1, 0, t, warmup, predictor=TaylorSeer(1, baseline="input")))
         ),
         "FirstBlockCache": found("FirstBlockCache", lambda t: Setting(None, FirstBlock(t))),
         "DBCache": found("DBCache", inside("")),
@@ -344,7 +344,7 @@ def together(search: Search) -> dict[str, Setting]:
         ),
     }
     found = {"Forecast": Setting(outside), "Forecast(3)": Setting(Forecast(3)), "Forecast(4)": Setting(Forecast(4))}
-    found["reuse at Forecast's calls"] = Setting(outside.but(predictor=Reuse()))
+    found["reuse at Forecast's calls"] = Setting(outside.replace(predictor=Reuse()))
     for name, (alone, below) in inside.items():
         found[name] = Setting(None, alone)
         found[f"{name} under Forecast"] = Setting(outside, below)

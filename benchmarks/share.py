@@ -55,7 +55,7 @@ METHODS: dict[str, tuple[Method, str]] = {
 
 @torch.no_grad()
 def call(size: Size, device: torch.device, dtype: torch.dtype, calls: int) -> tuple[int, float]:
-    """Parameters of the U-Net, and median seconds of one call, both conditions in a batch."""
+    """Parameters of the U-Net, and median seconds of one call, both branches in a batch."""
     with torch.device(device):
         torch.set_default_dtype(dtype)
         unet = UNet2DConditionModel(sample_size=size.side, **size.config).eval()
@@ -82,7 +82,7 @@ def bookkeeping(method: Method, fate: str, side: int, device: torch.device) -> f
     """Median seconds of an evaluation of that fate, latents in float32 as samplers keep them."""
     answers = [torch.randn(2, 4, side, side, device=device) for _ in range(4)]
     turn = iter(range(10_000))
-    model = CachedDenoiser(lambda x, sigma: answers[next(turn) % 4], method, conditions=("uncond", "cond"))
+    model = CachedDenoiser(lambda x, sigma: answers[next(turn) % 4], method, branches=("uncond", "cond"))
     sigmas = torch.linspace(10, 0.1, 60)
     times = []
     with model.run(torch.cat([sigmas, torch.zeros(1)]), stages=1):

@@ -34,11 +34,11 @@ from torch import Tensor, nn
 
 import stepcache
 from stepcache import DMD, EasyCache, Forecast, Method, Predictor, Reuse, Spectrum, TaylorSeer, UCache
+from stepcache._optional import require
 from stepcache.bench import KDiffusion, Sampled
 from stepcache.bench.run import RECORDS, Store, measured, trait
 from stepcache.bench.subjects import NOISY
 from stepcache.demo import zoo
-from stepcache.extras import need
 from stepcache.samplers import k_diffusion
 
 DETERMINISTIC = ("euler", "dpmpp_2m", "unipc", "heun", "dpm_2")
@@ -110,7 +110,7 @@ def source() -> str:
 
 
 def measure(unit: Unit) -> list[dict[str, Any]]:
-    """The unit's one record: calls for one condition, and PSNR sample by sample; calls are None where it has no run."""
+    """The unit's one record: calls for one branch, and PSNR sample by sample; calls are None where it has no run."""
     full = plain(unit.subject, unit.sampler, unit.steps, unit.seeds)
     budget = calls(unit.sampler, unit.steps, unit.every)
     result = sampled(unit, budget)
@@ -215,7 +215,7 @@ class HiCachePackage(nn.Module):
     ) -> None:
         super().__init__()
         self.inner_model = guided(cached) if guided else cached
-        self.package, self.dmd, self.done = need("hicache_pp", "zoo"), backend == "dmd", 0
+        self.package, self.dmd, self.done = require("hicache_pp", "zoo"), backend == "dmd", 0
         options = {"max_order": 2, "end_enhance": evaluations - 1, "backend": backend}
         starts = [
             partial(self.package.hicache_init, evaluations, interval, first_enhance=first, **options)

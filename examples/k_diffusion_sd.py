@@ -258,11 +258,11 @@ def main() -> None:
         print(f"{path}: {options.steps} steps of {options.sampler}, {seconds:.2f} s")
         return image, seconds
 
-    cached = CachedDenoiser(denoiser, method, conditions=("uncond", "cond"))
+    cached = CachedDenoiser(denoiser, method, branches=("uncond", "cond"))
     if options.compare:
         # first calls are slow, and belong to neither run's time
         sampler(Guided(denoiser, options.guidance), x, sigmas[-3:], extra_args=extra_args, disable=True)
-        full = CachedDenoiser(denoiser, None, conditions=("uncond", "cond"))
+        full = CachedDenoiser(denoiser, None, branches=("uncond", "cond"))
         reference, without = run(full, options.out.with_stem(f"{options.out.stem}-uncached"))
     image, seconds = run(cached, options.out)
     if options.compare:

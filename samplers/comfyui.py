@@ -5,7 +5,7 @@ begins, it makes the run, and the run's own copy of the model's options gets two
 evaluations, CALC_COND_BATCH answers them. When the sampler ends, however it ends, that copy is dropped and the run with
 it.
 
-CALC_COND_BATCH gets the latent in sigma space and gives denoised for every condition. It covers every architecture and
+CALC_COND_BATCH gets the latent in sigma space and gives denoised for every branch. It covers every architecture and
 lies outside of ControlNets (not run where an evaluation is skipped) and of compiled graphs.
 
 Nothing of ComfyUI is imported before ComfyUI calls.
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepcache import METHODS, Method, OptionError, Parametrization, Report, Request, Session, StepMask
+from stepcache import METHODS, Call, Engine, Method, OptionError, Parametrization, Report, StepMask
+from stepcache.deferred import wide, widened
 from stepcache.masks import PRESETS
 from stepcache.methods import main_number
 from stepcache.methods import method as make_method
-from stepcache.readings import wide, widened
 
 from .k_diffusion import EVALUATIONS as K_DIFFUSION
 
@@ -92,13 +92,13 @@ class Cache:
 
     Args:
         method: what to skip and how to predict it.
-        decide: "anchor": the positive condition's change decides, over all images of a batch. "each": every condition
+        decide:"reference": the positive branch's change decides, over all images of a batch. "each": every branch
             of every image decides for itself, and an evaluation is skipped where all of them would.
 
     Copies of a model share it: it holds nothing of a run.
     """
 
-    def __init__(self, method: Method, decide: str = "anchor") -> None:
+    def __init__(self, method: Method, decide: str = "reference") -> None:
         self.method = method
         self.decide = decide
         self.report = Report(method.name)
@@ -125,26 +125,26 @@ class Cache:
         stages = EVALUATIONS.get(name)
         churn = getattr(sampler, "extra_options", {}).get("s_churn")
         known = None if name in (*OFF_SCHEDULE, *ADAPTIVE) or len(sigmas) < 2 else sigmas
-        run.session.begin(known, stages, (stages == 1 or name in AT_STEP_ENDS) and not churn, loops=False)
+        run.engine.begin(known, stages, (stages == 1 or name in AT_STEP_ENDS) and not churn, loops=False)
         usual = guider.model_options
         guider.model_options = _with_wrappers(usual, predict_noise=run.count, calc_cond_batch=run.answer)
 
         def note(step: int, *info: Any) -> Any:
-            run.session.note(int(step))
+            run.engine.note(int(step))
             return callback(step, *info) if callback is not None else None
 
         try:
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, note, *args, **keywords)
         finally:
             guider.model_options = usual
-            run.session.end()
-            self.report = run.session.report
+            run.engine.end()
+            self.report = run.engine.report
             self.report.notes.extend(sentence for sentence in run.notes if sentence not in self.report.notes)
             log.info("StepCache: %s", in_one_line(self.report))
 
 
 class _Run:
-    """One sampling loop: which evaluation and which conditions a call of CALC_COND_BATCH stands for."""
+    """One sampling loop: which evaluation and which branches a call of CALC_COND_BATCH stands for."""
 
     def __init__(self, guider: Any, method: Method, decide: str, sampler: str) -> None:
         self.guider = guider
@@ -158,7 +158,7 @@ class _Run:
         if sampler in ADAPTIVE:
             self.notes.append("the sampler chooses its steps by comparing evaluations: all are computed")
             method = make_method("none")
-        self.session = Session(
+        self.engine = Engine(
             method,
             decide=decide,
             training_sigma=lambda share: float(self.sampling.percent_to_sigma(share)),
@@ -186,29 +186,29 @@ class _Run:
         timestep: Tensor,
         model_options: dict[str, Any],
     ) -> list[Tensor]:
-        """The wrapper at CALC_COND_BATCH: denoised (B, ...) for every condition; zeros for those that are None."""
+        """The wrapper at CALC_COND_BATCH: denoised (B, ...) for every branch; zeros for those that are None."""
 
         def compute(asked: list[list[dict[str, Any]] | None]) -> list[Tensor]:
             return executor(model, asked, x, timestep, model_options)
 
         window = model_options.get("transformer_options", {}).get("context_window")
-        if window is not None and self.session.method.skip == "followers":
+        if window is not None and self.engine.method.skip == "uncond":
             # What follows cond on one window's frames says nothing of another's.
-            self._say("skip='followers': context windows would each need an anchor: all are computed")
+            self._say("skip='uncond': context windows would each need an reference: all are computed")
             return compute(conds)
         names = self._names(conds, timestep, window)
         if names is None:
             return compute(conds)
-        return self.session.answer(
+        return self.engine.answer(
             _Call(compute, conds, self.sampling, names, x, timestep, self.evaluation, (self._form,), self.each)
         )
 
     def _names(self, conds: Sequence[Any], timestep: Tensor, window: Any) -> dict[int, str] | None:
-        """The conditions of a call, by their place in it; None where the call is not the guider's own.
+        """The branches of a call, by their place in it; None where the call is not the guider's own.
 
-        Guidance that evaluates a condition once more, changed from outside (PAG, SAG, skipped layers), asks in the same
-        evaluation for a name that has been seen, or for a condition that is not the guider's. Windows of a long video
-        ask for the same conditions in turn, each on its own frames; they are told apart by their order.
+        Guidance that evaluates a branch once more, changed from outside (PAG, SAG, skipped layers), asks in the same
+        evaluation for a name that has been seen, or for a branch that is not the guider's. Windows of a long video
+        ask for the same branches in turn, each on its own frames; they are told apart by their order.
         """
         if self.evaluation == 0:
             self._say("the guider does not announce its evaluations: all are computed")
@@ -235,7 +235,7 @@ class _Run:
         return names or None
 
     def _role(self, cond: list[dict[str, Any]]) -> str | None:
-        """Under which name the guider has these conditions; None where it has not."""
+        """Under which name the guider has these branches; None where it has not."""
         asked = {entry["uuid"] for entry in cond}
         for name, own in getattr(self.guider, "conds", {}).items():
             if own is cond or (asked and asked <= {entry["uuid"] for entry in own or ()}):
@@ -247,7 +247,7 @@ class _Run:
             self.notes.append(sentence)
 
 
-class _Call(Request):
+class _Call(Call):
     """One call of CALC_COND_BATCH, translated to network space.
 
     The model's own `model_sampling` is linear in x and in the network's output, and says how:
@@ -276,14 +276,14 @@ class _Call(Request):
         names = [places[place] for place in self._places]
         rows = range(1, self._rows + 1)
         self.names = tuple(f"{name} of image {row}" for name in names for row in rows) if self._rows > 1 else (*names,)
-        self.latent = x.expand(len(self.names), *x.shape)  # one latent stands for every condition
+        self.latent = x.expand(len(self.names), *x.shape)  # one latent stands for every branch
         self.requires_grad = x.requires_grad
 
     def compute(self) -> list[Tensor]:
         return self._compute(self._conds)
 
     def part(self, name: str) -> _Call:
-        """The same call with the other conditions left out, as None: their ControlNets are not run either."""
+        """The same call with the other branches left out, as None: their ControlNets are not run either."""
         place = self._places[self.names.index(name)]
         conds = [cond if k == place else None for k, cond in enumerate(self._conds)]
         return _Call(
@@ -344,7 +344,7 @@ def _coordinate(sampling: Any) -> Callable[[float], float] | None:
 
 
 def _active(cond: list[dict[str, Any]], timestep: Tensor) -> tuple:
-    """What of a condition acts at this sigma: prompts, ControlNets and weight keyframes may have a time of their own.
+    """What of a branch acts at this sigma: prompts, ControlNets and weight keyframes may have a time of their own.
 
     Sigma is read, which waits for an accelerator, only where something has.
     """
@@ -402,7 +402,7 @@ def in_one_line(report: Report) -> str:
     )
 
 
-def patched(model: Any, method: Method, decide: str = "anchor") -> Any:
+def patched(model: Any, method: Method, decide: str = "reference") -> Any:
     """A clone of a model patcher with the cache on it; a cache that was on it is replaced."""
     kinds = _wrapper_kinds()
     clone = model.clone()
@@ -507,15 +507,15 @@ class StepCacheNode:
             },
             "optional": {
                 "decide": (
-                    ["anchor", "each"],
+                    ["reference", "each"],
                     {
-                        "default": "anchor",
-                        "tooltip": "anchor: the positive prompt's change decides, over the whole batch. each: every "
+                        "default": "reference",
+                        "tooltip": "reference: the positive prompt's change decides, over the whole batch. each: every "
                         "prompt of every image must agree to a skip.",
                     },
                 ),
                 "skip": (
-                    ["all", "followers"],
+                    ["all", "uncond"],
                     {
                         "default": "all",
                         "tooltip": "all: a skipped evaluation runs the model for no prompt. followers: for samplers "
@@ -544,7 +544,7 @@ class StepCacheNode:
         end: float,
         mask: str,
         policy: str,
-        decide: str = "anchor",
+        decide: str = "reference",
         skip: str = "all",
         options: str = "",
     ) -> tuple[Any]:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from stepcache import FBCache, Method, OptionError, Parametrization, Report, Request, Session, StepMask, method
+from stepcache import Call, Engine, FBCache, Method, OptionError, Parametrization, Report, StepMask, method
+from stepcache.deferred import wide, widened
 from stepcache.options import flag
-from stepcache.readings import wide, widened
 
-from .inside import Inside, wanted
-from .rows import cut, rows_of
+from .batching import cut, rows_of
+from .cache_dit_backend import Inside, wanted
 
 SLOT = "_compiled_call_impl"
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "decoder", "model", "denoiser")
@@ -39,13 +39,13 @@ Place = tuple[float, int, int]
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the conditions come, in cache-dit's names; None means that it is found out by looking.
+    """How the branches come, in cache-dit's names; None means that it is found out by looking.
 
-    enable_separate_cfg: True: every condition comes in a call of its own. False: all come in one call, and a further
-        call at the same place is computed. None: rows that repeat each other are conditions batched in one call.
+    enable_separate_cfg: True: every branch comes in a call of its own. False: all come in one call, and a further
+        call at the same place is computed. None: rows that repeat each other are branches batched in one call.
     cfg_compute_first: of separate calls, True: the first is uncond; False: the first is cond. None: the pipeline's
         `cache_context` names them, else they are "call", "call 2", ...
-    cfg_diff_compute_separate: True: every condition decides by its own change. False and None: the anchor decides.
+    cfg_diff_compute_separate: True: every branch decides by its own change. False and None: the reference decides.
     """
 
     enable_separate_cfg: bool | None = None
@@ -216,15 +216,15 @@ class Attachment:
         return report
 
     def _merged(self) -> Report:
-        reports = [slot.session.report for slot in self._slots if slot.session.report.events]
+        reports = [slot.engine.report for slot in self._slots if slot.engine.report.events]
         if len(reports) < 2:
-            return reports[0] if reports else self._slots[0].session.report
-        notes = [f"{slot.name}: {note}" for slot in self._slots for note in slot.session.report.notes]
+            return reports[0] if reports else self._slots[0].engine.report
+        notes = [f"{slot.name}: {note}" for slot in self._slots for note in slot.engine.report.notes]
         merged = Report(reports[0].method, reports[0].run, reports[0].scheduled_steps, notes)
         before = 0
         for report in reports:
-            moved = [replace(e.where, evaluation=e.where.evaluation + before) for e in report.events]
-            merged.events += [replace(e, where=where) for e, where in zip(report.events, moved, strict=True)]
+            moved = [replace(e.position, evaluation=e.position.evaluation + before) for e in report.events]
+            merged.events += [replace(e, position=position) for e, position in zip(report.events, moved, strict=True)]
             before += report.evaluations
         return merged
 
@@ -284,7 +284,7 @@ class Attachment:
         if self._at == len(self._plan) - 1:
             for slot in self._slots:
                 if slot is not at_work:
-                    slot.session.free()
+                    slot.engine.free()
 
     def locate(self, timestep: Tensor | float | None, again: bool) -> Place | None:
         """The place of a call; None where the scheduler cannot tell it. `again`: this call was already made here."""
@@ -400,9 +400,9 @@ class _Slot(_Stand):
     def __init__(self, owner: Attachment, name: str, module: nn.Module, method: Method) -> None:
         super().__init__(owner, name, module)
         scheduler = owner.pipe.scheduler
-        self.session = Session(
+        self.engine = Engine(
             method,
-            decide="each" if owner.guidance.cfg_diff_compute_separate else "anchor",
+            decide="each" if owner.guidance.cfg_diff_compute_separate else "reference",
             training_sigma=_training_sigma(scheduler),
             coordinate=_coordinate(scheduler),
             network=module,
@@ -417,7 +417,7 @@ class _Slot(_Stand):
         self._context: str | None = None
         self._seen: list[str] = []
         self._place: Place | None = None
-        self._branches: dict[str, tuple[tuple[str, ...], int]] = {}
+        self._branch_names: dict[str, tuple[tuple[str, ...], int]] = {}
 
     def enter(self) -> None:
         super().enter()
@@ -427,12 +427,12 @@ class _Slot(_Stand):
     def leave(self) -> None:
         super().leave()
         self.module.__dict__.pop("cache_context", None)
-        self.session.end()
+        self.engine.end()
         self._waiting = None
 
     def begin(self, schedule: list[float], stages: int) -> None:
-        self.session.begin(schedule, stages)
-        self._seen, self._place, self._branches, self._waiting = [], None, {}, None
+        self.engine.begin(schedule, stages)
+        self._seen, self._place, self._branch_names, self._waiting = [], None, {}, None
 
     def through(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         args, kwargs = _now((args, kwargs))
@@ -442,16 +442,16 @@ class _Slot(_Stand):
         caller = self.owner.caller()
         if not self.owner.serves(caller):
             return self.through(args, kwargs)
-        call, branch = _Call(self, args, kwargs), self._context or ""
-        place = self.owner.locate(call.timestep, again=branch in self._seen)
+        call, context = _Call(self, args, kwargs), self._context or ""
+        place = self.owner.locate(call.timestep, again=context in self._seen)
         if place is None and self.owner.over:
             self.owner.detach()
         if place is None or self.refused or call.latent is None:
             return self.through(args, kwargs)
         if place != self._place:
             self._seen, self._place = [], place
-        call.place, call.branch, call.turn = place, branch, self._seen.count(branch)
-        self._seen.append(branch)
+        call.place, call.context, call.turn = place, context, self._seen.count(context)
+        self._seen.append(context)
         if len(self._seen) > 1 and self.owner.guidance.enable_separate_cfg is False:
             self._note("enable_separate_cfg=False: further calls at the same place were computed, and are not counted")
             return self.through(args, kwargs)
@@ -465,16 +465,16 @@ class _Slot(_Stand):
         return answer
 
     def _note(self, sentence: str) -> None:
-        if sentence not in self.session.report.notes:
-            self.session.report.notes.append(sentence)
+        if sentence not in self.engine.report.notes:
+            self.engine.report.notes.append(sentence)
 
     def _answer(self, call: _Call) -> Any:
         try:
-            return self.session.answer(call)
+            return self.engine.answer(call)
         except _Unpaired:
             pass
         if self.pairing is not None and not self.refused:
-            return self.session.answer(call)  # computed already; now it is known how to remember it
+            return self.engine.answer(call)  # computed already; now it is known how to remember it
         self._waiting = call
         return call.computed
 
@@ -485,22 +485,22 @@ class _Slot(_Stand):
             return
         moved = [float((p.input(call.latent) - p.input(before.latent)).abs().mean()) for p in self.candidates]
         self.pairing, self.candidates = self.candidates[moved.index(max(moved))], []
-        self._branches.clear()  # now it can be seen which rows repeat each other
+        self._branch_names.clear()  # now it can be seen which rows repeat each other
         before.names, call.names = self._names(before), self._names(call)
         self._answer(before)
 
     def _names(self, call: _Call) -> tuple[str, ...]:
-        """The conditions of a call: batched guidance repeats the latents; separate calls are told by the pipeline's
+        """The branches of a call: batched guidance repeats the latents; separate calls are told by the pipeline's
         `cache_context`, or else by their order.
 
         Where guidance ends within the run and the batch falls to one branch's rows, that branch is cond.
         """
         x = call.latent if self.pairing is None else self.pairing.input(call.latent)
-        if call.branch not in self._branches:
+        if call.context not in self._branch_names:
             split = self.owner.guidance.enable_separate_cfg is not True
             chunks = next((n for n in (2, 3) if split and _repeats(x, n)), 1)
-            self._branches[call.branch] = self._labels(call.branch, chunks), x.shape[0] // chunks
-        names, rows = self._branches[call.branch]
+            self._branch_names[call.context] = self._labels(call.context, chunks), x.shape[0] // chunks
+        names, rows = self._branch_names[call.context]
         if x.shape[0] != rows * len(names):
             names = ("cond",) if x.shape[0] == rows else ("call",)
         first = self.owner.guidance.cfg_compute_first
@@ -508,17 +508,17 @@ class _Slot(_Stand):
             return ("uncond" if call.turn == (not first) else "cond",)
         return names if call.turn == 0 else tuple(f"{name} {call.turn + 1}" for name in names)
 
-    def _labels(self, branch: str, chunks: int) -> tuple[str, ...]:
+    def _labels(self, context: str, chunks: int) -> tuple[str, ...]:
         """Batched branches in diffusers' order: uncond and cond; with perturbed attention; InstructPix2Pix' three."""
         if chunks == 1:
-            return (branch or "call",)
+            return (context or "call",)
         pipe = self.owner.pipe
         if not getattr(pipe, "do_perturbed_attention_guidance", False):
             labels = ("uncond", "cond") if chunks == 2 else ("cond", "image", "uncond")
         else:
             labels = ("uncond", "cond", "perturbed")[3 - chunks :]
-        taken = {name for names, _ in self._branches.values() for name in names}
-        return tuple(f"{label} of {branch}" if label in taken else label for label in labels)
+        taken = {name for names, _ in self._branch_names.values() for name in names}
+        return tuple(f"{label} of {context}" if label in taken else label for label in labels)
 
 
 class _ContextName:
@@ -641,13 +641,13 @@ def pairings(x: Tensor, out: Tensor) -> list[Pairing]:
     return [Pairing(dim, 0, outside), Pairing(dim, inside - outside, outside)]
 
 
-class _Call(Request):
+class _Call(Call):
     """One call of a denoiser: in network space already, its input scaled and its output raw.
 
-    Latents of several kinds that go in and out together (video and audio) are one flat tensor to the session.
+    Latents of several kinds that go in and out together (video and audio) are one flat tensor to the engine.
     """
 
-    branch, turn = "", 0
+    context, turn = "", 0
 
     def __init__(self, slot: _Slot, args: tuple, kwargs: dict[str, Any]) -> None:
         self.slot, self.args, self.keywords = slot, args, kwargs
@@ -703,7 +703,7 @@ class _Call(Request):
 
     def _refuse(self, reason: str) -> None:
         self.slot.refused = f"{reason}: always computed"
-        self.slot.session.report.notes.append(self.slot.refused)
+        self.slot.engine.report.notes.append(self.slot.refused)
         raise _Unpaired
 
     @torch.no_grad()
@@ -876,4 +876,4 @@ def _method(given: Any, mask: Any, options: dict[str, Any]) -> Method:
         raise OptionError(f"method={given!r}: accepted are a Method, the name of one, and a FirstBlockCacheConfig")
     if options:
         raise OptionError(f"{', '.join(options)}: options go with a method's name; this Method has its own")
-    return given if mask is None else given.but(mask=mask)
+    return given if mask is None else given.replace(mask=mask)

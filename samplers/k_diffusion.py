@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from stepcache import Method, Report, Request, Session, method
-from stepcache.extras import need
+from stepcache import Call, Engine, Method, Report, method
+from stepcache._optional import require
+from stepcache.clock import same_sigma
+from stepcache.deferred import wide, widened
 from stepcache.options import OptionError, unknown
 from stepcache.parametrization import Parametrization
-from stepcache.readings import wide, widened
-from stepcache.timeline import same_sigma
 
-from .rows import cut, rows_of
+from .batching import cut, rows_of
 
 Scalings = Callable[[Tensor], tuple[Tensor | None, Tensor, Tensor]]
-Conditions = Sequence[str] | Callable[..., str | Sequence[str]] | None
+BranchNames = Sequence[str] | Callable[..., str | Sequence[str]] | None
 
 EVALUATIONS = {
     "sample_euler": 1,
@@ -102,7 +102,7 @@ class FlowDenoiser(nn.Module):
 
 
 class InTurn:
-    """Names conditions that come in separate calls, in this order: `conditions=InTurn("cond", "uncond")`.
+    """Names branches that come in separate calls, in this order: `branches=InTurn("cond", "uncond")`.
 
     The last ones may be left out (guidance only on some steps): a call at another sigma is the first one's again. Not
     under samplers that evaluate twice at one sigma (Heun, DPM++ 2S): there give a function. Every thread has its turns.
@@ -115,7 +115,7 @@ class InTurn:
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> str:
         turn, last = self._turns.pop(threading.get_ident(), (0, None))
         if last is None or not same_sigma(last, sigma):
-            turn = 0  # another evaluation: the last one may have left a condition out
+            turn = 0  # another evaluation: the last one may have left a branch out
         if turn + 1 < len(self.names):
             self._turns[threading.get_ident()] = turn + 1, sigma
         return self.names[turn]
@@ -130,25 +130,25 @@ class CachedDenoiser(nn.Module):
     Where to put it:
         (a) around the guidance wrapper: `CachedDenoiser(guided, method)`;
         (b) inside it, where cond and uncond come batched in one call, in the order named:
-            `Guided(CachedDenoiser(model, method, conditions=("uncond", "cond")))`;
-        (c) inside it, where they come in separate calls: `conditions=InTurn("cond", "uncond")`, or a function
+            `Guided(CachedDenoiser(model, method, branches=("uncond", "cond")))`;
+        (c) inside it, where they come in separate calls: `branches=InTurn("cond", "uncond")`, or a function
             `(x, sigma, **extra) -> name` (or names, for a batch of several).
-    Inside is better: each condition is predicted from its own past, before guidance amplifies the error.
+    Inside is better: each branch is predicted from its own past, before guidance amplifies the error.
 
     Args:
         inner: the model, `denoised = inner(x, sigma, **extra)`; x (B, ...), sigma (B,) or a scalar.
         method: a `Method`, a published name ("ucache"), or None for off.
         sigmas: the schedule of every run, sigmas[0..n]; better given per run, by `sample` or `run`.
-        conditions: names as above. None: one condition a call, "guided".
-        anchor: the condition that decides; see `Session`. With separate calls it must be the first one called.
-        decide: "anchor", or "each": every condition decides for itself.
+        branches: names as above. None: one branch a call, "guided".
+        reference: the branch that decides; see `Engine`. With separate calls it must be the first one called.
+        decide:"reference", or "each": every branch decides for itself.
         scalings: how denoised and the network's output belong together: "eps", "flow" (x = (1 - sigma) x0 + sigma
             noise), "denoised" (they are taken for one), or a function sigma -> (c_skip, c_out, c_in) with denoised =
             c_skip x + c_out network(c_in x), where c_skip = None stands for 1. None: taken from the `get_scalings` of
             the model or of the model inside it, else "eps".
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: t where scalings="flow" and for a
             `FlowDenoiser`, else log sigma.
-        noise: how noisy the sampler is, from 0 to 1, if you know; None: Forecast sees it in the run. See `Session`.
+        noise: how noisy the sampler is, from 0 to 1, if you know; None: Forecast sees it in the run. See `Engine`.
         group: a torch.distributed process group whose ranks share one sample.
 
     The output is the inner model's own, bit for bit, wherever it is computed. Attributes of the inner model
@@ -161,9 +161,9 @@ class CachedDenoiser(nn.Module):
         method: Method | str | None,
         *,
         sigmas: Tensor | Iterable[float] | None = None,
-        conditions: Conditions = None,
-        anchor: str | None = None,
-        decide: Literal["anchor", "each"] = "anchor",
+        branches: BranchNames = None,
+        reference: str | None = None,
+        decide: Literal["reference", "each"] = "reference",
         scalings: Literal["eps", "flow", "denoised"] | Scalings | None = None,
         coordinate: Callable[[float], float] | None = None,
         noise: float | None = None,
@@ -171,17 +171,17 @@ class CachedDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.inner_model = inner
-        self.conditions = ("guided",) if conditions is None else conditions
-        if not callable(self.conditions):
-            self.conditions = _distinct(self.conditions)
-            if anchor is not None and anchor not in self.conditions:
-                raise unknown("anchor", anchor, self.conditions)
+        self.branches = ("guided",) if branches is None else branches
+        if not callable(self.branches):
+            self.branches = _distinct(self.branches)
+            if reference is not None and reference not in self.branches:
+                raise unknown("reference", reference, self.branches)
         self._scalings = _scalings(inner, scalings)
         self._dtypes: dict[torch.dtype, torch.dtype] = {}
         assumed = isinstance(self._scalings, ModelScalings) and self._scalings.owner is None
-        self.session = Session(
+        self.engine = Engine(
             _method(method),
-            anchor=anchor,
+            reference=reference,
             decide=decide,
             sigmas=sigmas,
             training_sigma=TrainingTable(inner) if _owner(inner, "t_to_sigma") is not None else None,
@@ -196,15 +196,15 @@ class CachedDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
-        names = self.conditions(x, sigma, **extra) if callable(self.conditions) else self.conditions
+        names = self.branches(x, sigma, **extra) if callable(self.branches) else self.branches
         names = _distinct(names)
         if x.shape[0] % len(names):
             raise OptionError(
-                f"a batch of {x.shape[0]} does not divide into the {len(names)} conditions {', '.join(names)}: "
-                "name the conditions that come in one call, in their order"
+                f"a batch of {x.shape[0]} does not divide into the {len(names)} branches {', '.join(names)}: "
+                "name the branches that come in one call, in their order"
             )
         try:
-            return self.session.answer(_Call(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes))
+            return self.engine.answer(_Call(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes))
         except BaseException:
             self._reset_turns()
             raise
@@ -212,7 +212,7 @@ class CachedDenoiser(nn.Module):
     @property
     def report(self) -> Report:
         """What happened in the run in progress, or in the last one."""
-        return self.session.report
+        return self.engine.report
 
     @contextlib.contextmanager
     def run(
@@ -227,30 +227,30 @@ class CachedDenoiser(nn.Module):
         `on_schedule`: every evaluation is at a sigma of the schedule (with two a step, the second at the step's end);
         then sigmas need not be read from an accelerator. None: so where `stages` is 1.
         """
-        self.session.begin(sigmas, stages, on_schedule)
+        self.engine.begin(sigmas, stages, on_schedule)
         self._reset_turns()
         try:
             yield self
         finally:
-            self.session.end()
+            self.engine.end()
 
     def callback(self, also: Callable[[dict[str, Any]], Any] | None = None) -> Callable[[dict[str, Any]], Any]:
-        """A callback for k-diffusion's samplers that tells the timeline which step it is, then calls `also`."""
+        """A callback for k-diffusion's samplers that tells the clock which step it is, then calls `also`."""
 
         def callback(info: dict[str, Any]) -> Any:
-            self.session.note(int(info["i"]))
+            self.engine.note(int(info["i"]))
             return also(info) if also is not None else None
 
         return callback
 
     def reset(self) -> None:
         """Forgets the run in progress. Never needed; for hosts that know better."""
-        self.session.reset()
+        self.engine.reset()
         self._reset_turns()
 
     def _reset_turns(self) -> None:
-        if isinstance(self.conditions, InTurn):
-            self.conditions.reset()
+        if isinstance(self.branches, InTurn):
+            self.branches.reset()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -310,7 +310,7 @@ def find(model: Any) -> CachedDenoiser:
     return found[0]
 
 
-class _Call(Request):
+class _Call(Call):
     """One call of a k-diffusion model, translated to network space."""
 
     def __init__(
@@ -369,7 +369,7 @@ def _spread(c: Tensor, x: Tensor) -> Tensor:
 def _distinct(names: str | Sequence[str]) -> tuple[str, ...]:
     names = (names,) if isinstance(names, str) else tuple(names)
     if len(set(names)) != len(names) or not names:
-        raise OptionError(f"conditions {names!r}: give one or more different names")
+        raise OptionError(f"branches {names!r}: give one or more different names")
     return names
 
 
@@ -462,7 +462,7 @@ def _lowest_sigma(model: Any) -> float:
 
 
 def _sampler(name: str) -> Callable[..., Tensor]:
-    sampling = need("k_diffusion.sampling", "k-diffusion")
+    sampling = require("k_diffusion.sampling", "k-diffusion")
     full = name if name.startswith("sample_") else f"sample_{name}"
     if not hasattr(sampling, full):
         raise unknown("sampler", name, [known[7:] for known in dir(sampling) if known.startswith("sample_")])

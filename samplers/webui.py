@@ -4,7 +4,7 @@ Nothing of a host is imported before a host calls. Everything that stands in a h
 begins to the moment it ends, however it ends, and only in objects, never in classes:
 
 - `p.sampler.func` is wrapped: there the schedule is known, and there the run ends;
-- at every evaluation the host's callback `on_cfg_denoiser` names the evaluation and its conditions, and the place to
+- at every evaluation the host's callback `on_cfg_denoiser` names the evaluation and its branches, and the place to
   stand is taken if it is not taken yet (a refiner brings another model). That place is the wrapper slot of the U-Net's
   `model_options` in the Forge family, and the attribute `forward` of `denoiser.inner_model` in A1111.
 """
@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepcache import METHODS, Method, OptionError, Parametrization, Report, Session, StepMask
+from stepcache import METHODS, Engine, Method, OptionError, Parametrization, Report, StepMask
 from stepcache.masks import PRESETS
 from stepcache.methods import main_number
 from stepcache.methods import method as make_method
 from stepcache.options import flag, number, unknown
 
+from .batching import Uncut, cut_exactly, may_be_ordered, rows_of
 from .k_diffusion import (
     EVALUATIONS,
     ModelScalings,
@@ -41,7 +42,6 @@ from .k_diffusion import (
     flow_scalings,
 )
 from .k_diffusion import _Call as DenoiserCall
-from .rows import Uncut, cut_exactly, may_be_ordered, rows_of
 
 TITLE = "StepCache"
 SLOT = "model_function_wrapper"
@@ -68,7 +68,7 @@ class Options:
     max_consecutive: at most so many skipped evaluations in a row; -1: no limit.
     text: further options of the method, `key=value,key=value`; what is written here wins over the fields above.
     table: a row for every evaluation in the console.
-    negative_only: `skip="followers"`: the prompt is computed at every evaluation, and only the others (the negative
+    negative_only: `skip="uncond"`: the prompt is computed at every evaluation, and only the others (the negative
         prompt, further ones joined by AND) are predicted, from it. For samplers that add noise.
     """
 
@@ -117,7 +117,7 @@ class Options:
         if (most := number("max_consecutive", self.max_consecutive, low=-1, whole=True)) >= 0:
             chosen["max_consecutive"] = most
         if flag("negative_only", self.negative_only):
-            chosen["skip"] = "followers"
+            chosen["skip"] = "uncond"
         text = _text(self.text)
         for key in (part.partition("=")[0].strip() for part in text.split(",")):
             chosen.pop(key, None)
@@ -394,7 +394,7 @@ class Job:
 
     def record(self, p: Any, report: Report, hires: bool) -> None:
         """The run's line in the console, and its count in the image."""
-        followers = self.method.skip == "followers"
+        followers = self.method.skip == "uncond"
         total, skipped = report.evaluations, skipped_evaluations(report, followers)
         self.passes.append(f"{skipped}/{total}")
         p.extra_generation_params.update(self.options.infotext())
@@ -406,9 +406,9 @@ class Job:
 
 
 def skipped_evaluations(report: Report, followers: bool) -> int:
-    """Evaluations of which no condition was computed; with `followers`, those of which one was not."""
-    skipped = {event.where.evaluation for event in report.events if not event.computed}
-    computed = {event.where.evaluation for event in report.events if event.computed}
+    """Evaluations of which no branch was computed; with `followers`, those of which one was not."""
+    skipped = {event.position.evaluation for event in report.events if not event.computed}
+    computed = {event.position.evaluation for event in report.events if event.computed}
     return len(skipped if followers else skipped - computed)
 
 
@@ -482,7 +482,7 @@ def running(
     finally:
         _running.remove(run)
         run.close()
-        job.record(p, run.session.report, hires)
+        job.record(p, run.engine.report, hires)
         for sentence in run.remarks():
             say(p, sentence)
 
@@ -508,13 +508,13 @@ class Run:
         self.denoiser = denoiser
         self.seat = ForgeSeat(self) if hasattr(p.sd_model, "forge_objects") else A1111Seat(self)
         self.plan = Plan.of(func, keywords, self.seat)
-        self.session = Session(
+        self.engine = Engine(
             job.method,
             training_sigma=self.seat.training_sigma(),
             coordinate=self.seat.coordinate(),
             parametrization=self.seat.parametrization,
         )
-        self.session.begin(self.plan.sigmas, self.plan.stages, self.plan.on_schedule)
+        self.engine.begin(self.plan.sigmas, self.plan.stages, self.plan.on_schedule)
         if self.plan.noted and callable(keywords.get("callback")):
             keywords["callback"] = self._noting(keywords["callback"])
         self.params: Any = None
@@ -528,13 +528,13 @@ class Run:
 
     def _noting(self, callback: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
         def noted(info: dict[str, Any]) -> Any:
-            self.session.note(int(info["i"]))
+            self.engine.note(int(info["i"]))
             return callback(info)
 
         return noted
 
     def begin_evaluation(self, params: Any) -> None:
-        """The next evaluation: how many conditions it has, and which prompts they stand for now."""
+        """The next evaluation: how many branches it has, and which prompts they stand for now."""
         try:
             self.params, self.evaluation, self.seen = params, int(self.denoiser.step), Counter()
             self.form = self._prompts()
@@ -553,8 +553,8 @@ class Run:
             for timetable in timetables
         )
 
-    def conditions(self) -> list[int]:
-        """How many conditions each image of the batch has (prompts joined by AND)."""
+    def branches(self) -> list[int]:
+        """How many branches each image of the batch has (prompts joined by AND)."""
         return [len(prompt) for prompt in self.denoiser.sampler.sampler_extra_args["cond"].batch]
 
     def answer(
@@ -566,11 +566,11 @@ class Run:
         compute: Callable[[], Tensor],
         cut: Cut,
     ) -> Tensor:
-        """One call of the model: by the session, or the model itself where it is an auxiliary one (`names` is None)."""
+        """One call of the model: by the engine, or the model itself where it is an auxiliary one (`names` is None)."""
         if names is None:
             self.auxiliary += 1
             return compute()
-        if self.session.method.skip == "followers" and (why := self.seat.unpaired()):
+        if self.engine.method.skip == "uncond" and (why := self.seat.unpaired()):
             self.uncut = why
             return compute()
         call = Call(compute, self.seat.scalings, names, x, sigma, cut)
@@ -578,7 +578,7 @@ class Run:
         call.place = self.plan.place(self.evaluation)
         self._answering = True
         try:
-            return self.session.answer(call)
+            return self.engine.answer(call)
         except Exception as error:
             if error is call.error:
                 raise
@@ -596,14 +596,14 @@ class Run:
     def fail(self, error: Exception) -> None:
         """An error of our own, not of the model: the rest of the run is computed."""
         self.failure = f"the rest of this run was computed: {type(error).__name__}: {error}"
-        self.session.reset()
+        self.engine.reset()
 
     def remarks(self) -> list[str]:
         """What the user should know about the run that is over."""
         if self.failure is not None:
             return [self.failure]
-        report = self.session.report
-        if self.session.method.skip == "followers" and (self.uncut or not report.skipped):
+        report = self.engine.report
+        if self.engine.method.skip == "uncond" and (self.uncut or not report.skipped):
             said = [self.uncut] if self.uncut else []
             said += [note.removeprefix(LEADS) for note in report.notes if note.startswith(LEADS)]
             if said:
@@ -616,12 +616,12 @@ class Run:
 
     def close(self) -> None:
         self.seat.leave()
-        self.session.end()
+        self.engine.end()
         self.params = None
 
 
-LEADS = "skip='followers': "
-"""How the session's notes about followers begin."""
+LEADS = "skip='uncond': "
+"""How the engine's notes about followers begin."""
 
 Cut = Callable[[slice], Callable[[], Tensor]]
 """Some rows of a batched call -> what calls the model for them alone; raises `Uncut`."""
@@ -669,7 +669,7 @@ class Call(DenoiserCall):
 class Plan:
     """What is known of a run before it begins.
 
-    `sigmas`, `stages` and `on_schedule` as for `Timeline.begin`; `noted`: the sampler's callback names the step just
+    `sigmas`, `stages` and `on_schedule` as for `Clock.begin`; `noted`: the sampler's callback names the step just
     begun; `order`: the step and stage of an evaluation, by its number, where the sampler's order is known.
     """
 
@@ -767,7 +767,7 @@ class Seat(ABC):
         return ScalingsAsFloats(self.scalings)(sigma)
 
     def unpaired(self) -> str | None:
-        """Why one condition cannot be predicted from another, row by row; None where it can."""
+        """Why one branch cannot be predicted from another, row by row; None where it can."""
         return None
 
     def leave(self) -> None:
@@ -838,7 +838,7 @@ class ForgeSeat(Seat):
     def _names(self, labels: Sequence[int], rows: int) -> tuple[str, ...] | None:
         """One name a chunk, numbered in the order of the calls; None where the evaluation has had these already.
 
-        Conditions come in one call, or split into several where memory is short. PAG and SAG call again with the label
+        Branches come in one call, or split into several where memory is short. PAG and SAG call again with the label
         of the first.
         """
         seen = self.run.seen
@@ -849,7 +849,7 @@ class ForgeSeat(Seat):
             kind = "uncond" if label else "cond"
             count[kind] += 1
             names.append(kind if count[kind] == 1 else f"{kind} {count[kind]}")
-        most = {"cond": min(self.run.conditions()), "uncond": 1}
+        most = {"cond": min(self.run.branches()), "uncond": 1}
         if any(seen[kind] and count[kind] > max(most[kind], seen[kind]) for kind in count):
             return None
         seen.update(count - seen)
@@ -910,7 +910,7 @@ class A1111Seat(Seat):
     """A1111: the attribute `forward` of the denoiser's inner model, an object that lives as long as the sampler.
 
     It is called as (x, sigma, cond=...), with timesteps instead of sigma by DDIM, PLMS and UniPC, whose inner model
-    returns eps. The rows are those of all images' conditions, then those of uncond; there are no labels.
+    returns eps. The rows are those of all images' branches, then those of uncond; there are no labels.
     """
 
     def sit(self) -> None:
@@ -945,25 +945,25 @@ class A1111Seat(Seat):
     def _names(self, rows: int) -> tuple[str, ...] | None:
         """One name for as many rows as there are images: "cond", "cond 2", ..., and "uncond" after the last of them.
 
-        With AND prompts such a slice need not be one condition of every image, but it is the same in every evaluation,
+        With AND prompts such a slice need not be one branch of every image, but it is the same in every evaluation,
         and the host splits its calls along slices. None for rows beyond the evaluation's own, and where the
-        slices do not fit because the images have different numbers of conditions.
+        slices do not fit because the images have different numbers of branches.
         """
         run = self.run
-        images, conditions = len(run.conditions()), run.params.text_cond.shape[0]
+        images, branches = len(run.branches()), run.params.text_cond.shape[0]
         begun = run.seen["rows"]
         run.seen["rows"] += rows
-        if rows % images or conditions % images or begun + rows > len(run.params.x):
+        if rows % images or branches % images or begun + rows > len(run.params.x):
             return None
         names = []
         for group in range(begun // images, (begun + rows) // images):
-            kind, place = ("cond", group) if group < conditions // images else ("uncond", group - conditions // images)
+            kind, place = ("cond", group) if group < branches // images else ("uncond", group - branches // images)
             names.append(kind if place == 0 else f"{kind} {place + 1}")
         return tuple(names)
 
     def unpaired(self) -> str | None:
-        """A slice stands for the same images as every other one only if one of them, or of their conditions, is one."""
-        images = self.run.conditions()
+        """A slice stands for the same images as every other one only if one of them, or of their branches, is one."""
+        images = self.run.branches()
         if len(images) == 1 or max(images) == 1:
             return None
         return "with prompts joined by AND, the images of a batch lie in another order here: all is computed"

@@ -6,21 +6,33 @@ The core knows no host; adapters live in `stepcache.samplers`. See docs/design.m
 from typing import Any
 
 from .adaptive_order import AdaptiveOrder
+from .branch import Branch, CacheEntry
+from .clock import Position
 from .compat import load_config, parse
 from .criteria import Always, Criterion, Never, RelativeChange, Verdict, state
-from .gates import Every, Gate, Hold, LastStep, MaxCached, MaxConsecutive, Run, SpectrumCadence, Tally, Warmup, Window
+from .engine import Call, Engine
+from .gates import (
+    ComputeReason,
+    Gate,
+    Interval,
+    LastStep,
+    MaxCached,
+    MaxConsecutive,
+    RunInfo,
+    SkipCounts,
+    SpectrumCadence,
+    Warmup,
+    Window,
+)
 from .hicache import Hermite, HiCache
 from .magcache import MagCache
 from .masks import StepMask
-from .memory import Evidence, Node
 from .methods import METHODS, EasyCache, Forecast, Method, Off, Spectrum, Static, UCache, method
 from .options import OptionError
 from .parametrization import Parametrization
-from .predictors import DMD, Chebyshev, FiniteDifference, Lagrange, Predictor, Reuse, TaylorSeer, Weighted
+from .predictors import DMD, Chebyshev, FiniteDifference, Lagrange, LinearPredictor, Predictor, Reuse, TaylorSeer
 from .published import CacheDiT, DBCache, FBCache, TaylorSeerCache
 from .report import Event, Report
-from .session import Request, Session
-from .timeline import Where
 
 __version__ = "0.1.0"
 
@@ -39,51 +51,51 @@ __all__ = [
     "METHODS",
     "AdaptiveOrder",
     "Always",
+    "Branch",
     "CacheDiT",
+    "CacheEntry",
+    "Call",
     "Chebyshev",
+    "ComputeReason",
     "Criterion",
     "DBCache",
     "EasyCache",
+    "Engine",
     "Event",
-    "Every",
-    "Evidence",
     "FBCache",
     "FiniteDifference",
     "Forecast",
     "Gate",
     "Hermite",
     "HiCache",
-    "Hold",
+    "Interval",
     "Lagrange",
     "LastStep",
+    "LinearPredictor",
     "MagCache",
     "MaxCached",
     "MaxConsecutive",
     "Method",
     "Never",
-    "Node",
     "Off",
     "OptionError",
     "Parametrization",
+    "Position",
     "Predictor",
     "RelativeChange",
     "Report",
-    "Request",
     "Reuse",
-    "Run",
-    "Session",
+    "RunInfo",
+    "SkipCounts",
     "Spectrum",
     "SpectrumCadence",
     "Static",
     "StepMask",
-    "Tally",
     "TaylorSeer",
     "TaylorSeerCache",
     "UCache",
     "Verdict",
     "Warmup",
-    "Weighted",
-    "Where",
     "Window",
     "attach",
     "load_config",

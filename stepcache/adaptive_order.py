@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .clock import near
 from .options import number
 from .parametrization import Parametrization
 from .predictors import Predictor
-from .timeline import near
 
 if TYPE_CHECKING:
-    from .memory import Evidence, History, Node
+    from .branch import Branch, CacheEntry, History
 
 RESPONSE = 0.25, 0.8
 """The share of denoised in the prediction, without noise and under fresh noise."""
@@ -78,35 +78,35 @@ class AdaptiveOrder(Predictor):
     def memory(self) -> int:
         return self.order + 1
 
-    def remember(self, history: History, node: Node) -> None:
-        kept = [old for old in history if not near(old.where.sigma, node.where.sigma)]
+    def remember(self, history: History, entry: CacheEntry) -> None:
+        kept = [old for old in history if not near(old.position.sigma, entry.position.sigma)]
         if kept:
-            errors = [self._backtest_error(node, kept, p) for p in range(len(kept))]
-            node = replace(node, hindsight=torch.stack(errors))
+            errors = [self._backtest_error(entry, kept, p) for p in range(len(kept))]
+            entry = replace(entry, backtest_errors=torch.stack(errors))
         history.clear()
-        history.extend([*kept, node])
+        history.extend([*kept, entry])
 
-    def _backtest_error(self, node: Node, history: Sequence[Node], order: int) -> Tensor:
+    def _backtest_error(self, entry: CacheEntry, history: Sequence[CacheEntry], order: int) -> Tensor:
         """How far `order` would have been off at a computed evaluation: rms over each sample (B,)."""
-        weights = lagrange(node.index, history, order)
-        guess = _combined(node.x, weights, node.parametrization, _between(RESPONSE, node.noise))
-        return guess.sub_(node.out).flatten(1).square_().mean(1).sqrt_()
+        weights = lagrange(entry.index, history, order)
+        guess = _combined(entry.x, weights, entry.parametrization, _between(RESPONSE, entry.noise))
+        return guess.sub_(entry.out).flatten(1).square_().mean(1).sqrt_()
 
-    def predict(self, evidence: Evidence) -> Tensor:
-        history, x = list(evidence.history), evidence.x
-        here = evidence.index
-        kept = [*self._kept(history, here, evidence.noise), 0.0]
+    def predict(self, branch: Branch) -> Tensor:
+        history, x = list(branch.history), branch.x
+        here = branch.index
+        kept = [*self._kept(history, here, branch.noise), 0.0]
         total: dict[int, Tensor | float] = dict.fromkeys(range(len(history)), 0.0)
-        place = {id(node): k for k, node in enumerate(history)}
+        place = {id(entry): k for k, entry in enumerate(history)}
         for p in range(len(kept) - 1):
-            for node, weight in lagrange(here, history, p):
-                total[place[id(node)]] = total[place[id(node)]] + weight * (kept[p] - kept[p + 1])
-        weights = [(node, total[k]) for k, node in enumerate(history)]
-        return _combined(x, weights, evidence.parametrization, _between(RESPONSE, evidence.noise))
+            for entry, weight in lagrange(here, history, p):
+                total[place[id(entry)]] = total[place[id(entry)]] + weight * (kept[p] - kept[p + 1])
+        weights = [(entry, total[k]) for k, entry in enumerate(history)]
+        return _combined(x, weights, branch.parametrization, _between(RESPONSE, branch.noise))
 
-    def _kept(self, history: Sequence[Node], here: float | None, noise: Tensor | None) -> list[Tensor | float]:
+    def _kept(self, history: Sequence[CacheEntry], here: float | None, noise: Tensor | None) -> list[Tensor | float]:
         """g_0, g_1, ... as far as there are evaluations for; each a number, or one a sample."""
-        errors, kept = history[-1].hindsight, [1.0]
+        errors, kept = history[-1].backtest_errors, [1.0]
         tested = 0 if errors is None else len(errors)
         for p in range(1, len(history)):
             share = 1.0 if p == 1 else HIGHER
@@ -121,31 +121,31 @@ class AdaptiveOrder(Predictor):
         return kept
 
 
-def lagrange(here: float | None, history: Sequence[Node], order: int) -> list[tuple[Node, float]]:
+def lagrange(here: float | None, history: Sequence[CacheEntry], order: int) -> list[tuple[CacheEntry, float]]:
     """Each of the last order + 1 evaluations at different indices, with its weight; the last one alone at worst."""
-    nodes: dict[float, Node] = {}
-    for node in reversed(history):
-        if here is not None and node.index is not None and len(nodes) <= order:
-            nodes.setdefault(node.index, node)
-    if not nodes or not order:
+    entries: dict[float, CacheEntry] = {}
+    for entry in reversed(history):
+        if here is not None and entry.index is not None and len(entries) <= order:
+            entries.setdefault(entry.index, entry)
+    if not entries or not order:
         return [(history[-1], 1.0)]
     return [
-        (node, math.prod((here - other) / (there - other) for other in nodes if other != there))
-        for there, node in nodes.items()
+        (entry, math.prod((here - other) / (there - other) for other in entries if other != there))
+        for there, entry in entries.items()
     ]
 
 
 def _combined(
-    x: Tensor, weights: Sequence[tuple[Node, Tensor | float]], now: Parametrization, share: Tensor | float
+    x: Tensor, weights: Sequence[tuple[CacheEntry, Tensor | float]], now: Parametrization, share: Tensor | float
 ) -> Tensor:
     """The output at x whose derivative and denoised are the weighted sums of the nodes', mixed by `share`."""
     a, b = now.derivative
     skip, scale = now.denoised
     by_derivative, by_denoised = (1 - share) / b, share / scale
     out = x * _rows(-by_derivative * a - by_denoised * skip, x)
-    for node, weight in weights:
-        d, D = node.parametrization.derivative, node.parametrization.denoised
-        for part, term in enumerate((node.x, node.out)):
+    for entry, weight in weights:
+        d, D = entry.parametrization.derivative, entry.parametrization.denoised
+        for part, term in enumerate((entry.x, entry.out)):
             factor = weight * (by_derivative * d[part] + by_denoised * D[part])
             if isinstance(factor, Tensor) or factor:
                 out.addcmul_(term.to(out.dtype), _rows(factor, out).to(out.dtype).expand_as(out))

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from . import __version__, method
-from .extras import need
+from ._optional import require
 from .options import unknown
 from .samplers.install import HOSTS
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--method",
         nargs="+",
         metavar="NAME[:OPTIONS]",
-        help="as forecast, forecast:every=3 or ucache:threshold=0.5,reset=0",
+        help="as forecast, forecast:interval=3 or ucache:threshold=0.5,reset=0",
     )
     bench.add_argument(
         "--other", nargs="+", default=["euler", "dpmpp_2m", "heun", "lms"], help="rival samplers (default %(default)s)"
@@ -72,7 +72,7 @@ def _bench(options: argparse.Namespace) -> None:
     from stepcache.bench import bench
     from stepcache.demo import sampling, zoo
 
-    console = need("rich.console", "bench").Console()
+    console = require("rich.console", "bench").Console()
     methods = {text: method(*text.split(":", 1)) for text in options.method} if options.method else None
     shipped = ("unet", "dit")
     for name in options.network:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .extras import need
+from ._optional import require
 from .masks import StepMask
 from .methods import METHODS, Method, Off, method
 from .options import OptionError, flag, unknown
@@ -127,7 +127,7 @@ NEUTRAL = {
 }
 """Fields of cache-dit that do nothing here, with the value at which they do nothing there either."""
 ELSEWHERE = ("parallelism_config", "attention_backend", "quantize_config")
-KINDS = {"residual": "residual", "hidden_states": "output"}
+KINDS = {"residual": "input", "hidden_states": "zero"}
 
 
 def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _fields(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             except json.JSONDecodeError as error:
                 raise OptionError(f"{path.name}: {error}") from None
         else:
-            yaml = need("yaml", "yaml")
+            yaml = require("yaml", "yaml")
             try:
                 source = yaml.safe_load(text)
             except yaml.YAMLError as error:
@@ -223,11 +223,11 @@ def _predictor(given: dict[str, Any]) -> TaylorSeer | DMD | None:
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("calibrator_cache_type", str(kind), KINDS)
-    of = KINDS[kinds[0]] if kinds else "residual"
+    baseline = KINDS[kinds[0]] if kinds else "input"
     if dmd:
         options = {key: given.pop(f"dmd_{key}") for key in ("history", "rank", "ridge") if f"dmd_{key}" in given}
-        return DMD(**options, of=of)
-    return TaylorSeer(given.pop("taylorseer_order", 1), of) if taylor else None
+        return DMD(**options, baseline=baseline)
+    return TaylorSeer(given.pop("taylorseer_order", 1), baseline) if taylor else None
 
 
 def _check_length(given: dict[str, Any]) -> None:

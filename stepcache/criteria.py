@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .blocks import Blocks
-from .gates import Run
-from .memory import Evidence
+from .branch import Branch
+from .deferred import DeferredScalar
+from .gates import RunInfo
 from .options import flag, number
-from .readings import Reading
+from .probe import Blocks
 
 INVALID_STATE = "invalid cache state"
 """Why an evaluation is computed whose signal cannot be compared with the one that was kept."""
@@ -53,7 +53,7 @@ def _outside() -> int:
 
 
 class Criterion(ABC):
-    """Decides about one condition (the anchor) through one run."""
+    """Decides about one branch (the reference) through one run."""
 
     never_skips: bool = False
     """True where these options can never skip: then the model is called directly, without any bookkeeping."""
@@ -61,29 +61,29 @@ class Criterion(ABC):
     blocks: Blocks | None = None
     """The blocks of the model that it looks at: it is then asked when the forward has passed them."""
 
-    def begin(self, run: Run) -> Criterion:
+    def begin(self, run: RunInfo) -> Criterion:
         """A fresh copy for one run: nothing learned in one run reaches another."""
         return deepcopy(self)
 
     @abstractmethod
-    def decide(self, evidence: Evidence) -> Verdict:
+    def decide(self, branch: Branch) -> Verdict:
         """Asked for every evaluation that the gates let through and that has a memory to predict from.
 
-        Reading several numbers of `evidence` costs one device-to-host transfer if they are all requested before the
+        Reading several numbers of `branch` costs one device-to-host transfer if they are all requested before the
         first `float()`.
         """
 
-    def observe(self, evidence: Evidence, forced: bool) -> None:
+    def observe(self, branch: Branch, forced: bool) -> None:
         """Told of every computed evaluation inside the window; `forced` if a gate held it and `decide` was not asked.
 
         Keep readings here and turn them into floats in `decide`: then computed evaluations wait for nothing.
         """
 
-    def witness(self, name: str, evidence: Evidence) -> None:
-        """Told of every computed evaluation of every condition, also of those that follow; before `observe`.
+    def witness(self, name: str, branch: Branch) -> None:
+        """Told of every computed evaluation of every branch, also of those that follow; before `observe`.
 
-        For rules that look at several conditions together, as guidance does. One of a call of its own comes later than
-        the anchor's `observe`, and before the next `decide`.
+        For rules that look at several branches together, as guidance does. One of a call of its own comes later than
+        the reference's `observe`, and before the next `decide`.
         """
 
 
@@ -91,7 +91,7 @@ class Criterion(ABC):
 class Always(Criterion):
     """Skips whatever the gates let through: with a mask, the static policy."""
 
-    def decide(self, evidence: Evidence) -> Verdict:
+    def decide(self, branch: Branch) -> Verdict:
         return Verdict(True)
 
 
@@ -101,7 +101,7 @@ class Never(Criterion):
 
     never_skips = True
 
-    def decide(self, evidence: Evidence) -> Verdict:
+    def decide(self, branch: Branch) -> Verdict:
         return Verdict(False)
 
 
@@ -125,7 +125,7 @@ class RelativeChange(Criterion):
     at_input: float = 1.0
 
     kept: Tensor | None = state()
-    size: Reading | None = state()
+    size: DeferredScalar | None = state()
 
     def __post_init__(self) -> None:
         number("threshold", self.threshold)
@@ -135,21 +135,21 @@ class RelativeChange(Criterion):
     def never_skips(self) -> bool:
         return self.threshold == 0
 
-    def decide(self, evidence: Evidence) -> Verdict:
-        threshold = self.threshold * (self.at_input if evidence.signal is evidence.x else 1.0)
+    def decide(self, branch: Branch) -> Verdict:
+        threshold = self.threshold * (self.at_input if branch.signal is branch.x else 1.0)
         if self.kept is None:
             return Verdict(False, threshold=threshold)
-        if evidence.signal is None or evidence.signal.shape != self.kept.shape:
+        if branch.signal is None or branch.signal.shape != self.kept.shape:
             return Verdict(False, threshold=threshold, reason=INVALID_STATE)
-        change, size = evidence.signal_change(self.kept), self.size
+        change, size = branch.signal_change(self.kept), self.size
         share = float(change) / float(size) if float(size) > 0 else math.inf
         if not math.isfinite(share):
             return Verdict(False, threshold=threshold, reason=INVALID_STATE)
         return Verdict(share < threshold, share, threshold)
 
-    def observe(self, evidence: Evidence, forced: bool) -> None:
-        self.kept = evidence.signal
-        self.size = None if evidence.signal is None else evidence.signal_size
+    def observe(self, branch: Branch, forced: bool) -> None:
+        self.kept = branch.signal
+        self.size = None if branch.signal is None else branch.signal_size
 
 
 @dataclass
@@ -164,19 +164,19 @@ class Response:
     rate: float | None = None
     norm: float = 0.0
     average: float | None = None
-    _unread: list[tuple[Reading, Reading | None, Reading | None]] = field(default_factory=list)
+    _unread: list[tuple[DeferredScalar, DeferredScalar | None, DeferredScalar | None]] = field(default_factory=list)
     _begun: bool = False
 
-    def observe(self, evidence: Evidence) -> None:
+    def observe(self, branch: Branch) -> None:
         if self._begun:
-            self._unread.append((evidence.size, evidence.output_change, evidence.input_change))
+            self._unread.append((branch.size, branch.output_change, branch.input_change))
         else:
-            self._unread.append((evidence.size, None, None))
+            self._unread.append((branch.size, None, None))
         self._begun = True
 
-    def expect(self, evidence: Evidence) -> float | None:
+    def expect(self, branch: Branch) -> float | None:
         """k mean |x - x_c|, the change of output expected since c; None where it cannot be told."""
-        change = evidence.input_change if self._begun else None
+        change = branch.input_change if self._begun else None
         self._read()
         if change is None or self.rate is None:
             return None
@@ -221,15 +221,15 @@ class EasyCacheRule(Criterion):
     def never_skips(self) -> bool:
         return self.threshold == 0
 
-    def decide(self, evidence: Evidence) -> Verdict:
-        change = self.response.expect(evidence)
+    def decide(self, branch: Branch) -> Verdict:
+        change = self.response.expect(branch)
         if change is None:
             return Verdict(False, threshold=self.threshold)
         self.error += change / self.response.norm
         return Verdict(self.error < self.threshold, self.error, self.threshold)
 
-    def observe(self, evidence: Evidence, forced: bool) -> None:
-        self.response.observe(evidence)
+    def observe(self, branch: Branch, forced: bool) -> None:
+        self.response.observe(branch)
         self.error = 0.0
 
 
@@ -274,10 +274,10 @@ class UCacheRule(Criterion):
     def never_skips(self) -> bool:
         return self.threshold == 0
 
-    def decide(self, evidence: Evidence) -> Verdict:
-        change = self.response.expect(evidence)
+    def decide(self, branch: Branch) -> Verdict:
+        change = self.response.expect(branch)
         norm, average = self.response.norm, self.response.average
-        threshold = self.threshold * self._progress_factor(evidence.run.evaluations) * (1 if self.relative else norm)
+        threshold = self.threshold * self._progress_factor(branch.run.evaluations) * (1 if self.relative else norm)
         if change is None:
             return Verdict(False, threshold=threshold)
         if self.relative:
@@ -291,8 +291,8 @@ class UCacheRule(Criterion):
             self.error = 0.0
         return verdict
 
-    def observe(self, evidence: Evidence, forced: bool) -> None:
-        self.response.observe(evidence)
+    def observe(self, branch: Branch, forced: bool) -> None:
+        self.response.observe(branch)
         self.computed += 1
         self.skips = 0
         if forced and self.reset:

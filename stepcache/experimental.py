@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from .adaptive_order import AdaptiveOrder
+from .branch import Branch
+from .clock import Position
 from .criteria import Criterion, Verdict, state
-from .gates import Run
-from .memory import Evidence
+from .deferred import DeferredScalar
+from .gates import RunInfo
 from .methods import Method, _known
 from .options import OptionError, number
 from .parametrization import Parametrization
-from .readings import Reading
-from .timeline import Where
 
 
 @_known
@@ -32,12 +32,12 @@ def ForecastTolerance(tolerance: float = 0.02, guidance: float = 7.5, **common: 
         tolerance: the error that all skips together may leave in the result, as a share of the latent's scale. 0 never
             skips.
         guidance: the scale of guidance, uncond + guidance (cond - uncond), where the two are seen apart.
-        **common: every option of `Method` but skip="followers".
+        **common: every option of `Method` but skip="uncond".
     """
-    if common.get("skip") == "followers":
+    if common.get("skip") == "uncond":
         raise OptionError(
-            f"tolerance={tolerance!r}, skip='followers': a tolerance counts errors of every condition; with "
-            "skip='followers' use Forecast(every)"
+            f"tolerance={tolerance!r}, skip='uncond': a tolerance counts errors of every branch; with "
+            "skip='uncond' use Forecast(every)"
         )
     rule = ToleranceRule(tolerance, guidance)
     chosen = {"criterion": rule, "predictor": AdaptiveOrder(), "last_step": True, "name": "forecast-tolerance"}
@@ -49,8 +49,8 @@ class _Miss(NamedTuple):
     off. `path` holds (place, coordinate), the newest first."""
 
     path: tuple[tuple[int | None, float | None], ...]
-    off: Reading | None
-    size: Reading | None
+    off: DeferredScalar | None
+    size: DeferredScalar | None
 
 
 @dataclass
@@ -62,7 +62,7 @@ class ToleranceRule(Criterion):
 
         E = 0.4 sqrt(sum over gaps (sum over skips k of the gap of u_k e_k)^2)
 
-    u_k the change of the scaled latent by one unit of output over the step (`exposure`): |d sigma| / sqrt(sigma^2 + 1)
+    u_k the change of the scaled latent by one unit of output over the step (`error_gain`): |d sigma| / sqrt(sigma^2 + 1)
     for a network that predicts noise, |dt| / sqrt(t^2 + (1 - t)^2) for a flow. Errors of one gap add
     up, those of different gaps in squares. 0.4 stands for what the rest of the run damps, and for what
     errors of different gaps undo of each other. After every computed evaluation n, with a and b the two before it,
@@ -78,7 +78,7 @@ class ToleranceRule(Criterion):
     third of what is left of tolerance^2; a longer gap than the one before counts with 1.5 e_k. Where no m fits, or
     the schedule is not known, everything is computed.
 
-    One decision for the batch. It needs the run's schedule and parametrization. Of several conditions without a cond
+    One decision for the batch. It needs the run's schedule and parametrization. Of several branches without a cond
     and an uncond among them the first alone is judged, and the report says so.
     Steps with two evaluations are taken for two of half the length, the second at the step's end.
 
@@ -86,7 +86,7 @@ class ToleranceRule(Criterion):
         tolerance: 0 never skips. Default 0.02.
         guidance: the scale of uncond + guidance (cond - uncond). Default 7.5.
 
-    Keeps one latent a condition, at first two, until the next evaluation. Source: ours; measured in docs/tolerance.md.
+    Keeps one latent a branch, at first two, until the next evaluation. Source: ours; measured in docs/tolerance.md.
     """
 
     tolerance: float = 0.02
@@ -99,7 +99,7 @@ class ToleranceRule(Criterion):
     size: float = state(0.0)
     path: tuple[tuple[int, float], ...] = state(())
     places: _Places | None = state(None)
-    _where: Where | None = state(None)
+    _where: Position | None = state(None)
     _path: tuple[tuple[int | None, float | None], ...] = state(())
     _offs: dict[str, Tensor | None] = state(factory=dict)
     _residuals: dict[str, Tensor] = state(factory=dict)
@@ -113,39 +113,39 @@ class ToleranceRule(Criterion):
     def never_skips(self) -> bool:
         return self.tolerance == 0
 
-    def begin(self, run: Run) -> ToleranceRule:
+    def begin(self, run: RunInfo) -> ToleranceRule:
         rule = super().begin(run)
         rule.places = _Places.of(run)
         if rule.places is None:
             run.notes.append("tolerance: everything is computed, for the run's schedule or its scale is not known")
         return rule
 
-    def witness(self, name: str, evidence: Evidence) -> None:
+    def witness(self, name: str, branch: Branch) -> None:
         if self.places is None:
             return
-        if self._where is not evidence.where:
-            self._close(evidence)
-            self._where = evidence.where
-            nodes = [node.where for node in list(evidence.history)[:-3:-1]]
-            self._path = tuple((self.places.index(w), evidence.coordinate(w)) for w in (evidence.where, *nodes))
-        predicted = evidence.prediction
-        self._offs[name] = None if predicted is None else predicted - evidence.out
+        if self._where is not branch.position:
+            self._close(branch)
+            self._where = branch.position
+            entries = [entry.position for entry in list(branch.history)[:-3:-1]]
+            self._path = tuple((self.places.index(w), branch.coordinate(w)) for w in (branch.position, *entries))
+        predicted = branch.prediction
+        self._offs[name] = None if predicted is None else predicted - branch.out
         if self.rate is None:
-            self._residuals[name] = evidence.out - evidence.x
+            self._residuals[name] = branch.out - branch.x
 
-    def _close(self, evidence: Evidence) -> None:
-        """Turns what the conditions of the last computed evaluation showed into numbers, on the device."""
+    def _close(self, branch: Branch) -> None:
+        """Turns what the branches of the last computed evaluation showed into numbers, on the device."""
         if self._where is None:
             return
         known = all(off is not None for off in self._offs.values())
-        off = evidence.take(self._guided(self._offs, evidence)) if known else None
-        size = evidence.take(self._guided(self._residuals, evidence)) if self._residuals else None
+        off = branch.defer(self._guided(self._offs, branch)) if known else None
+        size = branch.defer(self._guided(self._residuals, branch)) if self._residuals else None
         self._misses.append(_Miss(self._path, off, size))
         self._where = None
         self._offs.clear()
         self._residuals.clear()
 
-    def _guided(self, parts: dict[str, Tensor], evidence: Evidence) -> Tensor:
+    def _guided(self, parts: dict[str, Tensor], branch: Branch) -> Tensor:
         """rms of uncond + guidance (cond - uncond) where both are there; else of the one there is, or the first.
 
         Of batches of different sizes, which cannot be subtracted, the most that it can be.
@@ -155,18 +155,18 @@ class ToleranceRule(Criterion):
                 f"tolerance: of {', '.join(parts)} the first alone is judged, for which of them are cond and uncond is "
                 "not known"
             )
-            if len(parts) > 1 and sentence not in evidence.run.notes:
-                evidence.run.notes.append(sentence)
+            if len(parts) > 1 and sentence not in branch.run.notes:
+                branch.run.notes.append(sentence)
             return _rms(next(iter(parts.values())))
         if parts["cond"].shape != parts["uncond"].shape:
             return abs(self.guidance) * _rms(parts["cond"]) + abs(self.guidance - 1) * _rms(parts["uncond"])
         return _rms(torch.lerp(parts["uncond"], parts["cond"], self.guidance))
 
-    def decide(self, evidence: Evidence) -> Verdict:
-        index = None if self.places is None else self.places.index(evidence.where)
-        if index is None or self._where is evidence.where:  # another condition has been computed here already
+    def decide(self, branch: Branch) -> Verdict:
+        index = None if self.places is None else self.places.index(branch.position)
+        if index is None or self._where is branch.position:  # another branch has been computed here already
             return Verdict(False, threshold=self.tolerance)
-        self._close(evidence)
+        self._close(branch)
         for miss in self._misses:
             self._learn(miss)
         if self._misses and self.path:
@@ -200,10 +200,10 @@ class ToleranceRule(Criterion):
         return sum(self._skip(path, k) for k in range(first, last))
 
     def _skip(self, path: tuple[tuple[int, float], ...], k: int) -> float:
-        exposure = self.places.exposures[k]
+        error_gain = self.places.error_gains[k]
         if self.rate is None:
-            return exposure * self.size / 2
-        return exposure * self.rate * math.prod(abs(self.places.coordinates[k] - there) for _, there in path)
+            return error_gain * self.size / 2
+        return error_gain * self.rate * math.prod(abs(self.places.coordinates[k] - there) for _, there in path)
 
     def _plan(self) -> None:
         """Chooses the gap after the evaluation computed last."""
@@ -246,40 +246,40 @@ class _Places:
     """The evaluations of a run, as far as the schedule tells: coordinate and exposure of each, and the last one."""
 
     coordinates: tuple[float, ...]
-    exposures: tuple[float, ...]
+    error_gains: tuple[float, ...]
     stages: int
 
     @classmethod
-    def of(cls, run: Run) -> _Places | None:
+    def of(cls, run: RunInfo) -> _Places | None:
         """None where the schedule or the parametrization is not known, or a coordinate is not finite."""
         if run.schedule is None or run.parametrization is None or len(run.schedule) < 2:
             return None
         stages = 2 if run.stages == 2 else 1
-        coordinates, exposures = [], []
+        coordinates, error_gains = [], []
         try:
             for here, there in zip(run.schedule, run.schedule[1:], strict=False):
                 halves = (here, there) if stages == 2 and there > 0 else (here,)
                 for sigma in halves:
                     coordinates.append(float(run.coordinate(sigma)))
-                    exposures.append(exposure(run.parametrization(sigma), sigma) * abs(here - there) / len(halves))
+                    error_gains.append(error_gain(run.parametrization(sigma), sigma) * abs(here - there) / len(halves))
         except (ValueError, ArithmeticError):
             return None
-        sound = all(map(math.isfinite, (*coordinates, *exposures)))
-        return cls(tuple(coordinates), tuple(exposures), stages) if sound else None
+        sound = all(map(math.isfinite, (*coordinates, *error_gains)))
+        return cls(tuple(coordinates), tuple(error_gains), stages) if sound else None
 
     @property
     def last(self) -> int:
         return len(self.coordinates) - 1
 
-    def index(self, where: Where) -> int | None:
+    def index(self, position: Position) -> int | None:
         """The place of an evaluation in these lists; None where it is not one of them."""
-        if where.step is None or where.step < 0 or where.stage >= self.stages:
+        if position.step is None or position.step < 0 or position.stage >= self.stages:
             return None
-        index = where.step * self.stages + where.stage
+        index = position.step * self.stages + position.stage
         return index if index <= self.last else None
 
 
-def exposure(meaning: Parametrization, sigma: float) -> float:
+def error_gain(meaning: Parametrization, sigma: float) -> float:
     """How fast the latent, scaled to 1, changes with sigma for one unit of the network's output:
 
         |denoised[1]| / sigma / sqrt(sigma^2 + data^2)

@@ -1,6 +1,6 @@
 """Gates: which evaluations may be skipped. They know places and counts, never tensors.
 
-A gate is a frozen description; `gate.begin(run)` gives the function that answers for one run. The answer is a `Hold`
+A gate is a frozen description; `gate.begin(run)` gives the function that answers for one run. The answer is a `ComputeReason`
 (compute, for this reason) or None (it lets the evaluation through). One hold is enough.
 """
 
@@ -14,17 +14,17 @@ from typing import Any, Literal
 
 import torch
 
+from .clock import Position, near
 from .masks import StepMask
 from .options import OptionError, number, unknown, window
 from .parametrization import Parametrization
-from .timeline import Where, near
 
 WindowUnit = Literal["steps", "training"]
 UNKNOWN_SCHEDULE = "this run's schedule is not known (pass sigmas=, or use sample())"
 
 
 @dataclass(frozen=True)
-class Hold:
+class ComputeReason:
     """Why an evaluation must be computed.
 
     `observe`: the criterion may learn from it. `record`: the predictor's memory takes it in.
@@ -36,8 +36,8 @@ class Hold:
 
 
 @dataclass
-class Tally:
-    """What has happened so far in this run to the anchor, or to a condition that decides for itself, in evaluations."""
+class SkipCounts:
+    """What has happened so far in this run to the reference, or to a branch that decides for itself, in evaluations."""
 
     computed: int = 0
     skipped: int = 0
@@ -45,14 +45,14 @@ class Tally:
 
 
 @dataclass
-class Run:
+class RunInfo:
     """What is known of a run when it begins.
 
     `schedule` is sigmas[0..n] or None; `training_sigma(share)` is the sigma at a share of the training timetable
     (0 = most noise) or None where the model has no such table; `stages` the evaluations of a step, None if not known;
     `second_only` whether the method leaves the first of two aside; `coordinate(sigma)` the coordinate that predictors
     extrapolate in: log sigma, or t for flow models. Sentences in `notes` go into the report; those in `warnings`, about
-    options that cannot act, are also said aloud, once a session.
+    options that cannot act, are also said aloud, once a engine.
 
     `parametrization(sigma)` says what the network's input and output mean there; None if nothing is known of the
     network.
@@ -71,21 +71,21 @@ class Run:
     def steps(self) -> int | None:
         return None if self.schedule is None else len(self.schedule) - 1
 
-    def index(self, where: Where) -> float | None:
+    def index(self, position: Position) -> float | None:
         """The place of an evaluation in the schedule: step i at sigmas[i], in log sigma between (linear down to 0).
 
         Without a schedule it is minus log sigma, or `coordinate`; None if neither is a finite number.
         """
-        sigma = where.sigma
-        if where.step is not None and self.schedule is not None:
-            high, low = self.schedule[where.step], self.schedule[where.step + 1]
+        sigma = position.sigma
+        if position.step is not None and self.schedule is not None:
+            high, low = self.schedule[position.step], self.schedule[position.step + 1]
             if near(sigma, high):
-                return float(where.step)
+                return float(position.step)
             if near(sigma, low):
-                return where.step + 1.0
+                return position.step + 1.0
             if sigma > 0 and high > low > 0:
-                return where.step + math.log(high / sigma) / math.log(high / low)
-            return where.step + (high - sigma) / (high - low) if high > low else None
+                return position.step + math.log(high / sigma) / math.log(high / low)
+            return position.step + (high - sigma) / (high - low) if high > low else None
         try:
             value = -float(self.coordinate(sigma))
         except (ValueError, ArithmeticError):
@@ -105,14 +105,14 @@ class Run:
         return None if self.steps is None else self.steps * (self.stages or 1)
 
 
-Answer = Callable[[Where, Tally], Hold | None]
+Answer = Callable[[Position, SkipCounts], ComputeReason | None]
 
 
 class Gate(ABC):
     """One reason to compute, whatever the criterion would say."""
 
     @abstractmethod
-    def begin(self, run: Run) -> Answer:
+    def begin(self, run: RunInfo) -> Answer:
         """The answer for one run: a function of the place and the tally."""
 
 
@@ -145,23 +145,23 @@ class Window(Gate):
         if self.unit not in ("steps", "training"):
             raise unknown("window unit", str(self.unit), ("steps", "training"))
 
-    def begin(self, run: Run) -> Answer:
+    def begin(self, run: RunInfo) -> Answer:
         high, low, source = self.place(run)
         run.notes.append(
             f"window {self.start:g} to {self.end:g} {source}"
             + ("" if source.startswith("open") else f": {high:g} >= sigma > {low:g}")
         )
 
-        def answer(where: Where, tally: Tally) -> Hold | None:
-            if where.sigma > high:
-                return Hold("before window", observe=False)
-            if not where.sigma > low:
-                return Hold("after window", observe=False)
+        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+            if position.sigma > high:
+                return ComputeReason("before window", observe=False)
+            if not position.sigma > low:
+                return ComputeReason("after window", observe=False)
             return None
 
         return answer
 
-    def place(self, run: Run) -> tuple[float, float, str]:
+    def place(self, run: RunInfo) -> tuple[float, float, str]:
         """(sigma at the start, sigma at the end, which meaning held)."""
         units = {"steps": run.schedule, "training": run.training_sigma}
         unit = self.unit if units[self.unit] is not None else next((u for u in units if units[u] is not None), None)
@@ -175,7 +175,7 @@ class Window(Gate):
         low = 0.0 if self.end >= 1 else run.training_sigma(self.end)
         return high, low, f"as shares of the training timetable{why}"
 
-    def _step_sigma(self, run: Run, share: float) -> float:
+    def _step_sigma(self, run: RunInfo, share: float) -> float:
         return run.schedule[min(_share(share, run.steps), run.steps - 1)]
 
 
@@ -190,17 +190,17 @@ class Mask(Gate):
 
     mask: StepMask
 
-    def begin(self, run: Run) -> Answer:
+    def begin(self, run: RunInfo) -> Answer:
         if run.steps is None:
             run.warnings.append(f"the mask cannot act: {UNKNOWN_SCHEDULE}")
-            return lambda where, tally: Hold("mask: no schedule")
+            return lambda position, counts: ComputeReason("mask: no schedule")
         digits = self.mask.for_steps(run.steps)
-        one, off = Hold("mask"), Hold("mask: off the schedule")
+        one, off = ComputeReason("mask"), ComputeReason("mask: off the schedule")
 
-        def answer(where: Where, tally: Tally) -> Hold | None:
-            if where.step is None:
+        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+            if position.step is None:
                 return off
-            return one if digits[min(where.step, len(digits) - 1)] else None
+            return one if digits[min(position.step, len(digits) - 1)] else None
 
         return answer
 
@@ -214,11 +214,11 @@ class Warmup(Gate):
     def __post_init__(self) -> None:
         number("warmup", self.steps, whole=True)
 
-    def begin(self, run: Run) -> Answer:
-        hold = Hold("warm-up")
+    def begin(self, run: RunInfo) -> Answer:
+        hold = ComputeReason("warm-up")
 
-        def answer(where: Where, tally: Tally) -> Hold | None:
-            return hold if (where.evaluation if where.step is None else where.step) < self.steps else None
+        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+            return hold if (position.evaluation if position.step is None else position.step) < self.steps else None
 
         return answer
 
@@ -227,11 +227,11 @@ class Warmup(Gate):
 class LastStep(Gate):
     """Holds the last step of the run, which writes the finest detail and is never corrected by another."""
 
-    def begin(self, run: Run) -> Answer:
+    def begin(self, run: RunInfo) -> Answer:
         if run.steps is None:
             run.warnings.append(f"the last step cannot be protected: {UNKNOWN_SCHEDULE}")
-        last, hold = -1 if run.steps is None else run.steps - 1, Hold("last step")
-        return lambda where, tally: hold if where.step == last else None
+        last, hold = -1 if run.steps is None else run.steps - 1, ComputeReason("last step")
+        return lambda position, counts: hold if position.step == last else None
 
 
 @dataclass(frozen=True)
@@ -243,9 +243,9 @@ class MaxCached(Gate):
     def __post_init__(self) -> None:
         number("max_cached", self.limit, low=-1, whole=True)
 
-    def begin(self, run: Run) -> Answer:
-        hold = Hold("max_cached")
-        return lambda where, tally: hold if 0 <= self.limit <= tally.skipped else None
+    def begin(self, run: RunInfo) -> Answer:
+        hold = ComputeReason("max_cached")
+        return lambda position, counts: hold if 0 <= self.limit <= counts.skipped else None
 
 
 @dataclass(frozen=True)
@@ -257,9 +257,9 @@ class MaxConsecutive(Gate):
     def __post_init__(self) -> None:
         number("max_consecutive", self.limit, low=-1, whole=True)
 
-    def begin(self, run: Run) -> Answer:
-        hold = Hold("max_consecutive")
-        return lambda where, tally: hold if 0 <= self.limit <= tally.consecutive else None
+    def begin(self, run: RunInfo) -> Answer:
+        hold = ComputeReason("max_consecutive")
+        return lambda position, counts: hold if 0 <= self.limit <= counts.consecutive else None
 
 
 @dataclass(frozen=True)
@@ -271,18 +271,18 @@ class SecondOfTwo(Gate):
     lets everything through and the report says so.
     """
 
-    def begin(self, run: Run) -> Answer:
+    def begin(self, run: RunInfo) -> Answer:
         if run.stages is None:
             run.warnings.append(
                 "evaluations='second' cannot act: how many evaluations a step has is not known (use sample(), or pass "
                 "stages=)"
             )
-        hold = Hold("first of two", observe=False, record=False)
-        return lambda where, tally: hold if run.stages == 2 and where.stage == 0 else None
+        hold = ComputeReason("first of two", observe=False, record=False)
+        return lambda position, counts: hold if run.stages == 2 and position.stage == 0 else None
 
 
 @dataclass(frozen=True)
-class Every(Gate):
+class Interval(Gate):
     """Of `n` evaluations one is computed, after the first `start`, which all are.
 
     Where a step has two (Heun, DPM2, DPM++ SDE), only second ones are computed: at Heun's first one the sigma is that
@@ -296,15 +296,15 @@ class Every(Gate):
         number("n", self.n, low=1, whole=True)
         number("start", self.start, low=1, whole=True)
 
-    def begin(self, run: Run) -> Answer:
-        hold, second = Hold(f"every {self.n}"), run.stages == 2 and self.n > 1
+    def begin(self, run: RunInfo) -> Answer:
+        hold, second = ComputeReason(f"every {self.n}"), run.stages == 2 and self.n > 1
 
-        def answer(where: Where, tally: Tally) -> Hold | None:
-            due = tally.consecutive >= self.n - 1 or tally.computed < self.start
-            if second and where.stage == 1:
-                due = due or tally.computed < 2
+        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+            due = counts.consecutive >= self.n - 1 or counts.computed < self.start
+            if second and position.stage == 1:
+                due = due or counts.computed < 2
             elif second:
-                due = tally.consecutive >= self.n  # steps with one evaluation among them
+                due = counts.consecutive >= self.n  # steps with one evaluation among them
             return hold if due else None
 
         return answer
@@ -334,19 +334,19 @@ class SpectrumCadence(Gate):
         number("warmup", self.warmup, whole=True)
         number("stop", self.stop, high=1.0)
 
-    def begin(self, run: Run) -> Answer:
+    def begin(self, run: RunInfo) -> Answer:
         if run.asked is None and self.stop:
             run.warnings.append(f"stop={self.stop:g} cannot act: {UNKNOWN_SCHEDULE}")
         stop = 0 if run.asked is None else _share(self.stop, run.asked)
-        warming, stopped, due = Hold("warm-up"), Hold("after stop"), Hold("cadence")
+        warming, stopped, due = ComputeReason("warm-up"), ComputeReason("after stop"), ComputeReason("cadence")
 
-        def answer(where: Where, tally: Tally) -> Hold | None:
-            asked = tally.computed + tally.skipped
-            if asked < self.warmup or tally.computed < 2:
+        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+            asked = counts.computed + counts.skipped
+            if asked < self.warmup or counts.computed < 2:
                 return warming
             if 0 < stop <= asked:
                 return stopped
-            window = math.floor(self.window_size + self.flex_window * (tally.computed - self.warmup))
-            return None if (tally.consecutive + 1) % max(1, window) else due
+            window = math.floor(self.window_size + self.flex_window * (counts.computed - self.warmup))
+            return None if (counts.consecutive + 1) % max(1, window) else due
 
         return answer

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .gates import Every, as_gates
-from .memory import Evidence, Node
+from .branch import Branch, CacheEntry
+from .gates import Interval, as_gates
 from .methods import METHODS, Method
 from .options import number
-from .predictors import Of, OfOrder, Terms
+from .predictors import Baseline, FixedOrder, Terms
 from .published import published
 
 
 @dataclass(frozen=True)
-class Hermite(OfOrder):
+class Hermite(FixedOrder):
     """HiCache's series in the index n of the evaluation, around the last computed one:
 
         out = out' + sum over i >= 1 of D_i(n') / i! sigma^i H_i(sigma (n - n'))
@@ -27,15 +27,15 @@ class Hermite(OfOrder):
     sigma^i H_i(sigma k) in the place of k^i. Order 1 is TaylorSeer's step of order 1 times 2 sigma^2: half of it at
     sigma = 0.5, all of it at sqrt(1/2). From order 2 on the polynomials also have lower terms: of order 2 it is
     4 sigma^4 k^2 - 2 sigma^2. The weights do not depend on the tensors, so that the guided output, which the source
-    predicts, and each condition alone come to the same.
+    predicts, and each branch alone come to the same.
 
     Args:
         order: the highest i; lower while fewer evaluations were computed. 0 repeats the last one. Default 1.
         sigma: the contraction, from 0 (repeats the last one) to 1. Default 0.5. It is no noise level.
-        of: what is extrapolated. Published is the output.
+        baseline: what is extrapolated. Published is the output.
 
     Raises `OptionError` for an order that is no whole number of at least 0, and a sigma outside 0 to 1.
-    Keeps order + 1 evaluations, 2 (order + 1) latents a condition.
+    Keeps order + 1 evaluations, 2 (order + 1) latents a branch.
     Source: arXiv 2508.16984; defaults of hicache-pp 1.3.0.
 
     Example:
@@ -46,21 +46,21 @@ class Hermite(OfOrder):
 
     order: int = 1
     sigma: float = 0.5
-    of: Of = "output"
+    baseline: Baseline = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number("sigma", self.sigma, high=1.0)
 
-    def weights(self, evidence: Evidence) -> Terms:
-        nodes = list(evidence.history)[-self.memory :]
-        ahead = evidence.where.evaluation - nodes[-1].where.evaluation
-        weights = [0.0] * len(nodes)
-        polynomials = _hermite(len(nodes), self.sigma * ahead)
-        for i, (polynomial, shares) in enumerate(zip(polynomials, _differences(nodes), strict=True)):
+    def weights(self, branch: Branch) -> Terms:
+        entries = list(branch.history)[-self.memory :]
+        ahead = branch.position.evaluation - entries[-1].position.evaluation
+        weights = [0.0] * len(entries)
+        polynomials = _hermite(len(entries), self.sigma * ahead)
+        for i, (polynomial, shares) in enumerate(zip(polynomials, _differences(entries), strict=True)):
             factor = self.sigma**i * polynomial / math.factorial(i)
             weights = [weight + factor * share for weight, share in zip(weights, shares, strict=True)]
-        return list(zip(nodes, weights, strict=True))
+        return list(zip(entries, weights, strict=True))
 
 
 def _hermite(count: int, x: float) -> list[float]:
@@ -72,9 +72,9 @@ def _hermite(count: int, x: float) -> list[float]:
     return values[:count]
 
 
-def _differences(nodes: Sequence[Node]) -> list[list[float]]:
+def _differences(entries: Sequence[CacheEntry]) -> list[list[float]]:
     """D_0, D_1, ... at the last of these evaluations, each as weights over all of them."""
-    index, count = [node.where.evaluation for node in nodes], len(nodes)
+    index, count = [entry.position.evaluation for entry in entries], len(entries)
     rows = {j: [float(i == j) for i in range(count)] for j in range(count)}  # D_i at evaluation j
     last = [rows[count - 1]]
     for order in range(1, count):
@@ -103,14 +103,14 @@ def HiCache(interval: int = 4, order: int = 1, sigma: float = 0.5, warmup: int =
 
     Raises `OptionError` for an unknown option (with the nearest name) and for numbers that are not accepted.
     Source: arXiv 2508.16984. Published is the guided output of the whole network; for samplers with two evaluations a
-    step (Heun, DPM2) `stepcache.gates.Every` says which ones are computed.
+    step (Heun, DPM2) `stepcache.gates.Interval` says which ones are computed.
 
     Example:
         >>> from stepcache import HiCache, method
         >>> HiCache(interval=3, last_step=True) == method("hicache", "interval=3,last_step=1")
         True
     """
-    gates = (Every(interval), *as_gates(common.pop("gates", ())))
+    gates = (Interval(interval), *as_gates(common.pop("gates", ())))
     return Method(**{"predictor": Hermite(order, sigma), "warmup": warmup, "gates": gates, "name": "hicache", **common})
 
 

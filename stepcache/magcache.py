@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from .branch import Branch
 from .criteria import Criterion, Verdict, state
-from .gates import Run
-from .memory import Evidence
+from .deferred import widened
+from .gates import RunInfo
 from .methods import METHODS, Method
 from .options import OptionError, flag, number
 from .published import published
-from .readings import widened
 from .report import Report
 
 CALIBRATION = "calibration: ratios="
@@ -59,7 +59,7 @@ class MagCacheRule(Criterion):
     error: float = state(0.0)
     skips: int = state(0)
     measured: dict[int, float] = state(factory=dict)
-    _run: Run | None = state()
+    _run: RunInfo | None = state()
     _curve: tuple[float, ...] = state(())
     _retained: int = state(0)
     _note: str | None = state()
@@ -80,15 +80,15 @@ class MagCacheRule(Criterion):
     def never_skips(self) -> bool:
         return not self.calibrate and (0 in (self.threshold, self.max_skip_steps) or self.retention_ratio == 1)
 
-    def begin(self, run: Run) -> MagCacheRule:
+    def begin(self, run: RunInfo) -> MagCacheRule:
         rule = super().begin(run)
         count = len(self.ratios) if run.evaluations is None else run.evaluations
         rule._run, rule._curve = run, nearest(self.ratios, count)
         rule._retained = int(self.retention_ratio * count + 0.5)
         return rule
 
-    def decide(self, evidence: Evidence) -> Verdict:
-        place = self._place(evidence)
+    def decide(self, branch: Branch) -> Verdict:
+        place = self._place(branch)
         if self.calibrate:
             return Verdict(False, reason="calibration")
         if place is None or place >= len(self._curve):
@@ -102,28 +102,28 @@ class MagCacheRule(Criterion):
             return Verdict(False, self.error, self.threshold, "max_skip_steps")
         return Verdict(self.error <= self.threshold, self.error, self.threshold)
 
-    def observe(self, evidence: Evidence, forced: bool) -> None:
+    def observe(self, branch: Branch, forced: bool) -> None:
         self.product, self.error, self.skips = 1.0, 0.0, 0
-        if self.calibrate and (place := self._place(evidence)) is not None:
-            self.measured[place] = self._ratio(evidence)
+        if self.calibrate and (place := self._place(branch)) is not None:
+            self.measured[place] = self._ratio(branch)
             self._write()
 
-    def _place(self, evidence: Evidence) -> int | None:
+    def _place(self, branch: Branch) -> int | None:
         """Which of the run's evaluations this is; None where the schedule, or the number of stages, does not tell."""
-        where, run = evidence.where, evidence.run
+        position, run = branch.position, branch.run
         if run.schedule is None:
-            return where.evaluation
+            return position.evaluation
         stages = 2 if run.stages == 2 else 1
-        if where.step is None or where.stage >= stages:
+        if position.step is None or position.stage >= stages:
             return None
-        return where.step if run.second_only else where.step * stages + where.stage
+        return position.step if run.second_only else position.step * stages + position.stage
 
-    def _ratio(self, evidence: Evidence) -> float:
-        if not evidence.history:
+    def _ratio(self, branch: Branch) -> float:
+        if not branch.history:
             return 1.0
-        before = evidence.history[-1]
-        now, then = _magnitude(evidence.x, evidence.out), _magnitude(before.x, before.out)
-        return float(evidence.take((now / (then + 1e-8)).mean()))
+        before = branch.history[-1]
+        now, then = _magnitude(branch.x, branch.out), _magnitude(before.x, before.out)
+        return float(branch.defer((now / (then + 1e-8)).mean()))
 
     def _write(self) -> None:
         """The note with the ratios so far, in the place of the one before."""
@@ -176,7 +176,7 @@ def _as_float(word: str) -> float:
 def calibration(report: Report) -> str:
     """The ratios that a run with `MagCache(calibrate=True)` wrote into its report, as text for `MagCache(ratios=...)`.
 
-    They are the deciding condition's. Raises `OptionError` for a report without.
+    They are the deciding branch's. Raises `OptionError` for a report without.
     """
     for note in report.notes:
         if note.startswith(CALIBRATION):
@@ -204,7 +204,7 @@ def MagCache(
         threshold (magcache_thresh): the error that is let accumulate. Higher is faster and worse. 0 never skips.
         max_skip_steps (K): at most so many skips in a row, then one evaluation is computed. 0 never skips.
         retention_ratio: the share of the run that is computed first.
-        calibrate: computes everything, whatever else is given, and writes the ratios of the deciding condition into
+        calibrate: computes everything, whatever else is given, and writes the ratios of the deciding branch into
             the report's notes, where `stepcache.magcache.calibration` reads them.
         **common: every option of `Method`: start, end, mask, warmup, last_step, max_cached, predictor, ...
 

@@ -12,8 +12,8 @@ from . import options
 from .adaptive_order import AdaptiveOrder
 from .criteria import Always, Criterion, EasyCacheRule, Never, UCacheRule
 from .gates import (
-    Every,
     Gate,
+    Interval,
     LastStep,
     Mask,
     MaxCached,
@@ -48,9 +48,9 @@ class Method:
         max_consecutive: at most so many in a row. Default -1: no limit.
         evaluations: "all" (default) or "second": of steps with two evaluations (Heun, DPM2, DPM++ 2S), only the second
             reads and writes the memory, as stable-diffusion.cpp does it.
-        skip: what a skipped evaluation leaves out: "all" conditions (default), or the "followers", all but the anchor.
-            The anchor is then computed at every evaluation, and what the others add to it is predicted: the predictor
-            finds the anchor's output in the place of the input, `out = out_anchor + ...`. Under fresh noise that
+        skip: what a skipped evaluation leaves out: "all" branches (default), or the "uncond", all but the reference.
+            The reference is then computed at every evaluation, and what the others add to it is predicted: the predictor
+            finds the reference's output in the place of the input, `out = out_anchor + ...`. Under fresh noise that
             difference can be foretold where the output cannot. Needs guidance, and halves what can be saved.
         gates: further gates, asked after these.
         name: how the report calls it.
@@ -67,7 +67,7 @@ class Method:
     max_cached: int = -1
     max_consecutive: int = -1
     evaluations: Literal["all", "second"] = "all"
-    skip: Literal["all", "followers"] = "all"
+    skip: Literal["all", "uncond"] = "all"
     gates: tuple[Gate, ...] = ()
     name: str = "custom"
 
@@ -76,8 +76,8 @@ class Method:
             object.__setattr__(self, "mask", StepMask(self.mask))
         if self.evaluations not in ("all", "second"):
             raise options.unknown("evaluations", str(self.evaluations), ("all", "second"))
-        if self.skip not in ("all", "followers"):
-            raise options.unknown("skip", str(self.skip), ("all", "followers"))
+        if self.skip not in ("all", "uncond"):
+            raise options.unknown("skip", str(self.skip), ("all", "uncond"))
         object.__setattr__(self, "last_step", options.flag("last_step", self.last_step))
         for name, kind in (("criterion", Criterion), ("predictor", Predictor)):
             if not isinstance(value := getattr(self, name), kind):
@@ -115,8 +115,8 @@ class Method:
         chosen += [MaxCached(self.max_cached), MaxConsecutive(self.max_consecutive)]
         return (*chosen, *self.gates)
 
-    def but(self, **changes: Any) -> Method:
-        """The same method with other options: `UCache().but(mask="fast", max_consecutive=3)`."""
+    def replace(self, **changes: Any) -> Method:
+        """The same method with other options: `UCache().replace(mask="fast", max_consecutive=3)`."""
         return replace(self, **changes)
 
 
@@ -150,19 +150,19 @@ def accepted_options(function: Callable[..., Method]) -> dict[str, Any]:
 
 
 @_known
-def Forecast(every: int = 2, **common: Any) -> Method:
+def Forecast(interval: int = 2, **common: Any) -> Method:
     """Our own: computes every second evaluation and predicts the others, by an order that chooses itself.
 
-    Nothing is calibrated, and the calls are known before the run. The places are those of `stepcache.gates.Every`; the
+    Nothing is calibrated, and the calls are known before the run. The places are those of `stepcache.gates.Interval`; the
     prediction as a formula is at `stepcache.adaptive_order.AdaptiveOrder`. It extrapolates what the sampler integrates,
     and follows the latent instead as far as the sampler adds fresh noise, which it sees in the run itself
     (`stepcache.noise.FreshNoise`).
 
     Args:
-        every: of so many evaluations one is computed: 2 (the default) is half the calls, 3 a third. 1 computes
+        interval: of so many evaluations one is computed: 2 (the default) is half the calls, 3 a third. 1 computes
             everything. The first two and the last step are computed too.
         **common: every option of `Method`: start, end, mask, warmup, last_step, max_cached, predictor, ... With
-            skip="followers" the predictor is `Lagrange(1)`, because a difference of branches is predicted, which fresh
+            skip="uncond" the predictor is `Lagrange(1)`, because a difference of branches is predicted, which fresh
             noise hardly touches; and only the first evaluation is computed in any case.
 
     For samplers with two evaluations a step (Heun, DPM2, DPM++ SDE) it should know so: use `sample`, or `sigmas` and
@@ -173,8 +173,8 @@ def Forecast(every: int = 2, **common: Any) -> Method:
         >>> Forecast(3).name
         'forecast'
     """
-    followers = common.get("skip") == "followers"
-    gates = (Every(every, start=1 if followers else 2), *as_gates(common.pop("gates", ())))
+    followers = common.get("skip") == "uncond"
+    gates = (Interval(interval, start=1 if followers else 2), *as_gates(common.pop("gates", ())))
     predictor = Lagrange(1) if followers else AdaptiveOrder()
     return Method(**{"predictor": predictor, "last_step": True, "gates": gates, "name": "forecast", **common})
 
@@ -305,7 +305,7 @@ AS_TEXT = {
 }
 """Of which type options without a default are, where they come as text."""
 MAIN = {
-    "forecast": "every",
+    "forecast": "interval",
     "spectrum": "window_size",
     "dbcache": "threshold",
     "taylorseer": "threshold",

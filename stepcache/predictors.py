@@ -17,40 +17,40 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from .clock import near
 from .options import number, unknown
-from .timeline import near
 
 if TYPE_CHECKING:
-    from .memory import Evidence, History, Node
+    from .branch import Branch, CacheEntry, History
 
-Of = Literal["residual", "output"]
-Terms = Sequence[tuple["Node", "float | Tensor"]]
+Baseline = Literal["input", "zero"]
+Terms = Sequence[tuple["CacheEntry", "float | Tensor"]]
 
 
 class Predictor(ABC):
     """Predicts the network's raw output from the evaluations computed before."""
 
     memory: int = 1
-    """How many computed evaluations are kept for it, per condition; each costs two latents."""
+    """How many computed evaluations are kept for it, per branch; each costs two latents."""
 
     finite_where_memory_is: bool = False
-    """Whether a prediction from finite outputs is sure to be finite; then a condition that follows the anchor in a
+    """Whether a prediction from finite outputs is sure to be finite; then a branch that follows the reference in a
     call of its own need not be checked, which would cost a transfer."""
 
     sampler_aware: bool = False
-    """Whether it looks at `evidence.noise` and `parametrization`, which are found out only then."""
+    """Whether it looks at `branch.noise` and `parametrization`, which are found out only then."""
 
     @abstractmethod
-    def predict(self, evidence: Evidence) -> Tensor | None:
-        """The raw output expected for the input `evidence.x`, as a new tensor of its shape and in float32 or wider.
+    def predict(self, branch: Branch) -> Tensor | None:
+        """The raw output expected for the input `branch.x`, as a new tensor of its shape and in float32 or wider.
 
-        `evidence.history` holds 1 to `memory` computed evaluations of the same condition and shape, oldest first. None
+        `branch.history` holds 1 to `memory` computed evaluations of the same branch and shape, oldest first. None
         where nothing can be told: the evaluation is then computed.
         """
 
-    def remember(self, history: History, node: Node) -> None:
+    def remember(self, history: History, entry: CacheEntry) -> None:
         """Takes a computed evaluation into the memory, out of which the oldest falls when it is full."""
-        history.append(node)
+        history.append(entry)
 
 
 @dataclass(frozen=True)
@@ -66,36 +66,36 @@ class Reuse(Predictor):
     memory = 1
     finite_where_memory_is = True
 
-    def predict(self, evidence: Evidence) -> Tensor:
-        return evidence.moved + evidence.history[-1].out
+    def predict(self, branch: Branch) -> Tensor:
+        return branch.moved + branch.history[-1].out
 
 
-class Weighted(Predictor):
+class LinearPredictor(Predictor):
     """A sum of what was computed before, with weights that need nothing of the tensors:
 
-        out = x + sum_j w_j (out_j - x_j)   of="residual"
-        out = sum_j w_j out_j               of="output"
+        out = x + sum_j w_j (out_j - x_j)   baseline="input"
+        out = sum_j w_j out_j               baseline="zero"
 
     The residual carries what is new in x (fresh noise, guidance) into the prediction; the output does not.
     """
 
-    of: Of
+    baseline: Baseline
     finite_where_memory_is = True
 
     def __post_init__(self) -> None:
-        if self.of not in ("residual", "output"):
-            raise unknown("of", str(self.of), ("residual", "output"))
+        if self.baseline not in ("input", "zero"):
+            raise unknown("baseline", str(self.baseline), ("input", "zero"))
 
     @abstractmethod
-    def weights(self, evidence: Evidence) -> Terms | None:
+    def weights(self, branch: Branch) -> Terms | None:
         """Each evaluation used, with its weight; None where nothing can be told."""
 
-    def predict(self, evidence: Evidence) -> Tensor | None:
-        terms = self.weights(evidence)
-        return None if terms is None else weighted(evidence.x, terms, self.of)
+    def predict(self, branch: Branch) -> Tensor | None:
+        terms = self.weights(branch)
+        return None if terms is None else weighted(branch.x, terms, self.baseline)
 
 
-class OfOrder(Weighted):
+class FixedOrder(LinearPredictor):
     """A sum over the last order + 1 computed evaluations."""
 
     order: int
@@ -109,13 +109,13 @@ class OfOrder(Weighted):
         return self.order + 1
 
 
-def weighted(x: Tensor, terms: Terms, of: Of) -> Tensor:
-    """The sum of `Weighted`, in the dtype of x. A weight is a number, or a tensor of one number a row."""
-    out = x.clone() if of == "residual" else torch.zeros_like(x)
-    for node, weight in terms:
-        if of == "residual":
-            _add(out, node.x, -weight)
-        _add(out, node.out, weight)
+def weighted(x: Tensor, terms: Terms, baseline: Baseline) -> Tensor:
+    """The sum of `LinearPredictor`, in the dtype of x. A weight is a number, or a tensor of one number a row."""
+    out = x.clone() if baseline == "input" else torch.zeros_like(x)
+    for entry, weight in terms:
+        if baseline == "input":
+            _add(out, entry.x, -weight)
+        _add(out, entry.out, weight)
     return out
 
 
@@ -127,50 +127,50 @@ def _add(out: Tensor, term: Tensor, weight: float | Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Lagrange(OfOrder):
+class Lagrange(FixedOrder):
     """The polynomial of degree `order` through the last computed evaluations at different sigmas:
 
         w_j = product over i != j of (s - s_i) / (s_j - s_i)
 
-    with s the coordinate of `Run`: log sigma, or t for flow models. Exact where the residual (or the output) is a
+    with s the coordinate of `RunInfo`: log sigma, or t for flow models. Exact where the residual (or the output) is a
     polynomial in s of that degree. Through fewer evaluations the degree is lower; degree 0 is `Reuse`.
 
     Args:
         order: 0 and up. 2 is best for isolated skips, 1 for long runs of them, 0 to 1 for samplers that add noise.
-        of: what is extrapolated.
+        baseline: what is extrapolated.
 
-    Keeps order + 1 evaluations, 2 (order + 1) latents a condition. Of evaluations at one sigma (Heun's corrector and
+    Keeps order + 1 evaluations, 2 (order + 1) latents a branch. Of evaluations at one sigma (Heun's corrector and
     the next step's first) it keeps the newest; one without a coordinate (sigma = 0 in log sigma) is left out.
     """
 
     order: int = 2
-    of: Of = "residual"
+    baseline: Baseline = "input"
 
-    def remember(self, history: History, node: Node) -> None:
-        kept = [old for old in history if not near(old.where.sigma, node.where.sigma)]
+    def remember(self, history: History, entry: CacheEntry) -> None:
+        kept = [old for old in history if not near(old.position.sigma, entry.position.sigma)]
         history.clear()
-        history.extend([*kept, node])
+        history.extend([*kept, entry])
 
-    def weights(self, evidence: Evidence) -> Terms:
-        return _lagrange(evidence.coordinate(evidence.where), evidence.history, self.order)
+    def weights(self, branch: Branch) -> Terms:
+        return _lagrange(branch.coordinate(branch.position), branch.history, self.order)
 
 
-def _lagrange(here: float | None, history: Sequence[Node], order: int) -> list[tuple[Node, float]]:
+def _lagrange(here: float | None, history: Sequence[CacheEntry], order: int) -> list[tuple[CacheEntry, float]]:
     """Each of the last order + 1 evaluations at different coordinates, with its weight; the last one alone at worst."""
-    nodes: dict[float, Node] = {}
-    for node in reversed(history):
-        if here is not None and node.coordinate is not None and len(nodes) <= order:
-            nodes.setdefault(node.coordinate, node)
-    if not nodes or not order:
+    entries: dict[float, CacheEntry] = {}
+    for entry in reversed(history):
+        if here is not None and entry.coordinate is not None and len(entries) <= order:
+            entries.setdefault(entry.coordinate, entry)
+    if not entries or not order:
         return [(history[-1], 1.0)]
     return [
-        (node, math.prod((here - other) / (there - other) for other in nodes if other != there))
-        for there, node in nodes.items()
+        (entry, math.prod((here - other) / (there - other) for other in entries if other != there))
+        for there, entry in entries.items()
     ]
 
 
 @dataclass(frozen=True)
-class TaylorSeer(OfOrder):
+class TaylorSeer(FixedOrder):
     """TaylorSeer's series in the index n of the evaluation, around the last computed one:
 
         out = sum_k D_k(n') (n - n')^k / k!,   D_0(n') = out',   D_k(n') = (D_(k-1)(n') - D_(k-1)(n'')) / (n' - n'')
@@ -180,30 +180,32 @@ class TaylorSeer(OfOrder):
 
     Args:
         order: the highest k; lower while fewer evaluations were computed. Default 1, as in diffusers and cache-dit.
-        of: what is extrapolated. Published is the output, but that of every attention block or block; here it is the
+        baseline: what is extrapolated. Published is the output, but that of every attention block or block; here it is the
             network's.
 
-    Keeps order + 1 evaluations, 2 (order + 1) latents a condition.
+    Keeps order + 1 evaluations, 2 (order + 1) latents a branch.
     Source: arXiv 2503.06923; diffusers' `TaylorSeerCacheConfig` (max_order), commit 58eb52c0.
     """
 
     order: int = 1
-    of: Of = "output"
+    baseline: Baseline = "zero"
 
-    def weights(self, evidence: Evidence) -> Terms:
-        nodes = list(evidence.history)[-self.memory :]
-        index = _host([node.where.evaluation for node in nodes])
-        ahead = evidence.where.evaluation - nodes[-1].where.evaluation
-        derivatives = torch.eye(len(nodes), dtype=index.dtype, device=index.device)  # D_k at each node, over all nodes
+    def weights(self, branch: Branch) -> Terms:
+        entries = list(branch.history)[-self.memory :]
+        index = _host([entry.position.evaluation for entry in entries])
+        ahead = branch.position.evaluation - entries[-1].position.evaluation
+        derivatives = torch.eye(
+            len(entries), dtype=index.dtype, device=index.device
+        )  # D_k at each node, over all nodes
         weights = derivatives[-1].clone()
-        for k in range(1, len(nodes)):
+        for k in range(1, len(entries)):
             derivatives = derivatives.diff(dim=0) / index.diff()[k - 1 :, None]
             weights += derivatives[-1] * (ahead**k / math.factorial(k))
-        return list(zip(nodes, weights.tolist(), strict=True))
+        return list(zip(entries, weights.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
-class FiniteDifference(Weighted):
+class FiniteDifference(LinearPredictor):
     """FSampler's h2, h3 and h4: order 1, 2 and 3, as if the evaluations were one step apart.
 
         h2: e = 2 e_1 - e_2,   h3: e = 3 e_1 - 3 e_2 + e_3,   h4: e = 4 e_1 - 6 e_2 + 4 e_3 - e_4
@@ -215,13 +217,13 @@ class FiniteDifference(Weighted):
     Args:
         order: 1 to 3; lower while fewer evaluations were computed, and nothing from a single one.
 
-    Keeps order + 1 evaluations, 2 (order + 1) latents a condition. What FSampler does to a prediction besides (refusing
+    Keeps order + 1 evaluations, 2 (order + 1) latents a branch. What FSampler does to a prediction besides (refusing
     one whose norm is below 1e-8 or 1e-6 of the last, dividing by a learned factor) is not part of it.
     Source: obisin/ComfyUI-FSampler 1.5.0, commit 5479059; default h2.
     """
 
     order: int = 1
-    of = "output"
+    baseline = "zero"
 
     def __post_init__(self) -> None:
         number("order", self.order, low=1, high=3, whole=True)
@@ -230,16 +232,18 @@ class FiniteDifference(Weighted):
     def memory(self) -> int:
         return self.order + 1
 
-    def weights(self, evidence: Evidence) -> Terms | None:
-        nodes = list(evidence.history)[-self.memory :][::-1]
-        sigma, n = evidence.where.sigma, len(nodes)
+    def weights(self, branch: Branch) -> Terms | None:
+        entries = list(branch.history)[-self.memory :][::-1]
+        sigma, n = branch.position.sigma, len(entries)
         if n < 2 or not 0 < sigma < math.inf:
             return None
-        return [(node, (-1) ** j * math.comb(n, j + 1) * node.where.sigma / sigma) for j, node in enumerate(nodes)]
+        return [
+            (entry, (-1) ** j * math.comb(n, j + 1) * entry.position.sigma / sigma) for j, entry in enumerate(entries)
+        ]
 
 
 @dataclass(frozen=True)
-class Chebyshev(Weighted):
+class Chebyshev(LinearPredictor):
     """Spectrum's predictor: Chebyshev polynomials T_j fitted by ridge regression, mixed with a line.
 
         out = w sum_j a_j T_j(tau) + (1 - w) (out_1 + (out_1 - out_2) / 2),   tau = 2 n / N - 1
@@ -253,10 +257,10 @@ class Chebyshev(Weighted):
         m: their highest degree.
         lam: the ridge. It also pulls a constant output toward 0: at lam = 1 by some per cent.
         steps: N. None: the evaluations of the run (50 where they are not known). 50 is what both sources take for all.
-        of: what is fitted. Published is the last block's output in the paper and the guided denoised in
+        baseline: what is fitted. Published is the last block's output in the paper and the guided denoised in
             stable-diffusion.cpp; for that, stand outside guidance with `scalings="denoised"`.
 
-    Keeps max(m + 1, 6) evaluations, 12 latents a condition at the defaults.
+    Keeps max(m + 1, 6) evaluations, 12 latents a branch at the defaults.
     Source: stable-diffusion.cpp, commit 97d29908, and its defaults. The paper's code (hanjq17/Spectrum, f7b7841) has
     w = 1, m = 4, lam = 0.1 and keeps every computed evaluation. At lam = 0 the fit is done here in float64, with the
     pseudoinverse where there are few evaluations; the reference's depends on how float32 rounds.
@@ -266,7 +270,7 @@ class Chebyshev(Weighted):
     m: int = 3
     lam: float = 1.0
     steps: int | None = None
-    of: Of = "output"
+    baseline: Baseline = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -280,12 +284,12 @@ class Chebyshev(Weighted):
     def memory(self) -> int:
         return max(self.m + 1, 6)
 
-    def weights(self, evidence: Evidence) -> Terms | None:
-        nodes = list(evidence.history)[-self.memory :]
-        if len(nodes) < 2:
+    def weights(self, branch: Branch) -> Terms | None:
+        entries = list(branch.history)[-self.memory :]
+        if len(entries) < 2:
             return None
-        indices = [*(node.where.evaluation for node in nodes), evidence.where.evaluation]
-        tau = 2 * _host(indices) / (self.steps or evidence.run.asked or 50) - 1
+        indices = [*(entry.position.evaluation for entry in entries), branch.position.evaluation]
+        tau = 2 * _host(indices) / (self.steps or branch.run.asked or 50) - 1
         basis = [torch.ones_like(tau), tau]
         while len(basis) <= self.m:
             basis.append(2 * tau * basis[-1] - basis[-2])
@@ -295,7 +299,7 @@ class Chebyshev(Weighted):
         normal.diagonal().add_(self.lam)
         weights = self.w * (fitted @ (torch.linalg.pinv(normal, hermitian=True) @ here))
         weights[-2:] += (1 - self.w) * _host([-0.5, 1.5])
-        return list(zip(nodes, weights.tolist(), strict=True))
+        return list(zip(entries, weights.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -317,11 +321,11 @@ class DMD(Predictor):
         rank: at most so many modes; 0: as many as there are.
         ridge: added to the singular values before they are inverted.
         order: of the series in place of it.
-        of: what is forecast. Published is the residual of the blocks that are left out; here it is the network's.
+        baseline: what is forecast. Published is the residual of the blocks that are left out; here it is the network's.
 
     All of it follows from the products of the y_j with each other, which is how it is done here: `history` squared
     numbers a row go to the host at every evaluation, computed ones too, for the report. They need `history` latents of
-    float64 for a moment, and a device that has float64. Keeps `history` evaluations, 12 latents a condition at the
+    float64 for a moment, and a device that has float64. Keeps `history` evaluations, 12 latents a branch at the
     default.
     Source: vipshop/cache-dit, commit f86744af, and its defaults.
     """
@@ -330,50 +334,50 @@ class DMD(Predictor):
     rank: int = 0
     ridge: float = 1e-8
     order: int = 1
-    of: Of = "residual"
+    baseline: Baseline = "input"
 
     def __post_init__(self) -> None:
         number("history", self.history, low=4, whole=True)
         number("rank", self.rank, whole=True)
         number("ridge", self.ridge)
-        TaylorSeer(self.order, self.of)
+        TaylorSeer(self.order, self.baseline)
 
     @property
     def memory(self) -> int:
         return max(self.history, self.order + 1)
 
-    def predict(self, evidence: Evidence) -> Tensor | None:
-        nodes = self._evenly_spaced(evidence.history)
-        weights = self._weights(evidence, nodes) if len(nodes) >= 4 else None
+    def predict(self, branch: Branch) -> Tensor | None:
+        entries = self._evenly_spaced(branch.history)
+        weights = self._weights(branch, entries) if len(entries) >= 4 else None
         if weights is None:
-            return TaylorSeer(self.order, self.of).predict(evidence)
-        terms = list(zip(nodes, weights.to(evidence.x).unbind(1), strict=True))
-        return weighted(evidence.x, terms, self.of)
+            return TaylorSeer(self.order, self.baseline).predict(branch)
+        terms = list(zip(entries, weights.to(branch.x).unbind(1), strict=True))
+        return weighted(branch.x, terms, self.baseline)
 
-    def _evenly_spaced(self, history: Sequence[Node]) -> list[Node]:
+    def _evenly_spaced(self, history: Sequence[CacheEntry]) -> list[CacheEntry]:
         """The newest evaluations, as far back as all are equally far apart."""
-        nodes = list(history)[-self.history :]
-        index = [node.where.evaluation for node in nodes]
-        first = max(len(nodes) - 2, 0)
+        entries = list(history)[-self.history :]
+        index = [entry.position.evaluation for entry in entries]
+        first = max(len(entries) - 2, 0)
         while first > 0 and index[first] - index[first - 1] == index[-1] - index[-2]:
             first -= 1
-        return nodes[first:]
+        return entries[first:]
 
-    def _weights(self, evidence: Evidence, nodes: list[Node]) -> Tensor | None:
+    def _weights(self, branch: Branch, entries: list[CacheEntry]) -> Tensor | None:
         """A weight for each row and evaluation (B, len(nodes)); None where there is no decomposition."""
-        rows = [self._values(node).reshape(len(evidence.x), -1) for node in nodes]
+        rows = [self._values(entry).reshape(len(branch.x), -1) for entry in entries]
         stacked = torch.stack(rows, dim=1)
         products = (stacked @ stacked.mT).cpu()
-        last, before = nodes[-1].where.evaluation, nodes[-2].where.evaluation
-        ahead = (evidence.where.evaluation - last) / (last - before)
+        last, before = entries[-1].position.evaluation, entries[-2].position.evaluation
+        ahead = (branch.position.evaluation - last) / (last - before)
         try:
             weights = torch.stack([self._forecast(product, ahead) for product in products])
         except RuntimeError:  # not finite, or no eigenvalues found
             return None
         return weights if weights.isfinite().all() else None
 
-    def _values(self, node: Node) -> Tensor:
-        return node.out.double() - node.x if self.of == "residual" else node.out.double()
+    def _values(self, entry: CacheEntry) -> Tensor:
+        return entry.out.double() - entry.x if self.baseline == "input" else entry.out.double()
 
     def _forecast(self, products: Tensor, k: float) -> Tensor:
         """Weights over the y_j of one row, from their products among each other."""

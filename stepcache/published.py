@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from .blocks import Blocks
 from .criteria import Always, RelativeChange
-from .gates import Every, as_gates
+from .gates import Interval, as_gates
 from .masks import StepMask, preset_name
 from .methods import METHODS, Method, _known, accepted_options
 from .options import OptionError, number, unknown
 from .predictors import TaylorSeer
+from .probe import Blocks
 
 PRESETS: dict[str, dict[str, Any]] = {
     "slow": {"mask": "slow", "threshold": 0.20, "warmup": 8, "Fn": 8},
@@ -53,8 +53,8 @@ def published(**other_names: str) -> Callable[[Callable[..., Method]], Callable[
             for key, value in keywords.items():
                 if key in OF_THE_HOST:
                     raise OptionError(
-                        f"{key} is for the host, which knows how conditions come: attach(pipe, method, {key}=...); "
-                        "in k-diffusion name them with conditions="
+                        f"{key} is for the host, which knows how branches come: attach(pipe, method, {key}=...); "
+                        "in k-diffusion name them with branches="
                     )
                 if key not in known:
                     raise unknown("option", key, known)
@@ -166,8 +166,8 @@ def TaylorSeerCache(
     mask = _masked(common.pop("mask", None), policy)
     criterion = _dual_block(Fn, Bn, threshold)
     if number("interval", interval, whole=True):
-        criterion, common["gates"] = Always(), (Every(interval), *as_gates(common.get("gates", ())))
-    predictor = TaylorSeer(order, of="output")
+        criterion, common["gates"] = Always(), (Interval(interval), *as_gates(common.get("gates", ())))
+    predictor = TaylorSeer(order, baseline="zero")
     options = {"criterion": criterion, "predictor": predictor, "warmup": warmup, "mask": mask, "name": "taylorseer"}
     return Method(**{**options, **common})
 
@@ -190,7 +190,7 @@ def CacheDiT(
     """
     method = DBCache(Fn, Bn, threshold, warmup, policy=policy, **common)
     given = {key: common[key] for key in ("predictor", "name") if key in common}
-    return method.but(**{"predictor": TaylorSeer(order, of="residual"), "name": "cache-dit", **given})
+    return method.replace(**{"predictor": TaylorSeer(order, baseline="input"), "name": "cache-dit", **given})
 
 
 @published(threshold="residual_diff_threshold", max_consecutive="max_consecutive_cache_hits")
@@ -219,7 +219,7 @@ def FBCache(
         block: the path of the block to look at. None: the first of the lists named in `stepcache.blocks.CONTAINERS`.
         **common: every option of `Method`: mask, warmup, last_step, max_cached, predictor, ...
 
-    Errors: "Unsupported model" where no block is found, at once; "STG is not supported" where the deciding condition is
+    Errors: "Unsupported model" where no block is found, at once; "STG is not supported" where the deciding branch is
     called with blocks left out. An invalid cache state (another shape, a block that was not reached, NaN) is computed,
     which restores it; the report says so.
     """

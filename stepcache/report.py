@@ -10,31 +10,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .extras import need
-from .readings import Reading
-from .timeline import Where
+from ._optional import require
+from .clock import Position
+from .deferred import DeferredScalar
 
 
 @dataclass
 class Event:
-    """The fate of one condition at one evaluation.
+    """The fate of one branch at one evaluation.
 
     `estimate` and `threshold` are the criterion's numbers, None where it was not asked or could not tell. `off`, on
-    computed evaluations of a deciding condition, is mean |prediction - output| and `size` mean |output|, in network
+    computed evaluations of a deciding branch, is mean |prediction - output| and `size` mean |output|, in network
     space: how far a skip would have been off.
     """
 
-    where: Where
-    condition: str
+    position: Position
+    branch: str
     computed: bool
     reason: str
     estimate: float | None = None
     threshold: float | None = None
-    off: Reading | None = None
-    size: Reading | None = None
+    off: DeferredScalar | None = None
+    size: DeferredScalar | None = None
 
     @property
-    def off_share(self) -> float | None:
+    def error_share(self) -> float | None:
         """`off` as a share of `size`; None where the prediction was not checked, or not finite."""
         if self.off is None or self.size is None:
             return None
@@ -62,22 +62,22 @@ class Report:
     @property
     def steps(self) -> int | None:
         """Steps that the run has got to; None where steps are not known."""
-        steps = {event.where.step for event in self.events} - {None}
+        steps = {event.position.step for event in self.events} - {None}
         return len(steps) if steps else None
 
     @property
     def evaluations(self) -> int:
         """Requests of the sampler for a prediction at (x, sigma)."""
-        return len({event.where.evaluation for event in self.events})
+        return len({event.position.evaluation for event in self.events})
 
     @property
-    def conditions(self) -> list[str]:
-        """The conditions seen, in order of appearance."""
-        return list(dict.fromkeys(event.condition for event in self.events))
+    def branches(self) -> list[str]:
+        """The branches seen, in order of appearance."""
+        return list(dict.fromkeys(event.branch for event in self.events))
 
     @property
     def calls(self) -> int:
-        """Forwards of the network for one condition that were made; batched conditions count one each."""
+        """Forwards of the network for one branch that were made; batched branches count one each."""
         return sum(event.computed for event in self.events)
 
     @property
@@ -90,9 +90,9 @@ class Report:
         """Calls asked for over calls made: an estimate that leaves out everything but the network. 1 without any."""
         return len(self.events) / self.calls if self.calls else 1.0
 
-    def fates(self, condition: str) -> str:
-        """One letter an evaluation of `condition`: C computed, S skipped."""
-        return "".join("C" if event.computed else "S" for event in self.events if event.condition == condition)
+    def fates(self, branch: str) -> str:
+        """One letter an evaluation of `branch`: C computed, S skipped."""
+        return "".join("C" if event.computed else "S" for event in self.events if event.branch == branch)
 
     def __str__(self) -> str:
         if not self.events:
@@ -101,12 +101,12 @@ class Report:
         lines = [
             ("method", f"{self.method}: {steps}, {self.evaluations} evaluations, {len(self.events)} calls asked for"),
             ("calls", f"{self.calls} made, {self.skipped} skipped: {self.speedup:.2f}x fewer calls"),
-            *[(condition, self.fates(condition)) for condition in self.conditions],
+            *[(branch, self.fates(branch)) for branch in self.branches],
             ("computed", self._reasons(computed=True)),
         ]
         if self.skipped:
             lines.append(("skipped", self._reasons(computed=False)))
-        offs = [event.off_share for event in self.events if event.off_share is not None]
+        offs = [event.error_share for event in self.events if event.error_share is not None]
         if offs:
             checked = (
                 f"{statistics.median(offs):.1%} of the output (median of {len(offs)} checks, worst {max(offs):.1%})"
@@ -117,16 +117,20 @@ class Report:
         return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
     def table(self) -> str:
-        """A row for every condition of every evaluation."""
-        rows = [("eval", "step", "sigma", "condition", "fate", "reason", "estimate", "threshold", "off by")]
+        """A row for every branch of every evaluation."""
+        rows = [("eval", "step", "sigma", "branch", "fate", "reason", "estimate", "threshold", "off by")]
         for event in self.events:
-            where, off = event.where, event.off_share
-            step = "?" if where.step is None else f"{where.step}{'abc'[min(where.stage, 2)] if where.stage else ''}"
+            position, off = event.position, event.error_share
+            step = (
+                "?"
+                if position.step is None
+                else f"{position.step}{'abc'[min(position.stage, 2)] if position.stage else ''}"
+            )
             estimates = ("" if n is None else f"{n:.4f}" for n in (event.estimate, event.threshold))
             fate = "computed" if event.computed else "skipped"
-            sigma = f"{where.sigma:.4g}"
+            sigma = f"{position.sigma:.4g}"
             percent = "" if off is None else f"{off:.1%}"
-            rows.append((str(where.evaluation), step, sigma, event.condition, fate, event.reason, *estimates, percent))
+            rows.append((str(position.evaluation), step, sigma, event.branch, fate, event.reason, *estimates, percent))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join(
             "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -146,16 +150,16 @@ class Report:
             "notes": list(self.notes),
             "events": [
                 {
-                    "evaluation": event.where.evaluation,
-                    "step": event.where.step,
-                    "stage": event.where.stage,
-                    "sigma": _number(event.where.sigma),
-                    "condition": event.condition,
+                    "evaluation": event.position.evaluation,
+                    "step": event.position.step,
+                    "stage": event.position.stage,
+                    "sigma": _number(event.position.sigma),
+                    "branch": event.branch,
                     "computed": event.computed,
                     "reason": event.reason,
                     "estimate": _number(event.estimate),
                     "threshold": _number(event.threshold),
-                    "off": event.off_share,
+                    "off": event.error_share,
                 }
                 for event in self.events
             ],
@@ -173,26 +177,28 @@ class Report:
 
         Needs matplotlib: `pip install 'stepcache[demo]'`.
         """
-        figure_module = need("matplotlib.figure", "demo")
+        figure_module = require("matplotlib.figure", "demo")
         figure = figure_module.Figure(figsize=(9, 4.5), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
         deciding = [event for event in self.events if event.threshold is not None or event.off is not None]
         asked = [event for event in deciding if event.estimate is not None]
-        at = [event.where.evaluation for event in asked]
+        at = [event.position.evaluation for event in asked]
         upper.plot(at, [event.threshold for event in asked], color="0.5", drawstyle="steps-mid", label="threshold")
         upper.plot(at, [event.estimate for event in asked], color="C0", marker=".", label="estimated error")
-        checked = [(event.where.evaluation, event.off_share) for event in deciding if event.off_share is not None]
+        checked = [
+            (event.position.evaluation, event.error_share) for event in deciding if event.error_share is not None
+        ]
         if checked:
             upper.plot(*zip(*checked, strict=True), "x", color="C3", label="off by, where computed")
         upper.set_ylabel("error")
         upper.legend(loc="upper left")
         upper.xaxis.get_major_locator().set_params(integer=True)
         upper.set_title(f"{self.method}: {self.calls} of {len(self.events)} calls made")
-        for row, condition in enumerate(self.conditions):
-            mine = [event for event in self.events if event.condition == condition]
+        for row, branch in enumerate(self.branches):
+            mine = [event for event in self.events if event.branch == branch]
             colors = ["C0" if event.computed else "0.85" for event in mine]
-            lower.bar([event.where.evaluation for event in mine], 0.8, bottom=row + 0.1, width=0.8, color=colors)
-        lower.set_yticks([row + 0.5 for row in range(len(self.conditions))], self.conditions)
+            lower.bar([event.position.evaluation for event in mine], 0.8, bottom=row + 0.1, width=0.8, color=colors)
+        lower.set_yticks([row + 0.5 for row in range(len(self.branches))], self.branches)
         lower.set_xlabel("evaluation (blue: computed, grey: skipped)")
         path = Path(path)
         figure.savefig(path, dpi=120)

@@ -25,10 +25,10 @@ def x_open(step: int, sigma: float, n: int = N) -> Tensor:
     return torch.from_numpy(x.astype(np.float32))[None]
 
 
-def network(x_in: Tensor, sigma: float, condition: str) -> Tensor:
+def network(x_in: Tensor, sigma: float, branch: str) -> Tensor:
     x = x_in.double().numpy()
     i = np.arange(x.shape[-1], dtype=np.float64)
-    out = 0.8 * x / math.sqrt(1 + 0.25 * sigma * sigma) + 0.2 * np.sin(3 * x + PHI[condition])
+    out = 0.8 * x / math.sqrt(1 + 0.25 * sigma * sigma) + 0.2 * np.sin(3 * x + PHI[branch])
     return torch.from_numpy((out + 0.25 * np.sin(0.9 * sigma + 0.05 * i)).astype(np.float32))
 
 
@@ -115,7 +115,7 @@ def schedule(name: str, model: Eps) -> Tensor:
 
 
 class Denoiser:
-    """denoised = x + c_out network(c_in x): one condition a call, named by the keyword `condition`."""
+    """denoised = x + c_out network(c_in x): one branch a call, named by the keyword `branch`."""
 
     def __init__(self, model: Eps, calls: list[str]) -> None:
         self.model, self.calls = model, calls
@@ -123,9 +123,9 @@ class Denoiser:
         for name in ("sigmas", "t_to_sigma", "get_sigmas"):
             setattr(self, name, getattr(model, name))
 
-    def __call__(self, x: Tensor, sigma: Tensor, condition: str) -> Tensor:
-        self.calls.append(condition)
-        out = network(x * self.model.c_in(sigma), float(sigma.max()), condition)
+    def __call__(self, x: Tensor, sigma: Tensor, branch: str) -> Tensor:
+        self.calls.append(branch)
+        out = network(x * self.model.c_in(sigma), float(sigma.max()), branch)
         if self.spoil is not None:
             self.spoil(out)
         return (x - sigma * out).to(x.dtype)

@@ -1,7 +1,7 @@
 """A double of ComfyUI's contract (0.3.64, commit a125cd84), as far as the adapter meets it, on a small network.
 
-Written from how ComfyUI behaves, for CI: the order of wrappers, conditions with a uuid that lasts a run, conditions
-left out as None, conditions with a time of their own, batched last first, ControlNets asked before the network,
+Written from how ComfyUI behaves, for CI: the order of wrappers, branches with a uuid that lasts a run, branches
+left out as None, branches with a time of their own, batched last first, ControlNets asked before the network,
 windows, options deep-copied with the model. Samplers are k-diffusion's.
 """
 

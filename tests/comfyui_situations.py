@@ -27,7 +27,7 @@ RESTART = torch.tensor([14.0, 9.0, 5.5, 3.4, 2.1, 1.3, 8.0, 4.0, 2.0, 0.9, 0.3, 
 FLOW = torch.linspace(1, 0, 11)
 STEPS = len(SIGMAS) - 1
 HEUN = ("heun", "dpm_2", "dpmpp_sde")
-FOLLOWERS = "skip=followers"
+FOLLOWERS = "skip=uncond"
 CRITERION = "threshold=1.5,start=0,end=1"
 """Skips some evaluations and computes others with the small random networks here."""
 
@@ -64,8 +64,8 @@ def with_option(patcher: Any, key: str, value: Any) -> Any:
     return clone
 
 
-def fates(patcher: Any, condition: str = "cond") -> str:
-    return cache_of(patcher).report.fates(condition)
+def fates(patcher: Any, branch: str = "cond") -> str:
+    return cache_of(patcher).report.fates(branch)
 
 
 def close(a: Tensor, b: Tensor, share: float = 1e-3) -> bool:
@@ -96,7 +96,7 @@ def test_counts_are_those_of_the_network(host: Any, sampler: str) -> None:
     assert report.calls == sum(host.rows)
     assert 0 < report.skipped < report.evaluations * 2
     assert fates(model) == fates(model, "uncond")
-    assert [event.where.step for event in report.events if event.condition == "cond"] == [
+    assert [event.position.step for event in report.events if event.branch == "cond"] == [
         step for step in range(STEPS) for _ in range(2 if sampler in HEUN and step < STEPS - 1 else 1)
     ]
 
@@ -128,7 +128,7 @@ def test_the_same_decisions_as_under_k_diffusion(host: Any, sampler: str, name: 
     inner.sigmas = sampling.sigmas
     # What ComfyUI's own samplers ask of the model they are given.
     host_model = types.SimpleNamespace(model_patcher=plain, inner_model=plain.model)
-    cached = CachedDenoiser(inner, method, conditions=("uncond", "cond"), scalings="eps")
+    cached = CachedDenoiser(inner, method, branches=("uncond", "cond"), scalings="eps")
 
     def guided(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         uncond, cond = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), c_crossattn=context).chunk(2)
@@ -201,7 +201,7 @@ def test_a_restart_schedule_above_the_window(host: Any, name: str) -> None:
     assert report.calls == sum(host.rows)
     assert report.skipped > 0
     if name == "easycache":
-        above = [e for e in report.events if e.where.step == 6]
+        above = [e for e in report.events if e.position.step == 6]
         assert {e.reason for e in above} == {"before window"}
 
 
@@ -313,21 +313,21 @@ def test_calls_of_other_guidance_pass_through_and_are_never_stored(host: Any, ch
         guided = patched(with_option(plain, "sampler_post_cfg_function", [post_cfg]), chosen(name, options))
         assert torch.equal(run(host, guided), alone)
         assert fates(guided) == fates(usual)
-        assert cache_of(guided).report.conditions == cache_of(usual).report.conditions
+        assert cache_of(guided).report.branches == cache_of(usual).report.branches
     assert extra == [1] * (3 * STEPS)
 
 
 def test_scheduled_prompts_have_no_memory_of_each_other(host: Any) -> None:
-    model = patched(host.model(), chosen("forecast", "every=3"))
+    model = patched(host.model(), chosen("forecast", "interval=3"))
     positive = host.cond(1, start_percent=0.0, end_percent=0.5) + host.cond(3, start_percent=0.5, end_percent=1.0)
     switch = model.get_model_object("model_sampling").percent_to_sigma(0.5)
     run(host, model, positive=positive)
-    events = [e for e in cache_of(model).report.events if e.condition == "cond"]
-    first = next(e for e in events if e.where.sigma < switch)
-    assert first.where.step == 5
+    events = [e for e in cache_of(model).report.events if e.branch == "cond"]
+    first = next(e for e in events if e.position.sigma < switch)
+    assert first.position.step == 5
     assert (first.computed, first.reason) == (True, "no memory yet")
     assert fates(model).count("S") >= 2
-    assert cache_of(model).report.conditions[::-1] == ["cond", "uncond"]
+    assert cache_of(model).report.branches[::-1] == ["cond", "uncond"]
 
 
 def test_a_control_net_is_not_asked_on_skipped_evaluations(host: Any) -> None:
@@ -341,11 +341,11 @@ def test_a_control_net_is_not_asked_on_skipped_evaluations(host: Any) -> None:
 
 def test_memory_ends_where_a_control_net_ends(host: Any) -> None:
     control = host.control((0.0, 0.5))
-    model = patched(host.model(), chosen("forecast", "every=3"))
+    model = patched(host.model(), chosen("forecast", "interval=3"))
     positive, negative = host.controlled(control)
     end = model.get_model_object("model_sampling").percent_to_sigma(0.5)
     run(host, model, positive=positive, negative=negative)
-    first = next(e for e in cache_of(model).report.events if e.condition == "cond" and e.where.sigma < end)
+    first = next(e for e in cache_of(model).report.events if e.branch == "cond" and e.position.sigma < end)
     assert first.reason == "no memory yet"
 
 
@@ -354,12 +354,12 @@ def test_the_positive_prompt_decides(host: Any) -> None:
     model = patched(host.model(), chosen("easycache", "threshold=0.4"))
     run(host, model)
     asked = [e for e in cache_of(model).report.events if e.estimate is not None]
-    assert {e.condition for e in asked} == {"cond"}
+    assert {e.branch for e in asked} == {"cond"}
     assert len(asked) > 3
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch(host: Any) -> None:
-    for options in ("", "every=3", FOLLOWERS):
+    for options in ("", "interval=3", FOLLOWERS):
         model = patched(host.model(), chosen("forecast", options))
         batch = run(host, model, x=noise(4))
         report = cache_of(model).report
@@ -373,7 +373,7 @@ def test_with_decide_each_no_image_is_skipped_against_its_own_rule(host: Any) ->
     model = patched(host.model(), chosen("easycache", "threshold=0.4,start=0,end=1"), decide="each")
     run(host, model, x=torch.cat([noise(1), noise(1, first=8) * 3]))
     report = cache_of(model).report
-    assert len(report.conditions) == 4
+    assert len(report.branches) == 4
     skipped = [e for e in report.events if not e.computed]
     assert skipped
     assert all(e.estimate < e.threshold for e in skipped)
@@ -444,12 +444,12 @@ def test_windows_of_a_long_run_have_a_memory_each(host: Any) -> None:
     model = patched(host.windows(plain, 8), chosen("forecast"))
     assert close(run(host, model, x=torch.cat(halves, -1)), alone, 1e-4)
     report = cache_of(model).report
-    assert set(report.conditions) == {"cond", "uncond", "cond 2", "uncond 2"}
-    assert len({report.fates(name) for name in report.conditions}) == 1
+    assert set(report.branches) == {"cond", "uncond", "cond 2", "uncond 2"}
+    assert len({report.fates(name) for name in report.branches}) == 1
     assert report.calls == sum(host.rows) < 4 * STEPS
 
 
-def test_conditions_asked_for_one_by_one(host: Any) -> None:
+def test_branches_asked_for_one_by_one(host: Any) -> None:
     """As a node does that leaves layers out of one of them."""
 
     def one_by_one(args: dict[str, Any]) -> list[Tensor]:
@@ -494,10 +494,10 @@ def test_prompts_that_are_not_the_guiders_come_first_and_are_left_alone(host: An
     assert sum(host.rows) == cache_of(model).report.calls + STEPS
 
 
-def test_without_guidance_there_is_one_condition(host: Any) -> None:
+def test_without_guidance_there_is_one_branch(host: Any) -> None:
     model = patched(host.model(), chosen("forecast"))
     run(host, model, cfg=1.0)
-    assert cache_of(model).report.conditions == ["cond"]
+    assert cache_of(model).report.branches == ["cond"]
     assert cache_of(model).report.calls == sum(host.rows) < STEPS
 
 
@@ -570,7 +570,7 @@ def test_followers_of_a_prompt_with_a_control_net(host: Any) -> None:
     end = model.get_model_object("model_sampling").percent_to_sigma(0.5)
     positive, negative = host.cond(1, control=control), host.cond(2, control=half)
     run(host, model, "euler_ancestral", positive=positive, negative=negative)
-    first = next(e for e in cache_of(model).report.events if e.condition == "uncond" and e.where.sigma < end)
+    first = next(e for e in cache_of(model).report.events if e.branch == "uncond" and e.position.sigma < end)
     assert (first.computed, first.reason) == (True, "no memory yet")
     assert control.asked == STEPS
     assert half.asked == fates(model, "uncond").count("C") < STEPS
@@ -581,9 +581,9 @@ def test_a_follower_is_computed_where_its_prompt_changes(host: Any) -> None:
     negative = host.cond(2, start_percent=0.0, end_percent=0.5) + host.cond(3, start_percent=0.5, end_percent=1.0)
     switch = model.get_model_object("model_sampling").percent_to_sigma(0.5)
     run(host, model, "euler_ancestral", negative=negative)
-    events = [e for e in cache_of(model).report.events if e.condition == "uncond"]
-    first = next(e for e in events if e.where.sigma < switch)
-    assert (first.where.step, first.computed, first.reason) == (5, True, "no memory yet")
+    events = [e for e in cache_of(model).report.events if e.branch == "uncond"]
+    first = next(e for e in events if e.position.sigma < switch)
+    assert (first.position.step, first.computed, first.reason) == (5, True, "no memory yet")
     assert fates(model, "uncond").count("S") >= 3
     assert cache_of(model).report.calls == sum(host.rows)
 
@@ -595,13 +595,13 @@ def test_windows_with_followers_are_computed(host: Any) -> None:
     model = patched(plain, chosen("forecast", FOLLOWERS))
     assert torch.equal(run(host, model, x=x), bare)
     assert host.rows == rows
-    assert "context windows would each need an anchor" in str(cache_of(model).report.notes)
+    assert "context windows would each need an reference" in str(cache_of(model).report.notes)
 
 
 def test_followers_without_guidance_are_none(host: Any) -> None:
     plain, model = host.model(), patched(host.model(), chosen("forecast", FOLLOWERS))
     assert torch.equal(run(host, model, cfg=1.0), run(host, plain, cfg=1.0))
-    assert "where cond is the only condition nothing is skipped" in str(cache_of(model).report.notes)
+    assert "where cond is the only branch nothing is skipped" in str(cache_of(model).report.notes)
 
 
 def test_what_is_written_for_both_prompts_in_one_batch_gets_them(host: Any) -> None:
@@ -620,11 +620,11 @@ def test_what_is_written_for_both_prompts_in_one_batch_gets_them(host: Any) -> N
     assert "the call for cond alone fails: not enough values to unpack" in str(cache_of(model).report.notes)
 
 
-def test_followers_need_a_deciding_anchor(host: Any) -> None:
+def test_followers_need_a_deciding_reference(host: Any) -> None:
     plain = host.model()
     bare = run(host, plain)
     model = patched(plain, chosen("forecast", FOLLOWERS), decide="each")
-    with pytest.raises(OptionError, match="skip='followers' with decide='each'"):
+    with pytest.raises(OptionError, match="skip='uncond' with decide='each'"):
         run(host, model)
     assert torch.equal(run(host, patched(plain, chosen("none"))), bare)
 

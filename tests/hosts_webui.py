@@ -3,7 +3,7 @@
 Written from reading and running A1111 1.6.1, 1.7.0 and 1.10.1 and Forge (commit dfdcbab6); none of their code is here.
 `Host` takes "a1111-1.10", "a1111-1.7" (no hook before sampling), "a1111-1.6" (no `denoiser` in the callback either) and
 "forge". What is doubled: the order of a script's hooks, the sampler object and how it calls its function, the guidance
-wrapper with its callback, layouts of conditions, split calls, refiner, NGMS, and in Forge the U-Net patcher, the noise
+wrapper with its callback, layouts of branches, split calls, refiner, NGMS, and in Forge the U-Net patcher, the noise
 of inpainting, and PAG, SAG and MultiDiffusion as its own extensions do them.
 """
 
@@ -280,7 +280,7 @@ class Denoiser(nn.Module):
     def a1111(
         self, x: Tensor, sigma: Tensor, told: Tensor, untold: Tensor, weights: Any, scale: float, drop: bool
     ) -> Tensor:
-        """Rows: the conditions of image 0, of image 1, ..., then uncond of every image; split in slices of a batch."""
+        """Rows: the branches of image 0, of image 1, ..., then uncond of every image; split in slices of a batch."""
         host = self.sampler.host
         owners = [image for image, own in enumerate(weights) for _ in own]
         rows, level = torch.cat([x[owners], x]), torch.cat([sigma[owners], sigma])
@@ -308,7 +308,7 @@ class Denoiser(nn.Module):
     def forge(
         self, x: Tensor, sigma: Tensor, told: Tensor, untold: Tensor, weights: Any, scale: float, drop: bool
     ) -> Tensor:
-        """One condition a chunk, by labels; timesteps are translated to sigma first, and denoised back to eps."""
+        """One branch a chunk, by labels; timesteps are translated to sigma first, and denoised back to eps."""
         host, given = self.sampler.host, x
         level = self.sigma_at(sigma)
         if self.sampler.timesteps:
@@ -334,7 +334,7 @@ class Denoiser(nn.Module):
 
 
 class Processing:
-    """The job that hosts call `p`. `prompt`: for each image its conditions, (weight, ((last step, vector), ...))."""
+    """The job that hosts call `p`. `prompt`: for each image its branches, (weight, ((last step, vector), ...))."""
 
     def __init__(self, model: Any, fields: dict[str, Any]) -> None:
         self.seed, self.steps, self.cfg_scale, self.s_min_uncond = 3, STEPS, 4.0, 0.0
@@ -388,7 +388,7 @@ class Host:
     def calculate(
         self, unet: Unet, x: Tensor, level: Tensor, conds: list[Tensor], uncond: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Forge's batching: uncond, then the last condition first; in one call, or one each where memory is short."""
+        """Forge's batching: uncond, then the last branch first; in one call, or one each where memory is short."""
         waiting = [(1, 0, uncond)] if uncond is not None else []
         waiting += [(0, k, cond) for k, cond in reversed(list(enumerate(conds)))]
         groups = [[one] for one in waiting] if self.low_memory() else [waiting]
@@ -562,7 +562,7 @@ def controlnet(host: Host, until: int) -> Callable[[Any], None]:
 
 
 def patched(host: Host, **options: Any) -> Callable[[Any], None]:
-    """Two patches of the U-Net, as many as an image has conditions, which look at the labels."""
+    """Two patches of the U-Net, as many as an image has branches, which look at the labels."""
 
     def extension(p: Any) -> None:
         unet = host.model.forge_objects.unet.clone()

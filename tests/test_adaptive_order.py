@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepcache import AdaptiveOrder, Evidence, Forecast, Lagrange, OptionError, Parametrization, Run, Where
-from stepcache.readings import Readings
+from stepcache import AdaptiveOrder, Branch, Forecast, Lagrange, OptionError, Parametrization, Position, RunInfo
+from stepcache.deferred import DeferredScalars
 from stepcache.samplers.k_diffusion import CachedDenoiser, ScalingsAsFloats, eps_scalings, flow_scalings, sample
 
 
@@ -20,24 +20,24 @@ def predict(
     known: Sequence[tuple[float, float, float]],
     sigma: float,
     x: float = 0.0,
-    run: Run | None = None,
+    run: RunInfo | None = None,
     noise: float | None = None,
 ) -> float:
     """The output predicted at sigma for an input x, from computed evaluations (sigma, x, out), oldest first."""
-    run, history = run or Run(), deque(maxlen=predictor.memory)
+    run, history = run or RunInfo(), deque(maxlen=predictor.memory)
     level = None if noise is None else torch.tensor([noise], dtype=torch.float64)
 
-    def evidence(index: int, sigma: float, x: float) -> Evidence:
+    def branch(index: int, sigma: float, x: float) -> Branch:
         given = torch.tensor([[x]], dtype=torch.float64)
-        one = Evidence(Where(0, index, sigma), run, given, history, predictor, Readings())
+        one = Branch(Position(0, index, sigma), run, given, history, predictor, DeferredScalars())
         one.noise = level
         return one
 
     for index, (at, past, out) in enumerate(known):
-        computed = evidence(index, at, past)
+        computed = branch(index, at, past)
         computed.out = torch.tensor([[out]], dtype=torch.float64)
-        predictor.remember(history, computed.node(torch.float64))
-    return float(evidence(len(known), sigma, x).prediction)
+        predictor.remember(history, computed.entry(torch.float64))
+    return float(branch(len(known), sigma, x).prediction)
 
 
 def walk(outs: Sequence[float]) -> list[tuple[float, float, float]]:
@@ -69,7 +69,7 @@ def test_far_from_two_evaluations_that_are_close_together_the_newest_is_kept():
 
 
 def test_evaluations_without_an_index_or_all_at_one_are_reused():
-    assert predict(AdaptiveOrder(), walk([5, 7]), 0.25, run=Run(coordinate=lambda sigma: 1.0)) == 7
+    assert predict(AdaptiveOrder(), walk([5, 7]), 0.25, run=RunInfo(coordinate=lambda sigma: 1.0)) == 7
     assert predict(AdaptiveOrder(), [(1.0, 0.0, 5.0), (0.0, 0.0, 7.0)], 0.25) == 5
     assert predict(AdaptiveOrder(), [(0.0, 0.0, 5.0), (1.0, 0.0, 7.0)], 0.25) == 7
     assert predict(AdaptiveOrder(), walk([5, 7]), 0.0) == 7
@@ -87,19 +87,19 @@ def test_under_noise_a_series_that_jumps_to_and_fro_is_hardly_extrapolated():
 
 def test_extrapolation_is_in_the_schedules_step_index():
     """Outputs 0, 1 at steps 0, 1 of a schedule whose sigmas fall unevenly; step 2 gets 2 of order 1."""
-    run = Run(schedule=(10.0, 9.0, 1.0, 0.5, 0.0))
-    where = [Where(0, i, run.schedule[i], i) for i in range(3)]
-    assert [run.index(one) for one in where] == [0.0, 1.0, 2.0]
-    assert run.index(Where(0, 1, 9.0, 0, 1)) == 1.0  # Heun's second evaluation is at the next step's sigma
-    assert run.index(Where(0, 1, math.sqrt(90.0), 0, 1)) == pytest.approx(0.5)  # DPM2's is halfway in log sigma
-    assert run.index(Where(0, 1, 20.0, 1)) == pytest.approx(1 - math.log(20 / 9) / math.log(9))  # churned upward
-    assert run.index(Where(0, 3, 0.25, 3)) == 3.5
-    assert run.index(Where(0, 3, 3.3)) is None  # not on the schedule
+    run = RunInfo(schedule=(10.0, 9.0, 1.0, 0.5, 0.0))
+    position = [Position(0, i, run.schedule[i], i) for i in range(3)]
+    assert [run.index(one) for one in position] == [0.0, 1.0, 2.0]
+    assert run.index(Position(0, 1, 9.0, 0, 1)) == 1.0  # Heun's second evaluation is at the next step's sigma
+    assert run.index(Position(0, 1, math.sqrt(90.0), 0, 1)) == pytest.approx(0.5)  # DPM2's is halfway in log sigma
+    assert run.index(Position(0, 1, 20.0, 1)) == pytest.approx(1 - math.log(20 / 9) / math.log(9))  # churned upward
+    assert run.index(Position(0, 3, 0.25, 3)) == 3.5
+    assert run.index(Position(0, 3, 3.3)) is None  # not on the schedule
 
 
 def test_the_share_of_denoised_by_hand():
     """eps network, sigma 2 then 1, one evaluation: out = 3/4 eps' + 1/4 (x - D') / sigma; x here is 5 in the latent."""
-    run = Run(parametrization=ScalingsAsFloats(eps_scalings))
+    run = RunInfo(parametrization=ScalingsAsFloats(eps_scalings))
     x = 4 / math.sqrt(5), 5 / math.sqrt(2)  # latents 4 and 5, as the network gets them
     denoised = 4 - 2 * 0.5
     expected = 0.75 * 0.5 + 0.25 * (5 - denoised) / 1
@@ -159,7 +159,7 @@ def test_forecast_is_exact_on_data_that_is_one_image(image, sampler):
         seen.append((info["denoised"] - image).abs().max())
 
     torch.manual_seed(1)
-    cached = CachedDenoiser(network, Forecast(every=3, last_step=False))
+    cached = CachedDenoiser(network, Forecast(interval=3, last_step=False))
     result = sample(sampler, cached, x, sigmas, callback=keep, disable=True)
     assert cached.report.skipped > 0
     noisy = sampler in ("euler_ancestral", "dpmpp_2m_sde")
@@ -172,7 +172,7 @@ def test_forecast_is_exact_on_data_that_is_one_image(image, sampler):
 
 def test_residual_reuse_is_off_by_the_mean_where_forecast_is_exact():
     """Mean 6, sigma from 2 to 1, no noise in x: the residual carries 6 / sqrt(2) - 6 / sqrt(5) into the output."""
-    run = Run(parametrization=ScalingsAsFloats(eps_scalings))
+    run = RunInfo(parametrization=ScalingsAsFloats(eps_scalings))
     x = 6 / math.sqrt(5), 6 / math.sqrt(2)
     known = [(2.0, x[0], 0.0)]
     assert predict(AdaptiveOrder(), known, 1.0, x[1], run) == pytest.approx(0, abs=1e-6)

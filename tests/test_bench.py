@@ -16,12 +16,12 @@ from stepcache import Forecast, Method, OptionError, Report, Static, UCache
 from stepcache.bench import METRICS, KDiffusion, Results, Sampled, bench
 from stepcache.bench.run import within
 from stepcache.cli import main
+from stepcache.clock import Position
 from stepcache.report import Event
-from stepcache.timeline import Where
 
 
 def report(asked: int, made: int) -> Report:
-    events = [Event(Where(0, i, 1.0), "cond", i < made, "") for i in range(asked)]
+    events = [Event(Position(0, i, 1.0), "cond", i < made, "") for i in range(asked)]
     return Report("toy", events=events)
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from toys import SIX, drive, fates, filled, level, plain, reasons
 
-from stepcache import CacheDiT, DBCache, FBCache, Method, OptionError, Session, StepMask, TaylorSeerCache, UCache
-from stepcache.blocks import CONTAINERS, Blocks
+from stepcache import CacheDiT, DBCache, Engine, FBCache, Method, OptionError, StepMask, TaylorSeerCache, UCache
+from stepcache.probe import CONTAINERS, Blocks
 from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*blocks. looks at")
@@ -189,15 +189,15 @@ class PerRow(nn.Module):
         return 2 * x
 
 
-def test_batched_conditions_are_told_apart_and_cond_decides():
+def test_batched_branches_are_told_apart_and_cond_decides():
     network = PerRow()
     network.signals = [(1.0, 1.0), (9.0, 1.05), (1.0, 2.0)]
-    cache = cached(network, FBCache(0.2), conditions=("uncond", "cond"))
+    cache = cached(network, FBCache(0.2), branches=("uncond", "cond"))
     drive(Guided(cache), SIX[:3], 1.0)
     assert fates(cache, "cond") == fates(cache, "uncond") == "CSC"
     each = PerRow()
     each.signals = network.signals
-    cache = cached(each, FBCache(0.2), conditions=("uncond", "cond"), decide="each")
+    cache = cached(each, FBCache(0.2), branches=("uncond", "cond"), decide="each")
     drive(Guided(cache), SIX[:3], 1.0)
     assert fates(cache, "cond") == "CCC"  # uncond would compute
 
@@ -219,12 +219,12 @@ class Turns(nn.Module):
 
 @pytest.mark.parametrize(
     ("decide", "uncond", "begun", "gone"),
-    [("anchor", "CSCS", 2, 2), ("each", "CCSC", 4, 3)],
+    [("reference", "CSCS", 2, 2), ("each", "CCSC", 4, 3)],
 )
-def test_conditions_in_separate_calls_have_signals_of_their_own(decide, uncond, begun, gone):
-    """Where the anchor decides, an uncond that follows a skip is not begun at all."""
+def test_branches_in_separate_calls_have_signals_of_their_own(decide, uncond, begun, gone):
+    """Where the reference decides, an uncond that follows a skip is not begun at all."""
     network = Turns({"cond": [1.0, 1.1, 2.0, 2.1], "uncond": [1.0, 3.0, 3.1, 9.0]})
-    cache = cached(network, FBCache(0.2), conditions=lambda x, sigma, which: which, decide=decide)
+    cache = cached(network, FBCache(0.2), branches=lambda x, sigma, which: which, decide=decide)
     for s in SIX[:4]:
         for which in ("cond", "uncond"):
             cache(filled(1.0), level(s), which=which)
@@ -314,7 +314,7 @@ def test_an_unsupported_model_is_named_with_what_was_looked_for():
 
 def test_blocks_left_out_where_it_decides_are_refused():
     stack = Signals()
-    model = cached(stack, FBCache(0.2), conditions=lambda x, sigma, which="cond", **extra: which)
+    model = cached(stack, FBCache(0.2), branches=lambda x, sigma, which="cond", **extra: which)
     model(filled(1.0), level(10.0))
     model(filled(1.0), level(10.0), which="stg", skip_layer_mask=filled(1.0))
     with pytest.raises(OptionError, match=r"^STG is not supported with fbcache .*skip_layer_mask.*Turn it off"):
@@ -559,7 +559,7 @@ def test_compiled_models_are_refused_and_compiled_blocks_behind_it_are_not():
 def test_a_wrapper_that_looks_at_blocks_can_be_copied_and_pickled():
     stack = Signals()
     stack.signals = SIGNALS
-    model = cached(stack, FBCache(0.2), conditions=("all",))
+    model = cached(stack, FBCache(0.2), branches=("all",))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         drive(other, SIX[:6], 1.0)
         assert fates(other, "all") == "CSCSCS"
@@ -593,11 +593,11 @@ def test_other_threads_do_not_trip_the_hook():
 
 
 def test_one_transfer_a_decided_evaluation(monkeypatch):
-    from stepcache.readings import Readings
+    from stepcache.deferred import DeferredScalars
 
     fetched = []
-    fetch = Readings.fetch
-    monkeypatch.setattr(Readings, "fetch", lambda self: (fetched.append(len(self._pending)), fetch(self)))
+    fetch = DeferredScalars.fetch
+    monkeypatch.setattr(DeferredScalars, "fetch", lambda self: (fetched.append(len(self._pending)), fetch(self)))
     stack = Signals()
     stack.signals = SIGNALS
     model = cached(stack, FBCache(0.2))
@@ -624,15 +624,15 @@ def test_the_signal_is_freed_with_the_run():
     model = cached(stack, FBCache(0.2))
     with model.run(SIX, 1):
         drive(model, SIX[:6], 1.0)
-        rules = dict(model.session._state.rules)
+        rules = dict(model.engine._state.rules)
     assert rules == {}
     gc.collect()
     assert all(one() is None for one in kept)
 
 
-def test_a_session_without_blocks_in_its_method_looks_at_none():
-    assert Session(UCache(), network=Stack())._watch is None
-    assert Session(Method(), network=Stack())._watch is None
+def test_a_engine_without_blocks_in_its_method_looks_at_none():
+    assert Engine(UCache(), network=Stack())._watch is None
+    assert Engine(Method(), network=Stack())._watch is None
 
 
 def test_gradients_go_past_it():
@@ -708,7 +708,7 @@ def test_in_turn_and_sample_go_with_it():
         def forward(self, x, sigma):
             return self.inner_model(x, sigma, which="cond") + 0 * self.inner_model(x, sigma, which="uncond")
 
-    cache = cached(network, FBCache(0.2), conditions=InTurn("cond", "uncond"))
+    cache = cached(network, FBCache(0.2), branches=InTurn("cond", "uncond"))
     sample("euler", Separate(cache), filled(1.0), torch.tensor(SIX), disable=True)
     assert fates(cache, "cond") == fates(cache, "uncond") == "CSSSSS"
     assert network.count == {"cond": 6, "uncond": 1}

@@ -23,7 +23,7 @@ from stepcache.cli import main
 from stepcache.samplers import comfyui
 from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, OWN, cache_of, chosen_method
 
-SKIPS = ["all", "followers"]
+SKIPS = ["all", "uncond"]
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +76,21 @@ def test_the_fields_make_the_method() -> None:
     assert (made.criterion.threshold, made.criterion.reset, made.start, made.end) == (0.5, False, 0.1, 0.95)
     assert (made.mask.mask, made.mask.policy, made.warmup) == ("fast", "static", 2)
     assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic").gates[0].n == 3
-    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic", "every=4").gates[0].n == 4
+    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic", "interval=4").gates[0].n == 4
     assert chosen_method("dbcache", 0.2, OWN, OWN, "none", "dynamic").criterion.threshold == 0.2
     assert chosen_method("static", OWN, OWN, OWN, "none", "dynamic", "mask=110").mask.mask == (1, 1, 0)
     rest = OWN, OWN, OWN, "none", "dynamic"
-    assert [chosen_method("forecast", *rest, text, skip).skip for text in ("", "skip=followers") for skip in SKIPS] == [
+    assert [chosen_method("forecast", *rest, text, skip).skip for text in ("", "skip=uncond") for skip in SKIPS] == [
         "all",
-        "followers",
-        "followers",
-        "followers",
+        "uncond",
+        "uncond",
+        "uncond",
     ]
-    assert chosen_method("forecast", *rest, "skip=all", "followers").skip == "all"
+    assert chosen_method("forecast", *rest, "skip=all", "uncond").skip == "all"
 
 
 def test_none_is_off_whatever_the_other_fields_say(host: Double) -> None:
-    fields = {"method": "none", "number": 3.0, "start": 0.1, "mask": "fast", "skip": "followers", "options": "warmup=2"}
+    fields = {"method": "none", "number": 3.0, "start": 0.1, "mask": "fast", "skip": "uncond", "options": "warmup=2"}
     (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), **fields})
     run(host, model)
     assert host.rows == [2] * 10
@@ -98,7 +98,7 @@ def test_none_is_off_whatever_the_other_fields_say(host: Double) -> None:
 
 
 def test_the_node_with_followers_runs_the_positive_prompt_alone(host: Double) -> None:
-    given = {**defaults("StepCache"), "skip": "followers"}
+    given = {**defaults("StepCache"), "skip": "uncond"}
     (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **given)
     run(host, model, "euler_ancestral")
     assert host.rows == [2, 1] * 4 + [2, 2]
@@ -110,7 +110,7 @@ def test_the_node_with_followers_runs_the_positive_prompt_alone(host: Double) ->
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (("forecast", 2.5, OWN, OWN, "none", "dynamic"), "number=2.5: forecast's every is a whole number"),
+        (("forecast", 2.5, OWN, OWN, "none", "dynamic"), "number=2.5: forecast's interval is a whole number"),
         (("static", OWN, OWN, OWN, "none", "dynamic"), "static needs a mask"),
         (("static", 3, OWN, OWN, "fast", "dynamic"), "number=3: static has none"),
         (("ucache", OWN, 0.9, 0.2, "none", "dynamic"), "the window is empty"),

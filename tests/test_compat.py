@@ -69,7 +69,7 @@ def test_the_example_lines_of_stable_diffusion_cpps_page(line, method):
         ("--cache-mode ucache --cache-mode easycache", EasyCache()),
         ("--cache-mode spectrum --cache-option w=0.3,m=4,lam=0.5,window=3,flex=1,warmup=5,stop=0.8",
          Spectrum(0.3, 4, 0.5, 3, 1, 5, 0.8)),
-        ("--cache-mode forecast --cache-option every=3", Forecast(3)),
+        ("--cache-mode forecast --cache-option interval=3", Forecast(3)),
         ("--cache-mode static --scm-mask 110", Static("110")),
         (["--cache-mode", "ucache", "-p", "--a cat"], UCache()),
     ],
@@ -154,7 +154,7 @@ def test_a_yaml_file_and_its_json_twin_give_the_method(tmp_path):
         ({"cache_type": "NONE"}, Off()),
         ({"max_cached_steps": None, "warmup_interval": 1, "force_refresh_step_hint": None}, DBCache()),
         ({"enable_taylorseer": True, "taylorseer_cache_type": "hidden_states", "taylorseer_order": 2},
-         CacheDiT(predictor=TaylorSeer(2, of="output"))),
+         CacheDiT(predictor=TaylorSeer(2, baseline="zero"))),
         ({"enable_dmd": True, "dmd_history": 8}, CacheDiT(predictor=DMD(history=8))),
     ],
 )  # fmt: skip
@@ -221,6 +221,6 @@ def test_without_pyyaml_json_still_loads_and_yaml_says_what_to_install(tmp_path,
 
 
 def test_the_predictors_of_parsed_methods_are_the_named_ones():
-    assert parse("--cache-mode cache-dit").predictor == TaylorSeer(1, of="residual")
-    assert parse("--cache-mode taylorseer --cache-option order=2").predictor == TaylorSeer(2, of="output")
+    assert parse("--cache-mode cache-dit").predictor == TaylorSeer(1, baseline="input")
+    assert parse("--cache-mode taylorseer --cache-option order=2").predictor == TaylorSeer(2, baseline="zero")
     assert isinstance(parse("--cache-mode spectrum").predictor, Chebyshev)

@@ -19,7 +19,7 @@ import torch
 from tiny_pipelines import PIPELINES, run
 
 import stepcache
-from stepcache import EasyCache, Forecast, Off, OptionError, Session, Static, StepMask, UCache
+from stepcache import EasyCache, Engine, Forecast, Off, OptionError, Static, StepMask, UCache
 from stepcache.bench import METRICS
 from stepcache.demo import pipelines, sampling
 from stepcache.samplers.diffusers import SLOT, StepCacheCallback, _training_sigma, attach, plan
@@ -51,9 +51,9 @@ class Counted:
 
 @contextmanager
 def requests():
-    """Collects the requests that sessions answer."""
+    """Collects the requests that engines answer."""
     seen: list = []
-    answer = Session.answer
+    answer = Engine.answer
 
     def noting(self, request):
         if not any(request is other for other in seen):
@@ -61,7 +61,7 @@ def requests():
         return answer(self, request)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "answer", noting)
+        patch.setattr(Engine, "answer", noting)
         yield seen
 
 
@@ -87,7 +87,7 @@ def test_never_skipping_is_bit_identical_and_a_static_mask_skips_exactly_the_nam
     assert not torch.equal(first, full)
     digits = MASK.for_steps(cache.report.scheduled_steps)
     for event in cache.report.events:
-        assert event.computed or digits[event.where.step] == 0
+        assert event.computed or digits[event.position.step] == 0
     if "long" not in name:
         computed = [request.names for request in asked if request.computed is not None]
         assert len(computed) == again_calls
@@ -130,7 +130,7 @@ def test_nothing_is_remembered_after_the_run_while_still_attached(name):
     pipe = tiny.build()
     with attach(pipe, Forecast()) as cache:
         run(pipe, tiny)
-        states = [slot.session._state for slot in cache._slots]
+        states = [slot.engine._state for slot in cache._slots]
         assert [state.histories for state in states if state is not None and state.histories] == []
         assert cache.report.evaluations == 6
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_pipelines import PIPELINES, run
 
-from stepcache import CacheDiT, DBCache, Every, FBCache, OptionError, attach, load_config
-from stepcache.blocks import Blocks
+from stepcache import CacheDiT, DBCache, FBCache, Interval, OptionError, attach, load_config
+from stepcache.probe import Blocks
 from stepcache.samplers.diffusers import StepCacheCallback
 
 FIVE = ("cogview4", "hunyuan-video", "ltx", "wan", "flux")
@@ -20,7 +20,7 @@ THRESHOLDS = (0, 0.03, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 def ran(pipe, name: str = "transformer") -> tuple[list[int], list]:
     """How often each of a denoiser's blocks is entered, from now on; and the hooks that count it."""
     module = getattr(pipe, name)
-    from stepcache.blocks import _listed
+    from stepcache.probe import _listed
 
     _, _, blocks = _listed(module)
     counts, handles = [0] * len(blocks), []
@@ -43,7 +43,7 @@ ALTERNATE = FBCache(1e9, max_consecutive_cache_hits=1)
      "wan", "qwen-image", "cascade-prior", "hidream", "hunyuan-video-1.5", "kandinsky-5"],
 )  # fmt: skip
 def test_half_of_the_evaluations_are_left_after_the_first_block(name):
-    """The anchor's forward is begun at every evaluation, and goes on at every second one; nothing runs twice."""
+    """The reference's forward is begun at every evaluation, and goes on at every second one; nothing runs twice."""
     tiny = PIPELINES[name]
     pipe = tiny.build()
     (denoiser,) = tiny.denoisers
@@ -58,11 +58,11 @@ def test_half_of_the_evaluations_are_left_after_the_first_block(name):
         assert torch.equal(run(pipe, tiny), first)
     for handle in handles:
         handle.remove()
-    anchor = "cond" if "cond" in report.conditions else report.conditions[0]
-    fates = report.fates(anchor)
+    reference = "cond" if "cond" in report.branches else report.branches[0]
+    fates = report.fates(reference)
     assert fates == ("CS" * len(fates))[: len(fates)]
     evaluations = report.evaluations
-    separate = calls // evaluations  # calls an evaluation; of these only the anchor's is begun where it is skipped
+    separate = calls // evaluations  # calls an evaluation; of these only the reference's is begun where it is skipped
     computed = fates.count("C")
     assert begun[0] == computed * separate + (evaluations - computed)
     assert begun[-1] == (computed * separate if len(begun) > 1 else begun[0])
@@ -139,7 +139,7 @@ def test_the_callback_and_the_guidance_options_go_with_it():
     counts, handles = ran(pipe)
     with attach(pipe, ALTERNATE, cfg_diff_compute_separate=True):
         run(pipe, tiny)
-    assert counts[0] == 12  # each of both conditions begins its own forward at every one of six steps
+    assert counts[0] == 12  # each of both branches begins its own forward at every one of six steps
     for handle in handles:
         handle.remove()
 
@@ -210,12 +210,12 @@ def test_cache_dit_runs_inside_and_steps_are_skipped_outside(name):
 
     options = {"threshold": 0.9, "warmup": 2}
     inside, report, entered = trial(DBCache(1, 1, **options))
-    assert report.calls == report.evaluations * len(report.conditions)
+    assert report.calls == report.evaluations * len(report.branches)
     assert "served its calls [2" in report.notes[-1]
     assert entered[0] == entered[-1] == calls > entered[1] == entered[2]
 
     both, report, entered = trial(DBCache(1, 1, **options, mask="111011", policy="static"))
-    assert report.fates(report.conditions[0]) == "CCCSCC"
+    assert report.fates(report.branches[0]) == "CCCSCC"
     assert entered[0] == calls - separate
     assert entered[1] < entered[0]
     assert "served its calls [2" in report.notes[-1]
@@ -244,7 +244,7 @@ def test_what_cannot_go_with_bn_is_refused():
 @pytest.mark.parametrize(
     "option",
     [{"start": 0.5}, {"end": 0.5}, {"window": "steps"}, {"last_step": True}, {"evaluations": "second"},
-     {"skip": "followers"}, {"gates": (Every(2),)}],
+     {"skip": "uncond"}, {"gates": (Interval(2),)}],
     ids=str,
 )  # fmt: skip
 def test_options_that_cache_dit_does_not_have_are_refused_with_bn(option):

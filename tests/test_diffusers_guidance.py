@@ -1,4 +1,4 @@
-"""Conditions, ControlNets and several tensors at once in diffusers pipelines."""
+"""Branches, ControlNets and several tensors at once in diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def test_a_controlnet_is_skipped_with_the_denoiser_and_the_image_is_the_same(nam
     expected, every, report = controlled(name, MASK, controlnet=False)
     image, some, _ = controlled(name, MASK)
     assert torch.equal(image, expected)
-    condition = report.conditions[0]
-    assert every == len(report.fates(condition)) == 6
-    assert some == report.fates(condition).count("C") == 4
+    branch = report.branches[0]
+    assert every == len(report.fates(branch)) == 6
+    assert some == report.fates(branch).count("C") == 4
 
 
 @pytest.mark.parametrize("name", CONTROLLED)
@@ -97,23 +97,23 @@ def test_a_second_run_puts_off_what_it_can_and_draws_the_same():
 )
 def test_forecast_computes_every_second_evaluation(name, fates):
     _, report = cached(name, Forecast())
-    assert {report.fates(condition) for condition in report.conditions} == {fates}
+    assert {report.fates(branch) for branch in report.branches} == {fates}
 
 
 def test_the_branches_have_the_names_that_the_pipeline_gives_them():
     _, report = cached("wan")
-    assert tuple(report.conditions) == ("cond", "uncond")
+    assert tuple(report.branches) == ("cond", "uncond")
     assert report.fates("cond") == report.fates("uncond") == "CCSCSC"
 
 
-def test_instruct_pix2pix_has_three_conditions():
+def test_instruct_pix2pix_has_three_branches():
     _, report = cached("pix2pix")
-    assert tuple(report.conditions) == ("cond", "image", "uncond")
+    assert tuple(report.branches) == ("cond", "image", "uncond")
 
 
 def test_stable_video_diffusion_has_two_although_its_image_latents_differ():
     _, report = cached("svd")
-    assert tuple(report.conditions) == ("uncond", "cond")
+    assert tuple(report.branches) == ("uncond", "cond")
 
 
 def test_video_and_audio_are_predicted_together():
@@ -128,30 +128,30 @@ def test_video_and_audio_are_predicted_together():
 )
 def test_separate_calls_may_be_named_by_their_order(first, names):
     image, report = cached("chroma", cfg_compute_first=first)
-    assert report.conditions == names
+    assert report.branches == names
     assert torch.equal(image, cached("chroma")[0])
 
 
-def test_conditions_in_one_call_are_one_where_they_are_said_to_come_apart():
+def test_branches_in_one_call_are_one_where_they_are_said_to_come_apart():
     _, report = cached("sd", enable_separate_cfg=True)
-    assert tuple(report.conditions) == ("call",)
+    assert tuple(report.branches) == ("call",)
     _, report = cached("sd", enable_separate_cfg=None)
-    assert tuple(report.conditions) == ("uncond", "cond")
+    assert tuple(report.branches) == ("uncond", "cond")
 
 
-def test_further_calls_are_computed_where_all_conditions_are_said_to_come_in_one():
+def test_further_calls_are_computed_where_all_branches_are_said_to_come_in_one():
     _, report = cached("wan", enable_separate_cfg=False)
-    assert report.conditions == ["cond"]
+    assert report.branches == ["cond"]
     assert any("enable_separate_cfg=False" in note for note in report.notes)
 
 
-def test_every_condition_decides_by_its_own_change_if_asked_to():
-    # a threshold of which the conditions think differently
+def test_every_branch_decides_by_its_own_change_if_asked_to():
+    # a threshold of which the branches think differently
     method = UCache(threshold=1.0, start=0.0, end=1.0)
     _, together = cached("wan", method)
     _, apart = cached("wan", method, cfg_diff_compute_separate=True)
     assert together.fates("cond") == together.fates("uncond")
-    estimates = [{e.condition for e in report.events if e.estimate is not None} for report in (together, apart)]
+    estimates = [{e.branch for e in report.events if e.estimate is not None} for report in (together, apart)]
     assert estimates == [{"cond"}, {"cond", "uncond"}]
 
 

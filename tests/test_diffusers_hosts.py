@@ -743,7 +743,7 @@ def test_another_cache_inside_works_as_alone_and_both_together_skip_exactly(forw
     with attach(host.pipe, MASK) as cache:
         both, made = host.run()
         assert made == calls // 2
-        assert {cache.report.fates(name) for name in cache.report.conditions} == {"CSCSSC"}
+        assert {cache.report.fates(name) for name in cache.report.branches} == {"CSCSSC"}
         assert torch.isfinite(both).all()
         assert run_equal(host, host.pipe, both, made)
     assert run_equal(host, host.pipe, inner, calls)
@@ -854,8 +854,8 @@ def test_window_and_mask_are_of_the_steps_that_really_run(forwards, name):
             cached, calls = draw()
             assert torch.equal(draw()[0], cached)
         assert calls == fates.count("C")
-        assert {cache.report.fates(condition) for condition in cache.report.conditions} == {fates}
-        assert {event.where.step for event in cache.report.events} == set(range(6))
+        assert {cache.report.fates(branch) for branch in cache.report.branches} == {fates}
+        assert {event.position.step for event in cache.report.events} == set(range(6))
         assert cache.report.scheduled_steps == 6
         if method is OPEN_LATE:
             assert any("0.5 to 1 as shares of this run's 6 steps" in note for note in cache.report.notes)
@@ -878,7 +878,7 @@ def test_a_window_opens_and_closes_at_the_very_step(sd, scheduler, steps):
     sd.pipe.scheduler = sched(scheduler, **SD_BETAS)
     with attach(sd.pipe, OPEN_LATE) as cache:
         sd.run(num_inference_steps=steps)
-    skipped = {event.where.step for event in cache.report.events if not event.computed and event.where.stage == 0}
+    skipped = {event.position.step for event in cache.report.events if not event.computed and event.position.stage == 0}
     assert skipped == set(range(steps // 2, steps - 1))
 
 
@@ -901,8 +901,8 @@ def test_img2img_with_two_calls_a_step_begins_with_a_whole_step(forwards, schedu
 
 
 def places(report) -> list[tuple[int, int]]:
-    first = report.conditions[0]
-    return [(event.where.step, event.where.stage) for event in report.events if event.condition == first]
+    first = report.branches[0]
+    return [(event.position.step, event.position.stage) for event in report.events if event.branch == first]
 
 
 @pytest.mark.parametrize(
@@ -1008,7 +1008,7 @@ def test_a_pipeline_that_takes_no_callback_is_cached_by_attaching(forwards, name
     with attach(host.pipe, MASK) as cache:
         assert host.skips()
         assert host.skips()
-    assert cache.report.fates(cache.report.conditions[-1]) == "CSCSSC"
+    assert cache.report.fates(cache.report.branches[-1]) == "CSCSSC"
     assert (cache.report.steps, cache.report.evaluations) == (6, 6)
     with attach(host.pipe, EasyCache(0.0)):
         assert host.bare()

@@ -1,4 +1,4 @@
-"""`skip="followers"`: the anchor is always computed, and what the others add to it is predicted."""
+"""`skip="uncond"`: the reference is always computed, and what the others add to it is predicted."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from toys import SIX, LogSigmaLine, cached, drive, fates, filled, level, reasons
 from stepcache import Forecast, Lagrange, Method, OptionError, Static, UCache
 from stepcache.bench import METRICS
 from stepcache.demo import sampling
+from stepcache.samplers.batching import cut
 from stepcache.samplers.diffusers import attach
 from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn
-from stepcache.samplers.rows import cut
 
 ALTERNATE = "101011"
 BOTH = ("uncond", "cond")
-FOLLOW = Static(ALTERNATE, skip="followers")
+FOLLOW = Static(ALTERNATE, skip="uncond")
 
 
 class Rows:
@@ -49,24 +49,24 @@ def batched(model: CachedDenoiser, network_label: Tensor = LABELS) -> list[Tenso
 
 def test_what_follows_is_exact_where_the_output_itself_cannot_be_told():
     network = Rows()
-    model = cached(network, FOLLOW, sigmas=SIX, conditions=BOTH)
-    exact = batched(cached(Rows(), None, sigmas=SIX, conditions=BOTH))
+    model = cached(network, FOLLOW, sigmas=SIX, branches=BOTH)
+    exact = batched(cached(Rows(), None, sigmas=SIX, branches=BOTH))
     for ours, theirs in zip(batched(model), exact, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert network.labels == [[0, 1], [1], [0, 1], [1], [0, 1], [0, 1]]
     assert (fates(model, "cond"), fates(model, "uncond")) == ("CCCCCC", "CSCSCC")
     assert reasons(model, "cond")[1] == "the others follow"
     assert model.report.calls == 10
-    all_skipped = batched(cached(Rows(), Static(ALTERNATE), sigmas=SIX, conditions=BOTH))
+    all_skipped = batched(cached(Rows(), Static(ALTERNATE), sigmas=SIX, branches=BOTH))
     assert (all_skipped[1] - exact[1]).abs().max() > 0.1
 
 
 def test_the_difference_is_extrapolated_by_the_predictor():
     """Linear in log sigma: a line through two computed evaluations reproduces it, reuse does not."""
     by_hand = {sigma: 2 * torch.tensor(sigma).log().item() for sigma in SIX[:6]}
-    exact = batched(cached(Rows(by_hand.get), None, sigmas=SIX, conditions=BOTH))
-    line = batched(cached(Rows(by_hand.get), FOLLOW.but(predictor=Lagrange(1)), sigmas=SIX, conditions=BOTH))
-    reuse = batched(cached(Rows(by_hand.get), FOLLOW, sigmas=SIX, conditions=BOTH))
+    exact = batched(cached(Rows(by_hand.get), None, sigmas=SIX, branches=BOTH))
+    line = batched(cached(Rows(by_hand.get), FOLLOW.replace(predictor=Lagrange(1)), sigmas=SIX, branches=BOTH))
+    reuse = batched(cached(Rows(by_hand.get), FOLLOW, sigmas=SIX, branches=BOTH))
     torch.testing.assert_close(line[3], exact[3], rtol=1e-4, atol=1e-5)
     assert (reuse[3] - exact[3])[0].abs().max() == pytest.approx(abs(by_hand[4.0] - by_hand[6.0]), rel=1e-4)
 
@@ -74,7 +74,7 @@ def test_the_difference_is_extrapolated_by_the_predictor():
 @pytest.mark.parametrize("order", [("cond", "uncond"), ("uncond", "cond")])
 def test_in_calls_of_their_own_the_first_is_kept_and_the_other_follows(order):
     network = Rows()
-    model = cached(network, FOLLOW, sigmas=SIX, conditions=InTurn(*order))
+    model = cached(network, FOLLOW, sigmas=SIX, branches=InTurn(*order))
     for sigma, x in zip(SIX[:6], XS, strict=True):
         expected = {}
         for name in order:
@@ -85,10 +85,10 @@ def test_in_calls_of_their_own_the_first_is_kept_and_the_other_follows(order):
     assert len(network.labels) == 10
 
 
-def test_a_condition_that_was_away_is_computed_before_it_follows_again():
+def test_a_branch_that_was_away_is_computed_before_it_follows_again():
     network = Rows(lambda sigma: sigma)
     names = lambda x, sigma, label: "cond" if label else "uncond"  # noqa: E731
-    model = cached(network, Static("100000", skip="followers"), sigmas=SIX, conditions=names)
+    model = cached(network, Static("100000", skip="uncond"), sigmas=SIX, branches=names)
     for step, sigma in enumerate(SIX[:6]):
         model(filled(0.5), level(sigma), label=torch.tensor([1]))
         if step not in (0, 1):
@@ -96,22 +96,22 @@ def test_a_condition_that_was_away_is_computed_before_it_follows_again():
     assert fates(model, "uncond")[0] == "C"
 
 
-def test_alone_the_anchor_is_computed_and_the_report_says_so():
+def test_alone_the_reference_is_computed_and_the_report_says_so():
     model = cached(lambda x, sigma: 2 * x, FOLLOW, sigmas=SIX)
     assert drive(model, SIX[:6], XS) == pytest.approx([2 * x for x in XS])
     assert fates(model) == "CCCCCC"
-    assert "skip='followers': where guided is the only condition nothing is skipped" in model.report.notes
+    assert "skip='uncond': where guided is the only branch nothing is skipped" in model.report.notes
 
 
 def test_the_report_does_not_say_that_nothing_was_skipped_where_the_others_end_within_the_run():
     names = lambda x, sigma, label: BOTH if len(label) == 2 else ("cond",)  # noqa: E731
-    model = cached(Rows(), Static("101000", skip="followers"), sigmas=SIX, conditions=names)
+    model = cached(Rows(), Static("101000", skip="uncond"), sigmas=SIX, branches=names)
     for sigma, x in zip(SIX[:6], XS, strict=True):
         label = LABELS if sigma > 4 else LABELS[1:]
         model(filled(x, rows=len(label)), level(sigma, len(label)), label=label)
     assert fates(model, "uncond") == "CSC"
     assert [note for note in model.report.notes if "nothing is skipped" in note] == [
-        "skip='followers': where cond is the only condition nothing is skipped"
+        "skip='uncond': where cond is the only branch nothing is skipped"
     ]
 
 
@@ -125,7 +125,7 @@ def test_a_call_that_cannot_be_taken_apart_is_computed_whole(kind):
             return super().__call__(x, sigma, label)
 
     def answers(method):
-        model = cached(Packed(), method, sigmas=SIX, conditions=BOTH)
+        model = cached(Packed(), method, sigmas=SIX, branches=BOTH)
         made = [
             model(filled(x, rows=2), level(s, 2), label=LABELS, other=torch.ones(1, 4))
             for s, x in zip(SIX[:6], XS, strict=True)
@@ -144,7 +144,7 @@ def test_the_models_own_error_is_not_swallowed():
             raise RuntimeError("out of paper")
         return x
 
-    model = cached(broken, FOLLOW, sigmas=SIX, conditions=BOTH)
+    model = cached(broken, FOLLOW, sigmas=SIX, branches=BOTH)
     model(filled(1.0, rows=2), level(10.0, 2), label=LABELS)
     with pytest.raises(RuntimeError, match="out of paper"):
         model(filled(1.0, rows=2), level(8.0, 2), label=LABELS)
@@ -152,7 +152,7 @@ def test_the_models_own_error_is_not_swallowed():
 
 def test_a_difference_that_is_not_finite_is_never_an_answer():
     network = Rows(lambda sigma: float("nan") if sigma == 10.0 else 1.0)
-    model = cached(network, FOLLOW, sigmas=SIX, conditions=BOTH)
+    model = cached(network, FOLLOW, sigmas=SIX, branches=BOTH)
     answers = batched(model)
     assert fates(model, "uncond") == "CCCSCC"
     assert all(answer.isfinite().all() for answer in answers[1:])
@@ -162,8 +162,8 @@ def test_a_difference_that_is_not_finite_is_never_an_answer():
 def test_a_follower_that_a_predictor_cannot_tell_yet_is_computed():
     """A line needs two outputs; uncond comes one evaluation later than cond."""
     names = lambda x, sigma, label: BOTH if len(label) == 2 else ("cond",)  # noqa: E731
-    method = Static("110011", predictor=LogSigmaLine(), skip="followers")
-    model = cached(Rows(), method, sigmas=SIX, conditions=names)
+    method = Static("110011", predictor=LogSigmaLine(), skip="uncond")
+    model = cached(Rows(), method, sigmas=SIX, branches=names)
     for sigma, x in zip(SIX[:6], XS, strict=True):
         label = LABELS if sigma < SIX[0] else LABELS[1:]
         model(filled(x, rows=len(label)), level(sigma, len(label)), label=label)
@@ -172,7 +172,7 @@ def test_a_follower_that_a_predictor_cannot_tell_yet_is_computed():
 
 
 def test_a_new_size_in_mid_run_cannot_be_leant_on():
-    model = cached(Rows(), FOLLOW, sigmas=SIX, conditions=InTurn("cond", "uncond"))
+    model = cached(Rows(), FOLLOW, sigmas=SIX, branches=InTurn("cond", "uncond"))
     one, two = torch.tensor([1]), torch.tensor([0, 0])
     for sigma in SIX[:4]:
         assert model(filled(0.5), level(sigma), label=one).shape[0] == 1
@@ -180,12 +180,12 @@ def test_a_new_size_in_mid_run_cannot_be_leant_on():
     assert fates(model, "uncond") == "CCCC"
 
 
-def test_it_is_an_option_of_every_method_and_needs_a_deciding_anchor():
-    assert Forecast(skip="followers").skip == UCache(skip="followers").skip == "followers"
-    with pytest.raises(OptionError, match=r"unknown skip 'uncond'\. Accepted: all, followers"):
-        Method(skip="uncond")
-    with pytest.raises(OptionError, match="skip='followers' with decide='each': the anchor is always computed"):
-        cached(Rows(), FOLLOW, conditions=BOTH, decide="each")
+def test_it_is_an_option_of_every_method_and_needs_a_deciding_reference():
+    assert Forecast(skip="uncond").skip == UCache(skip="uncond").skip == "uncond"
+    with pytest.raises(OptionError, match=r"unknown skip 'followers'\. Accepted: all, uncond"):
+        Method(skip="followers")
+    with pytest.raises(OptionError, match="skip='uncond' with decide='each': the reference is always computed"):
+        cached(Rows(), FOLLOW, branches=BOTH, decide="each")
 
 
 def test_arguments_are_cut_by_rows_wherever_they_lie():
@@ -210,8 +210,8 @@ def test_arguments_are_cut_by_rows_wherever_they_lie():
 
 
 def test_forecast_continues_the_difference_in_a_line():
-    assert Forecast(skip="followers").predictor == Lagrange(1)
-    assert Forecast(skip="followers", predictor=Lagrange(2)).predictor == Lagrange(2)
+    assert Forecast(skip="uncond").predictor == Lagrange(1)
+    assert Forecast(skip="uncond", predictor=Lagrange(2)).predictor == Lagrange(2)
     assert Forecast(skip="all").predictor == Forecast().predictor != Lagrange(1)
 
 
@@ -221,7 +221,7 @@ def test_under_fresh_noise_it_is_worth_several_db_at_the_same_calls(network):
     subject, seeds = sampling.subject(network), range(12)
     full, ours, reuse = (
         subject.sample("euler_ancestral", 20, method, seeds)
-        for method in (None, Forecast(skip="followers"), Static("1110" * 5))
+        for method in (None, Forecast(skip="uncond"), Static("1110" * 5))
     )
     assert (ours.calls, reuse.calls) == (15.5, 15)
     ours, reuse = (statistics.fmean(METRICS["PSNR"](one.images, full.images, seeds)) for one in (ours, reuse))
@@ -229,7 +229,7 @@ def test_under_fresh_noise_it_is_worth_several_db_at_the_same_calls(network):
 
 
 @pytest.mark.parametrize("name", ["sd", "pix2pix", "sd-controlnet", "wan", "sdxl"])
-def test_in_a_pipeline_the_anchor_is_computed_alone(name):
+def test_in_a_pipeline_the_reference_is_computed_alone(name):
     """Batched guidance is taken apart, calls of their own are told apart; the report counts what was run."""
     tiny = PIPELINES[name]
     pipe = tiny.build()
@@ -241,11 +241,11 @@ def test_in_a_pipeline_the_anchor_is_computed_alone(name):
     expected = image_of(pipe, tiny)
     full = sum(rows)
     rows.clear()
-    with attach(pipe, Static(ALTERNATE, skip="followers")) as cache:
+    with attach(pipe, Static(ALTERNATE, skip="uncond")) as cache:
         ours = image_of(pipe, tiny)
     report = cache.report
-    followers = [c for c in report.conditions if "S" in report.fates(c)]
-    assert len(followers) == len(report.conditions) - 1
+    followers = [c for c in report.branches if "S" in report.fates(c)]
+    assert len(followers) == len(report.branches) - 1
     assert sum(rows) == full - report.skipped * full // len(report.events)
     assert not torch.equal(ours, expected)
     rows.clear()

@@ -23,9 +23,9 @@ import torch
 from closed_form import MODELS, Denoiser, N, noise, schedule, x_open
 from torch import Tensor
 
-from stepcache import DBCache, EasyCache, Gate, Method, OptionError, Report, UCache, Where, Window
-from stepcache.gates import Run, Tally
-from stepcache.readings import mean_abs
+from stepcache import DBCache, EasyCache, Gate, Method, OptionError, Position, Report, UCache, Window
+from stepcache.deferred import mean_abs
+from stepcache.gates import RunInfo, SkipCounts
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
 COMPACT = json.loads((Path(__file__).parent / "data" / "golden.json").read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ DIFFERENT = {
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:UCache with reset=0 and decay=1"),
-    pytest.mark.filterwarnings("ignore:condition .* is evaluated before the anchor 'cond'"),
+    pytest.mark.filterwarnings("ignore:branch .* is evaluated before the reference 'cond'"),
 ]
 
 
@@ -178,8 +178,8 @@ class Guided:
             return x_open(i - 1, float(self.sigmas[i - 1]))
         return x_open(i, float(sigma), scenario["resize_to"] if i >= scenario.get("resize_at", i + 1) else N)
 
-    def ask(self, x: Tensor, sigma: Tensor, condition: str) -> Tensor:
-        denoised = self.cached(x, sigma, condition=condition)
+    def ask(self, x: Tensor, sigma: Tensor, branch: str) -> Tensor:
+        denoised = self.cached(x, sigma, branch=branch)
         if not self.reports or self.reports[-1] is not self.cached.report:
             self.reports.append(self.cached.report)
         return denoised
@@ -200,8 +200,8 @@ class Trace:
     calls: list[str]
     x: Tensor
 
-    def fates(self, *conditions: str) -> str:
-        events = (event for report in self.reports for event in report.events if event.condition in conditions)
+    def fates(self, *branches: str) -> str:
+        events = (event for report in self.reports for event in report.events if event.branch in branches)
         return "".join("C" if event.computed else "S" for event in events)
 
     @property
@@ -236,7 +236,7 @@ def follow(case: dict[str, Any], method: Method | None = None, dtype: torch.dtyp
     cached = CachedDenoiser(
         network,
         method_of(case) if method is None else method,
-        conditions=lambda x, sigma, condition: condition,
+        branches=lambda x, sigma, branch: branch,
         scalings=model.scalings,
     )
     guided = Guided(cached, case, sigmas)
@@ -283,7 +283,7 @@ def test_estimates_and_thresholds_are_the_references(name):
     columns, default = case["col"], {"ucache": 1.0, "easycache": 0.2}[case["mode"]]
     fixed = default if case["p"]["threshold"] == "inf" else case["p"]["threshold"]
     resets = case["mode"] == "easycache" or case["p"]["reset"]
-    events = [event for event in follow(case).reports[0].events if event.condition == "cond"]
+    events = [event for event in follow(case).reports[0].events if event.branch == "cond"]
     thresholds = columns.get("thr", [fixed] * len(events))
     asked = 0
     for event, error, threshold in zip(events, columns["err"], thresholds, strict=True):
@@ -303,7 +303,7 @@ def test_estimates_and_thresholds_are_the_references(name):
 def test_the_relative_changes_of_skipped_evaluations_are_the_references(name):
     """It keeps their sum. Fn and Bn only scale the threshold: by 1.00 at F8B0, by 0.5 at F8B20, which is the least."""
     case = COMPACT_CASES[name]
-    events = [event for event in follow(dual_block(case)).reports[0].events if event.condition == "cond"]
+    events = [event for event in follow(dual_block(case)).reports[0].events if event.branch == "cond"]
     skipped = [0.0 if event.computed else event.estimate for event in events]
     assert list(itertools.accumulate(skipped)) == pytest.approx(case["col"]["err"], rel=1e-4)
     thresholds = {event.threshold for event in events if event.threshold is not None}
@@ -334,7 +334,7 @@ def test_what_is_not_finite_is_not_reused():
     assert case["dec"][8:12] == "SCSC"
     trace = follow(case)
     assert trace.dec[8:12] == "SCCS"
-    assert [e.reason for e in trace.reports[0].events if e.condition == "cond"][10] == "prediction not finite"
+    assert [e.reason for e in trace.reports[0].events if e.branch == "cond"][10] == "prediction not finite"
 
 
 @pytest.mark.parametrize("name", NEGATIVE)
@@ -373,7 +373,7 @@ def test_half_precision_latents_are_measured_in_float32():
 @pytest.mark.parametrize(("name", "at"), [("uc/x/few_steps_8", 3), ("ec/x/few_steps_8", 4)])
 def test_an_error_that_equals_the_threshold_is_computed(name, at):
     case = CASES[name]
-    [event] = [e for e in follow(case).reports[0].events if e.where.step == at and e.condition == "cond"]
+    [event] = [e for e in follow(case).reports[0].events if e.position.step == at and e.branch == "cond"]
     assert case["dec"][at] == "S"
     share = event.threshold / case["p"]["threshold"]
     equal = case | {"p": case["p"] | {"threshold": event.estimate / share}}
@@ -381,7 +381,7 @@ def test_an_error_that_equals_the_threshold_is_computed(name, at):
     assert [follow(changed).dec[at] for changed in (equal, above)] == ["C", "S"]
 
 
-def test_a_condition_that_was_absent_is_computed_not_served_from_its_old_memory():
+def test_a_branch_that_was_absent_is_computed_not_served_from_its_old_memory():
     """Different on purpose: the reference serves uncond at step 12 from step 6, past cond's computations at 8 and 11.
 
     A residual from another part of the run is no prediction. From there on the two trajectories differ.
@@ -393,14 +393,14 @@ def test_a_condition_that_was_absent_is_computed_not_served_from_its_old_memory(
     gap = case["scenario"]["un_gap1"] - case["scenario"]["un_gap0"]
     assert case["dec_un"][12 - gap] == "S"
     assert trace.dec_un == "CCCCCCCSCSCSSSCC"
-    back = next(e for e in trace.reports[0].events if e.where.step == 12 and e.condition == "uncond")
+    back = next(e for e in trace.reports[0].events if e.position.step == 12 and e.branch == "uncond")
     assert (back.computed, back.reason) == (True, "no memory yet")
 
 
 def test_the_report_blames_missing_memory_only_where_memory_is_missing():
-    """Conditions in separate calls: where cond is computed because its test failed, that is why uncond is, too."""
+    """Branches in separate calls: where cond is computed because its test failed, that is why uncond is, too."""
     trace = follow(CASES["uc/x/uncond_gap_stale"])
-    without = [e.where.step for e in trace.reports[0].events if e.condition == "uncond" and e.reason == "no memory yet"]
+    without = [e.position.step for e in trace.reports[0].events if e.branch == "uncond" and e.reason == "no memory yet"]
     assert without == [12]
 
 
@@ -425,30 +425,30 @@ def test_a_size_change_begins_with_a_clean_memory(name, before, after):
     [report] = trace.reports
     assert report.run == 0
     assert report.fates("cond") == before + after
-    cond = [event for event in report.events if event.condition == "cond"]
-    assert [event.where.step for event in cond] == list(range(n))
+    cond = [event for event in report.events if event.branch == "cond"]
+    assert [event.position.step for event in cond] == list(range(n))
     assert cond[change].reason == "no memory yet"
     assert (cond[change + 1].reason, cond[change + 1].estimate) == ("criterion", None)
     assert report.scheduled_steps == report.steps == report.evaluations == n
     assert any("the memory was dropped" in note for note in report.notes)
 
 
-def test_a_condition_of_another_size_gets_the_models_own_answer():
+def test_a_branch_of_another_size_gets_the_models_own_answer():
     """Different on purpose: where cond is skipped, the reference answers an uncond of another size with no elements."""
     model = MODELS["compvis"]()
     sigmas, calls = schedule("karras20", model), []
     bare = Denoiser(model, calls)
     cached = CachedDenoiser(
-        bare, UCache(threshold=100.0, start=0.0), conditions=lambda x, sigma, condition: condition, scalings="eps"
+        bare, UCache(threshold=100.0, start=0.0), branches=lambda x, sigma, branch: branch, scalings="eps"
     )
     with cached.run(sigmas, 1):
         for step in range(4):
-            cond = cached(x_open(step, float(sigmas[step])), sigmas[step : step + 1], condition="cond")
+            cond = cached(x_open(step, float(sigmas[step])), sigmas[step : step + 1], branch="cond")
         assert calls == ["cond"] * 2
         shorter = x_open(3, float(sigmas[3]), 192)
-        uncond = cached(shorter, sigmas[3:4], condition="uncond")
+        uncond = cached(shorter, sigmas[3:4], branch="uncond")
     assert cond.shape == (1, 256)
-    assert torch.equal(uncond, bare(shorter, sigmas[3:4], condition="uncond"))
+    assert torch.equal(uncond, bare(shorter, sigmas[3:4], branch="uncond"))
 
 
 @pytest.mark.parametrize(
@@ -481,7 +481,7 @@ def test_both_evaluations_of_a_step_are_cached_by_default(name, ours, calls):
 
 def test_the_published_rule_skips_second_evaluations_only():
     trace = follow(CASES["uc/x/sampler_dpm2"])
-    assert {event.where.stage for event in trace.reports[0].events if not event.computed} == {1}
+    assert {event.position.stage for event in trace.reports[0].events if not event.computed} == {1}
 
 
 def test_ucache_is_accepted_whatever_the_family_of_the_model():
@@ -508,14 +508,14 @@ def test_what_cannot_be_meant_is_refused_by_name_and_value(name):
     assert str(refusal.value).startswith(REFUSED[name])
 
 
-def test_a_condition_swapped_after_the_anchor_was_chosen_is_computed_and_said_aloud():
+def test_a_branch_swapped_after_the_reference_was_chosen_is_computed_and_said_aloud():
     """The decisions are the reference's, which says nothing: from the swap on it computes everything."""
     case = CASES["ec/x/cond_object_swapped_after_anchor"]
-    with pytest.warns(UserWarning, match="condition 'swapped' is evaluated before the anchor 'cond'"):
+    with pytest.warns(UserWarning, match="branch 'swapped' is evaluated before the reference 'cond'"):
         trace = follow(case)
     assert trace.dec == case["dec"] == "C" * 50
-    assert {event.reason for event in trace.reports[0].events if event.condition == "swapped"} == {
-        "before the anchor",
+    assert {event.reason for event in trace.reports[0].events if event.branch == "swapped"} == {
+        "before the reference",
         "after window",
     }
 
@@ -526,13 +526,13 @@ def test_with_reset_0_and_decay_1_skipping_returns_only_when_the_threshold_rises
     assert case["dec"] == "CC" + "S" * 6 + "C" * 8 + "S" * 5 + "C" * 29
     trace = follow(case)
     assert trace.dec == case["dec"]
-    events = [event for event in trace.reports[0].events if event.condition == "cond" and event.estimate is not None]
+    events = [event for event in trace.reports[0].events if event.branch == "cond" and event.estimate is not None]
     estimates = [event.estimate for event in events]
     assert estimates == sorted(estimates)
     assert events[14].threshold / events[13].threshold == pytest.approx(1.9746, abs=1e-4)
 
 
-def test_a_third_condition_follows_the_anchor():
+def test_a_third_branch_follows_the_reference():
     for name in ("uc/x/img_uncond_third_condition", "ec/x/img_uncond_third_condition"):
         assert follow(CASES[name]).fates("image") == CASES[name]["dec"]
 
@@ -541,8 +541,8 @@ def test_a_window_in_steps_covers_the_references_steps():
     """Rows are [steps, start, end, first active step, first step after]; shares times steps is a float32 product."""
     for steps, start, end, first, after in TABLES["ucache_window"]:
         sigmas = tuple(float(steps - i) for i in range(steps + 1))
-        answer = Window(start, end, "steps").begin(Run(sigmas))
-        active = [i for i in range(steps) if answer(Where(0, i, sigmas[i], i), Tally()) is None]
+        answer = Window(start, end, "steps").begin(RunInfo(sigmas))
+        active = [i for i in range(steps) if answer(Position(0, i, sigmas[i], i), SkipCounts()) is None]
         assert active == list(range(first, after)), (steps, start, end)
 
 
@@ -561,9 +561,9 @@ def test_a_window_of_the_training_timetable_covers_the_references_steps(key):
 class Probe(Gate):
     """Lets everything through and shows what is known of the run."""
 
-    def begin(self, run: Run) -> Callable[..., None]:
+    def begin(self, run: RunInfo) -> Callable[..., None]:
         self.run = run
-        return lambda where, tally: None
+        return lambda position, counts: None
 
 
 @pytest.mark.parametrize("den", TABLES["percent_to_sigma"])
@@ -598,13 +598,13 @@ def test_the_threshold_follows_how_many_evaluations_were_computed(steps, factors
         cached = CachedDenoiser(
             Denoiser(model, []),
             UCache(threshold=1e-9, **window),
-            conditions=lambda x, sigma, condition: condition,
+            branches=lambda x, sigma, branch: branch,
             scalings="flow",
         )
         asked = [*sigmas[: steps - 1], *sigmas[1:steps]]
         with cached.run(sigmas):
             for i, sigma in enumerate(asked):
-                cached(x_open(i, float(sigma)), sigma.reshape(1), condition="cond")
+                cached(x_open(i, float(sigma)), sigma.reshape(1), branch="cond")
         assert cached.report.calls == len(asked)
         return [event.threshold * 1e9 for event in cached.report.events if event.threshold is not None]
 
@@ -625,6 +625,6 @@ def test_large_latents_are_summed_without_drift():
 def test_evidence_is_asked_only_inside_the_window():
     """Outside it nothing is measured for a decision: the first decision has no rate yet, and tells no estimate."""
     trace = follow(CASES["uc/x/range_.29-.58_n50"])
-    cond = [event for event in trace.reports[0].events if event.condition == "cond"]
-    assert [event.where.step for event in cond if event.threshold is not None] == list(range(14, 29))
-    assert [event.where.step for event in cond if event.estimate is not None] == list(range(16, 29))
+    cond = [event for event in trace.reports[0].events if event.branch == "cond"]
+    assert [event.position.step for event in cond if event.threshold is not None] == list(range(14, 29))
+    assert [event.position.step for event in cond if event.estimate is not None] == list(range(16, 29))

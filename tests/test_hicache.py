@@ -52,7 +52,7 @@ def test_hermite_of_order_1_is_taylorseer_times_2_sigma_squared(ahead):
 def test_hermite_of_the_residual_carries_what_is_new_in_the_input():
     *known, (place, x, _) = smooth(4, (2, 3, 4))
     series = predict(Hermite(2), [(at, torch.zeros_like(past), out - past) for at, past, out in known], place, x)
-    assert torch.allclose(predict(Hermite(2, of="residual"), known, place, x), x + series, atol=1e-6)
+    assert torch.allclose(predict(Hermite(2, baseline="input"), known, place, x), x + series, atol=1e-6)
 
 
 def test_hermite_keeps_one_evaluation_more_than_its_order():

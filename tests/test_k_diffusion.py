@@ -192,7 +192,7 @@ def test_a_denoised_minus_x_is_never_reused_across_sigmas():
 
 
 class Batched(nn.Module):
-    """Guidance with both conditions in one call, uncond first."""
+    """Guidance with both branches in one call, uncond first."""
 
     def __init__(self, inner_model):
         super().__init__()
@@ -206,7 +206,7 @@ class Batched(nn.Module):
 
 
 class Separate(Batched):
-    """Guidance with the conditions in separate calls, cond first."""
+    """Guidance with the branches in separate calls, cond first."""
 
     def forward(self, x, sigma):
         cond = self.inner_model(x, sigma, strength=torch.tensor(1.0))
@@ -222,11 +222,11 @@ class Wavy(Net):
 
 @pytest.mark.parametrize("method", [UCache(1.0), EasyCache(1.0), Static(ALTERNATE)], ids=lambda m: m.name)
 @pytest.mark.parametrize("name", ["sample_euler", "sample_heun", "sample_dpmpp_2m"])
-def test_batched_and_separate_conditions_decide_and_answer_alike(method, name):
-    batched = CachedDenoiser(eps_model(Wavy()), method, conditions=("uncond", "cond"))
-    in_turn = CachedDenoiser(eps_model(Wavy()), method, conditions=InTurn("cond", "uncond"))
+def test_batched_and_separate_branches_decide_and_answer_alike(method, name):
+    batched = CachedDenoiser(eps_model(Wavy()), method, branches=("uncond", "cond"))
+    in_turn = CachedDenoiser(eps_model(Wavy()), method, branches=InTurn("cond", "uncond"))
     named = CachedDenoiser(
-        eps_model(Wavy()), method, conditions=lambda x, sigma, strength: "cond" if strength == 1 else "uncond"
+        eps_model(Wavy()), method, branches=lambda x, sigma, strength: "cond" if strength == 1 else "uncond"
     )
     images = [run(name, Batched(batched), batched), run(name, Separate(in_turn), in_turn)]
     images.append(run(name, Separate(named), named))
@@ -234,34 +234,34 @@ def test_batched_and_separate_conditions_decide_and_answer_alike(method, name):
     assert "S" in fates
     for model in (batched, in_turn, named):
         assert model.report.fates("cond") == model.report.fates("uncond") == fates
-        assert sorted(model.report.conditions) == ["cond", "uncond"]
+        assert sorted(model.report.branches) == ["cond", "uncond"]
     for image in images[1:]:
         torch.testing.assert_close(image, images[0], rtol=1e-4, atol=1e-4)
 
 
-def test_around_guidance_there_is_one_condition_and_the_scalings_come_from_inside():
+def test_around_guidance_there_is_one_branch_and_the_scalings_come_from_inside():
     network = Offset()
     guided = Batched(eps_model(network))
     cached = CachedDenoiser(guided, Static(ALTERNATE))
     expected = bare("sample_euler", Batched(eps_model(Offset())))
     image = run("sample_euler", cached, cached)
-    assert cached.report.conditions == ["guided"]
+    assert cached.report.branches == ["guided"]
     assert len(network.seen) == cached.report.calls == ALTERNATE.count("1")
     torch.testing.assert_close(image, expected, rtol=2e-4, atol=2e-4)
 
 
-def test_three_conditions_in_one_call_follow_the_names_given():
+def test_three_branches_in_one_call_follow_the_names_given():
     names = ("uncond", "cond", "image")
-    cached = CachedDenoiser(eps_model(), Static("101"), conditions=names, sigmas=[9.0, 4.0, 1.0, 0.0])
+    cached = CachedDenoiser(eps_model(), Static("101"), branches=names, sigmas=[9.0, 4.0, 1.0, 0.0])
     for sigma in (9.0, 4.0, 1.0):
         cached(start(sigma, batch=6), torch.full((6,), sigma))
     assert [cached.report.fates(name) for name in names] == ["CSC"] * 3
     assert cached.report.calls == 6
 
 
-def test_a_batch_that_does_not_divide_into_the_conditions_is_an_error_with_both_numbers():
-    cached = CachedDenoiser(eps_model(), UCache(), conditions=("uncond", "cond"))
-    with pytest.raises(OptionError, match=r"batch of 3 does not divide into the 2 conditions uncond, cond"):
+def test_a_batch_that_does_not_divide_into_the_branches_is_an_error_with_both_numbers():
+    cached = CachedDenoiser(eps_model(), UCache(), branches=("uncond", "cond"))
+    with pytest.raises(OptionError, match=r"batch of 3 does not divide into the 2 branches uncond, cond"):
         cached(start(batch=3), torch.full((3,), 14.6))
 
 
@@ -295,7 +295,7 @@ def test_the_callback_alone_names_the_steps_of_an_unknown_schedule():
     cached = CachedDenoiser(eps_model(), None)
     sampling.sample_dpm_2(cached, start(), SIGMAS, callback=cached.callback(), disable=True)
     assert (cached.report.steps, cached.report.evaluations) == (12, 23)
-    assert [event.where.step for event in cached.report.events][:5] == [0, 0, 1, 1, 2]
+    assert [event.position.step for event in cached.report.events][:5] == [0, 0, 1, 1, 2]
 
 
 def test_an_unknown_schedule_works_and_the_report_says_what_it_costs():
@@ -332,7 +332,7 @@ def test_heuns_first_corrector_is_known_with_a_plan_and_recognised_one_evaluatio
     run("sample_heun", planned, planned)
     guessed = CachedDenoiser(eps_model(), Static(ALTERNATE), sigmas=SIGMAS)
     sampling.sample_heun(guessed, start(), SIGMAS, disable=True)
-    places = [[(e.where.step, e.where.stage) for e in model.report.events] for model in (planned, guessed)]
+    places = [[(e.position.step, e.position.stage) for e in model.report.events] for model in (planned, guessed)]
     assert places[0] == places[1] == [(i, s) for i in range(12) for s in range(2 if i < 11 else 1)]
     assert planned.report.fates("guided") == "CCSSCCSSCCSSCCSSCCSSCCC"
     assert guessed.report.fates("guided") == "CSSSCCSSCCSSCCSSCCSSCCC"
@@ -343,7 +343,7 @@ def test_churn_raises_sigma_within_the_run_and_steps_stay_right(name):
     cached = CachedDenoiser(eps_model(), Static(ALTERNATE))
     run(name, cached, cached, s_churn=5.0)
     report = cached.report
-    stages = [(event.where.step, event.where.stage) for event in report.events]
+    stages = [(event.position.step, event.position.stage) for event in report.events]
     per_step = 1 if name == "sample_euler" else 2
     assert stages == [(i, s) for i in range(12) for s in range(per_step if i < 11 else 1)]
     assert [e.computed for e in report.events] == [ALTERNATE[step] == "1" for step, _ in stages]
@@ -365,7 +365,7 @@ def test_a_restart_between_the_steps_of_a_falling_schedule_stays_one_run():
     for sigma in (10.0, 5.0, 2.0, 1.0, 5.0, 2.0, 1.0, 0.3):
         cached(start(sigma), torch.full((2,), sigma))
     assert cached.report.evaluations == 8
-    assert [event.where.step for event in cached.report.events] == [0, 1, 2, 3, 1, 2, 3, 4]
+    assert [event.position.step for event in cached.report.events] == [0, 1, 2, 3, 1, 2, 3, 4]
 
 
 def test_a_mask_of_another_length_is_an_error_with_both_lengths_before_the_model_is_called():
@@ -397,8 +397,8 @@ def test_easycache_places_its_window_by_the_models_own_sigma_table():
     high = float(table.t_to_sigma(torch.tensor(0.85 * 999)))
     low = float(table.t_to_sigma(torch.tensor(0.05 * 999)))
     for event in model.report.events:
-        assert (event.reason == "before window") == (event.where.sigma > high)
-        assert (event.reason == "after window") == (event.where.sigma <= low)
+        assert (event.reason == "before window") == (event.position.sigma > high)
+        assert (event.reason == "after window") == (event.position.sigma <= low)
 
 
 def test_x_that_requires_grad_is_computed():
@@ -423,15 +423,15 @@ def test_a_sampler_may_be_named_with_or_without_prefix_and_misspelt_only_once():
 
 
 def test_sample_finds_the_one_cache_inside_a_model_or_says_how_to_name_it():
-    cached = CachedDenoiser(eps_model(Wavy()), UCache(), conditions=("uncond", "cond"))
+    cached = CachedDenoiser(eps_model(Wavy()), UCache(), branches=("uncond", "cond"))
     assert find(Batched(cached)) is cached
     with pytest.raises(OptionError, match=r"Net holds 0 CachedDenoisers: pass the one to use as sample\(..., cache=\)"):
         sample("euler", Net(), start(), SIGMAS)
 
 
 def test_every_option_of_the_adapter_that_is_wrong_names_what_is_accepted():
-    with pytest.raises(OptionError, match=r"unknown anchor 'cont'. Did you mean 'cond'"):
-        CachedDenoiser(eps_model(), UCache(), conditions=("uncond", "cond"), anchor="cont")
+    with pytest.raises(OptionError, match=r"unknown reference 'cont'. Did you mean 'cond'"):
+        CachedDenoiser(eps_model(), UCache(), branches=("uncond", "cond"), reference="cont")
     with pytest.raises(OptionError, match=r"unknown scalings 'flw'. Did you mean 'flow'"):
         CachedDenoiser(eps_model(), UCache(), scalings="flw")
     with pytest.raises(OptionError, match=r"method=3: accepted are a Method"):
@@ -477,7 +477,7 @@ def test_all_samplers_take_what_sample_passes():
 
 def test_a_method_is_data_and_one_may_serve_many_models():
     method = Method(mask="fast", name="shared")
-    a, b = (CachedDenoiser(eps_model(), method.but(mask=StepMask("fast", "static"))) for _ in range(2))
+    a, b = (CachedDenoiser(eps_model(), method.replace(mask=StepMask("fast", "static"))) for _ in range(2))
     assert torch.equal(run("sample_euler", a, a), run("sample_euler", b, b))
     assert a.report.fates("guided") == b.report.fates("guided")
 
@@ -507,10 +507,10 @@ class SometimesUnguided(Separate):
         return self.inner_model(x, sigma, strength=torch.tensor(1.0))
 
 
-def test_conditions_in_turn_stay_right_when_the_last_one_is_left_out():
-    in_turn = CachedDenoiser(eps_model(Wavy()), UCache(1.0), conditions=InTurn("cond", "uncond"))
+def test_branches_in_turn_stay_right_when_the_last_one_is_left_out():
+    in_turn = CachedDenoiser(eps_model(Wavy()), UCache(1.0), branches=InTurn("cond", "uncond"))
     named = CachedDenoiser(
-        eps_model(Wavy()), UCache(1.0), conditions=lambda x, sigma, strength: "cond" if strength == 1 else "uncond"
+        eps_model(Wavy()), UCache(1.0), branches=lambda x, sigma, strength: "cond" if strength == 1 else "uncond"
     )
     images = [run("sample_euler", SometimesUnguided(model), model) for model in (in_turn, named)]
     assert torch.equal(*images)
@@ -578,7 +578,7 @@ def test_threads_that_share_one_wrapper_never_get_each_others_memory():
 def test_threads_that_share_one_wrapper_have_turns_of_their_own():
     """Two runs whose calls alternate: neither takes the other's cond for the first of its own pair."""
     network = lambda x, sigma, name: torch.full_like(x, float(name == "cond"))  # noqa: E731
-    shared = CachedDenoiser(network, Method(), conditions=InTurn("cond", "uncond"), scalings="denoised")
+    shared = CachedDenoiser(network, Method(), branches=InTurn("cond", "uncond"), scalings="denoised")
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for sigma in SIGMAS[:-1]:
@@ -589,10 +589,10 @@ def test_threads_that_share_one_wrapper_have_turns_of_their_own():
 
 
 @pytest.mark.parametrize(("latents", "answers"), [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
-@pytest.mark.parametrize("skip", ["all", "followers"])
+@pytest.mark.parametrize("skip", ["all", "uncond"])
 def test_a_skipped_evaluation_has_the_dtype_of_the_computed_ones(latents, answers, skip):
     network = lambda x, sigma: (x * 0.5).to(answers)  # noqa: E731
-    cached = CachedDenoiser(network, Static("10", skip=skip), sigmas=[4.0, 1.0, 0.0], conditions=("uncond", "cond"))
+    cached = CachedDenoiser(network, Static("10", skip=skip), sigmas=[4.0, 1.0, 0.0], branches=("uncond", "cond"))
     made = [cached(start(sigma).to(latents), torch.full((2,), sigma)) for sigma in (4.0, 1.0)]
     assert cached.report.fates("uncond") == "CS"
     assert [one.dtype for one in made] == [answers] * 2

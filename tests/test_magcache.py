@@ -146,11 +146,11 @@ def test_a_ratio_is_that_of_whole_samples_and_its_mean_over_the_batch():
     assert calibration(model.report) == "1/1.25"
 
 
-def test_the_ratios_are_the_deciding_conditions():
+def test_the_ratios_are_the_deciding_branches():
     def network(x, sigma):
         return x + torch.stack([torch.ones_like(sigma[0]), sigma[1]]).reshape(2, 1, 1, 1)
 
-    model = cached(network, MagCache(calibrate=True), sigmas=SIX, conditions=("uncond", "cond"))
+    model = cached(network, MagCache(calibrate=True), sigmas=SIX, branches=("uncond", "cond"))
     for sigma in SIX[:-1]:
         model(filled(1.0, 2), level(sigma, 2))
     assert calibration(model.report) == "1/0.8/0.75/0.66667/0.5/0.5"

@@ -105,7 +105,7 @@ def test_off_is_bit_identical_on_both_networks_under_every_sampler(name, sampler
         plain = sampling.Guided(chosen.model)
         expected = getattr(k_sampling, sampler)(plain, x, *arguments, extra_args=extra, disable=True)
         torch.manual_seed(2)
-        cached = sampling.Guided(CachedDenoiser(chosen.model, UCache(0.0), conditions=("uncond", "cond")))
+        cached = sampling.Guided(CachedDenoiser(chosen.model, UCache(0.0), branches=("uncond", "cond")))
         assert torch.equal(sample(sampler, cached, x, *arguments, extra_args=extra, disable=True), expected)
 
 
@@ -115,7 +115,7 @@ MEASURED = {
     "static mask medium": (Static("medium"), (11, 31.7), (11, 38.4)),
     "UCache, mask fast": (UCache(mask="fast"), (12, 31.8), (12, 36.7)),
 }
-"""Calls per condition and PSNR in dB, for the U-Net and the DiT."""
+"""Calls per branch and PSNR in dB, for the U-Net and the DiT."""
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -218,7 +218,7 @@ def test_a_wheel_holds_the_adapters_the_demo_and_its_weights(tmp_path):
     subprocess.run(command, check=True, cwd=copy)
     (wheel,) = tmp_path.glob("stepcache-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    expected = ["py.typed", "session.py", "samplers/k_diffusion.py", "demo/run.py"]
+    expected = ["py.typed", "engine.py", "samplers/k_diffusion.py", "demo/run.py"]
     expected += [f"demo/weights/{name}.safetensors" for name in networks.NETWORKS]
     assert {f"stepcache/{name}" for name in expected} <= set(names)
     assert not [name for name in names if name.startswith(("samplers/", "examples/", "tests/"))]

@@ -58,9 +58,9 @@ class Guided(nn.Module):
 class Listening(AdaptiveOrder):
     """Keeps the noise levels that it is shown."""
 
-    def predict(self, evidence):
-        levels.append(evidence.noise)
-        return super().predict(evidence)
+    def predict(self, branch):
+        levels.append(branch.noise)
+        return super().predict(branch)
 
 
 levels: list[Tensor | None] = []
@@ -97,7 +97,7 @@ def test_fresh_noise_is_seen_at_every_evaluation_after_the_first_step(sampler, s
 @pytest.mark.parametrize("scale", [1.5, 7.5])
 def test_inside_guidance_of_any_scale_it_is_the_same(sampler, separate, scale):
     names = InTurn("cond", "uncond") if separate else ("uncond", "cond")
-    wrap = {"scale": scale, "separate": separate, "cached": {"conditions": names}}
+    wrap = {"scale": scale, "separate": separate, "cached": {"branches": names}}
     found = measured(sampler, "Karras", wrap)
     if sampler in DETERMINISTIC:
         assert found.max() < 1e-3

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from stepcache import (
     METHODS,
     EasyCache,
-    Every,
     Forecast,
+    Interval,
     Method,
     Off,
     OptionError,
@@ -339,7 +339,7 @@ def test_off_takes_no_options():
 
 
 def test_but_changes_only_what_it_names():
-    assert UCache(threshold=1.5, decay=0.9).but(mask="fast", warmup=3) == UCache(
+    assert UCache(threshold=1.5, decay=0.9).replace(mask="fast", warmup=3) == UCache(
         threshold=1.5, decay=0.9, mask="fast", warmup=3
     )
 
@@ -478,7 +478,7 @@ def test_any_mask_text_is_accepted_or_refused_with_a_sentence(text):
 
 
 @pytest.mark.parametrize("make", [Method, Forecast, Spectrum, partial(TaylorSeerCache, interval=2)])
-@pytest.mark.parametrize("gates", [Every(2), 5, (Every(2), "every"), (Every,)])
+@pytest.mark.parametrize("gates", [Interval(2), 5, (Interval(2), "every"), (Interval,)])
 def test_gates_that_are_none_are_named(make, gates):
     with pytest.raises(
         OptionError, match=r"gates=.*: accepted are objects of classes made from Gate, in a tuple or a l"

@@ -55,7 +55,7 @@ def run(subject, monkeypatch):
     """Samples a setting; `run.calls` is how often the network was called."""
     forward = networks.DiT.forward
 
-    @wraps(forward)  # what stepcache reads the conditions from
+    @wraps(forward)  # what stepcache reads the branches from
     def counting(self, *arguments, **keywords):
         sample.calls += 1
         return forward(self, *arguments, **keywords)
@@ -88,7 +88,7 @@ def test_a_static_mask_outside_skips_exactly_the_named_calls(run, name):
     plain = run(mask)
     both = run(mask, inner(name, LEFT))
     assert run.calls == LEFT
-    assert {both.report.fates(condition) for condition in both.report.conditions} == {"CCSCSC"}
+    assert {both.report.fates(branch) for branch in both.report.branches} == {"CCSCSC"}
     assert both.calls < LEFT  # and the inner one skips among those that are left
     assert torch.isfinite(both.images).all()
     assert not torch.equal(both.images, plain.images)

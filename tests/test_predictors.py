@@ -19,51 +19,51 @@ from toys import SIX, Toy, cached, drive, fates, heun, level, reasons
 from stepcache import (
     DMD,
     AdaptiveOrder,
+    Branch,
+    CacheEntry,
     Chebyshev,
-    Every,
-    Evidence,
     FiniteDifference,
     Forecast,
+    Interval,
     Lagrange,
+    LinearPredictor,
     Method,
-    Node,
     OptionError,
+    Position,
     Predictor,
     Reuse,
-    Run,
+    RunInfo,
+    SkipCounts,
     Spectrum,
     SpectrumCadence,
     Static,
     StepMask,
-    Tally,
     TaylorSeer,
     UCache,
-    Weighted,
-    Where,
     method,
 )
 from stepcache.bench import METRICS
+from stepcache.deferred import DeferredScalars
 from stepcache.demo import sampling
-from stepcache.readings import Readings
 from stepcache.samplers.k_diffusion import CachedDenoiser, FlowDenoiser, sample
 
 PREDICTORS: tuple[Predictor, ...] = (
     Lagrange(0),
     Lagrange(1),
     Lagrange(2),
-    Lagrange(3, of="output"),
+    Lagrange(3, baseline="zero"),
     TaylorSeer(0),
     TaylorSeer(1),
-    TaylorSeer(3, of="residual"),
+    TaylorSeer(3, baseline="input"),
     FiniteDifference(1),
     FiniteDifference(2),
     FiniteDifference(3),
     Chebyshev(),
-    Chebyshev(m=7, of="residual"),
+    Chebyshev(m=7, baseline="input"),
     AdaptiveOrder(),
     AdaptiveOrder(1),
     DMD(),
-    DMD(order=3, history=4, of="output"),
+    DMD(order=3, history=4, baseline="zero"),
 )
 
 Place = tuple[int, float]
@@ -75,28 +75,30 @@ def predict(
     known: Iterable[tuple[Place, Tensor, Tensor]],
     place: Place,
     x: Tensor,
-    run: Run | None = None,
+    run: RunInfo | None = None,
 ) -> Tensor | None:
     """The prediction at a place, from computed evaluations (place, x, out), oldest first, of which it keeps its own."""
-    readings, run = Readings(), run or Run()
-    history: deque[Node] = deque(maxlen=predictor.memory)
+    deferred, run = DeferredScalars(), run or RunInfo()
+    history: deque[CacheEntry] = deque(maxlen=predictor.memory)
 
-    def evidence(place: Place, x: Tensor) -> Evidence:
-        return Evidence(Where(0, place[0], place[1]), run, x, history, predictor, readings)
+    def branch(place: Place, x: Tensor) -> Branch:
+        return Branch(Position(0, place[0], place[1]), run, x, history, predictor, deferred)
 
     for at, past, out in known:
-        computed = evidence(at, past)
+        computed = branch(at, past)
         computed.out = out
-        predictor.remember(history, computed.node(past.dtype))
+        predictor.remember(history, computed.entry(past.dtype))
     wide = x if x.dtype == torch.float64 else x.float()
-    return evidence(place, wide).prediction
+    return branch(place, wide).prediction
 
 
 def one(value: float) -> Tensor:
     return torch.tensor([[value]], dtype=torch.float64)
 
 
-def number(predictor: Predictor, known: Sequence[tuple[Place, float]], place: Place, run: Run | None = None) -> float:
+def number(
+    predictor: Predictor, known: Sequence[tuple[Place, float]], place: Place, run: RunInfo | None = None
+) -> float:
     """The predicted output where every x is 0, so that output and residual are the same."""
     predicted = predict(predictor, [(at, one(0), one(out)) for at, out in known], place, one(0), run)
     return float(predicted)
@@ -110,9 +112,9 @@ def walk(outs: Sequence[float], gap: int = 1) -> list[tuple[Place, float]]:
 # Lagrange
 
 
-@pytest.mark.parametrize("of", ["residual", "output"])
+@pytest.mark.parametrize("baseline", ["input", "zero"])
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 4])
-def test_lagrange_reproduces_a_polynomial_in_log_sigma_of_its_order(order, of):
+def test_lagrange_reproduces_a_polynomial_in_log_sigma_of_its_order(order, baseline):
     """Unequal gaps; x moves at random, which the residual carries over and the output leaves out."""
     torch.manual_seed(order)
     coefficients = torch.randn(order + 1, 2, 3, 4, dtype=torch.float64)
@@ -121,17 +123,17 @@ def test_lagrange_reproduces_a_polynomial_in_log_sigma_of_its_order(order, of):
 
     def out(i: int) -> Tensor:
         polynomial = sum(c * math.log(sigmas[i]) ** k for k, c in enumerate(coefficients))
-        return polynomial + x[i] if of == "residual" else polynomial
+        return polynomial + x[i] if baseline == "input" else polynomial
 
     known = [((i, sigmas[i]), x[i], out(i)) for i in range(6)]
-    predicted = predict(Lagrange(order, of), known, (6, sigmas[6]), x[6])
+    predicted = predict(Lagrange(order, baseline), known, (6, sigmas[6]), x[6])
     torch.testing.assert_close(predicted, out(6), rtol=1e-9, atol=1e-9)
 
 
 def test_lagrange_reproduces_a_polynomial_in_the_runs_own_coordinate():
     """t^2 - t at t = 0.9, 0.7, 0.4 goes on to 0.04 - 0.2 at 0.2, in t; in log t it does not."""
     known = [((i, t), t * t - t) for i, t in enumerate((0.9, 0.7, 0.4))]
-    assert number(Lagrange(2), known, (3, 0.2), Run(coordinate=float)) == pytest.approx(-0.16)
+    assert number(Lagrange(2), known, (3, 0.2), RunInfo(coordinate=float)) == pytest.approx(-0.16)
     assert number(Lagrange(2), known, (3, 0.2)) != pytest.approx(-0.16, rel=0.01)
 
 
@@ -163,7 +165,7 @@ def test_lagrange_at_a_sigma_it_knows_returns_what_was_computed_there():
 
 
 def test_lagrange_survives_a_coordinate_that_does_not_tell_sigmas_apart():
-    assert number(Lagrange(2), walk([5, 7, 10]), (3, 0.125), Run(coordinate=lambda sigma: 1.0)) == 10
+    assert number(Lagrange(2), walk([5, 7, 10]), (3, 0.125), RunInfo(coordinate=lambda sigma: 1.0)) == 10
 
 
 def test_lagrange_leaves_out_what_has_no_coordinate():
@@ -178,7 +180,7 @@ def test_lagrange_leaves_out_what_has_no_coordinate():
 def test_lagrange_knows_all_of_its_order_under_heun():
     """Asked are 64 32 32 16 16 8 8 4 4 2, computed, and 2 1 1, skipped. The network answers log2(sigma)^2."""
     octaves = tuple(2.0**k for k in range(6, -1, -1))
-    method = Method(predictor=Lagrange(2, "output"), warmup=5)
+    method = Method(predictor=Lagrange(2, "zero"), warmup=5)
     model = cached(lambda x, sigma: x * sigma.log2().reshape(-1, 1, 1, 1) ** 2, method)
     with model.run((*octaves, 0.0), stages=2):
         answers = drive(model, heun((*octaves, 0.0)), 1.0)
@@ -270,15 +272,15 @@ def linear_system(rates: Sequence[complex], steps: Sequence[float], size: int = 
     return torch.einsum("rsk,rtk->trs", phi, powers).real
 
 
-@pytest.mark.parametrize("of", ["residual", "output"])
+@pytest.mark.parametrize("baseline", ["input", "zero"])
 @pytest.mark.parametrize("ahead", [1, 2, 3])
-def test_dmd_recovers_a_linear_system(ahead, of):
+def test_dmd_recovers_a_linear_system(ahead, baseline):
     """A decaying and an oscillating mode: three real degrees of freedom, six snapshots three evaluations apart."""
     rates = (0.9, 0.8 * complex(math.cos(0.5), math.sin(0.5)))
     y = linear_system(rates, [0, 1, 2, 3, 4, 5, 5 + ahead / 3])
-    x = torch.randn_like(y) if of == "residual" else torch.zeros_like(y)
+    x = torch.randn_like(y) if baseline == "input" else torch.zeros_like(y)
     known = [((3 * i, 9.0 - i), x[i], y[i] + x[i]) for i in range(6)]
-    predicted = predict(DMD(of=of), known, (15 + ahead, 1.0), x[6])
+    predicted = predict(DMD(baseline=baseline), known, (15 + ahead, 1.0), x[6])
     torch.testing.assert_close(predicted, y[6] + x[6], rtol=1e-5, atol=1e-5)
 
 
@@ -289,7 +291,7 @@ def test_dmd_is_taylorseer_below_four_evenly_spaced_evaluations():
             [((5, 3.0), torch.zeros_like(y[0]), y[4])] if 5 in index else []
         )
         arguments = known, (6, 1.0), torch.zeros_like(y[0])
-        assert torch.equal(predict(DMD(order=2), *arguments), predict(TaylorSeer(2, "residual"), *arguments))
+        assert torch.equal(predict(DMD(order=2), *arguments), predict(TaylorSeer(2, "input"), *arguments))
 
 
 def test_dmd_leaves_out_what_lies_before_the_evenly_spaced_evaluations():
@@ -338,7 +340,7 @@ def test_chebyshev_by_hand():
 def test_chebyshev_is_scaled_to_the_run():
     """As above with a run of 20 evaluations: those at 0 and 10, and now 20. Under Heun 10 steps are 20 evaluations."""
     known = [((0, 2.0), 10), ((10, 1.0), 20)]
-    for run in (Run((1.0,) * 21), Run((1.0,) * 11, stages=2)):
+    for run in (RunInfo((1.0,) * 21), RunInfo((1.0,) * 11, stages=2)):
         assert number(Chebyshev(w=1, m=1), known, (20, 0.5), run) == pytest.approx(10)
         assert number(Chebyshev(w=1, m=1, steps=50), known, (20, 0.5), run) != pytest.approx(10, rel=0.01)
 
@@ -410,12 +412,12 @@ def test_spectrum_refuses_a_window_that_cannot_be_meant(name):
         Spectrum(**CASES[name]["p"])
 
 
-def cadence(gate: SpectrumCadence, run: Run, evaluations: int) -> str:
-    answer, tally, letters = gate.begin(run), Tally(), ""
+def cadence(gate: SpectrumCadence, run: RunInfo, evaluations: int) -> str:
+    answer, counts, letters = gate.begin(run), SkipCounts(), ""
     for n in range(evaluations):
-        skip = answer(Where(0, n, 1.0), tally) is None
+        skip = answer(Position(0, n, 1.0), counts) is None
         letters += "CS"[skip]
-        tally = Tally(tally.computed + (not skip), tally.skipped + skip, tally.consecutive + 1 if skip else 0)
+        counts = SkipCounts(counts.computed + (not skip), counts.skipped + skip, counts.consecutive + 1 if skip else 0)
     return letters
 
 
@@ -423,17 +425,17 @@ def test_spectrums_cadence_is_the_references():
     """Rows are [steps, window, flex, warm-up, letters], all with stop = 0.9."""
     for steps, window, flex, warmup, letters in SPECTRUM["tables"]["cadence"]:
         gate = SpectrumCadence(window, flex, warmup, 0.9)
-        assert cadence(gate, Run((1.0,) * (steps + 1)), steps) == letters, (steps, window, flex, warmup)
+        assert cadence(gate, RunInfo((1.0,) * (steps + 1)), steps) == letters, (steps, window, flex, warmup)
 
 
 def test_spectrum_stops_at_a_share_of_the_evaluations_whatever_the_sampler():
     gate = SpectrumCadence(flex_window=0, stop=0.5)
-    assert cadence(gate, Run((1.0,) * 21), 20) == "CCCCSCSCSC" + "C" * 10
-    assert cadence(gate, Run((1.0,) * 11, stages=2), 19) == "CCCCSCSCSC" + "C" * 9
+    assert cadence(gate, RunInfo((1.0,) * 21), 20) == "CCCCSCSCSC" + "C" * 10
+    assert cadence(gate, RunInfo((1.0,) * 11, stages=2), 19) == "CCCCSCSCSC" + "C" * 9
 
 
 def test_spectrum_says_that_it_cannot_stop_without_a_schedule():
-    run = Run()
+    run = RunInfo()
     assert cadence(SpectrumCadence(flex_window=0), run, 8) == "CCCCSCSC"
     assert run.warnings == ["stop=0.9 cannot act: this run's schedule is not known (pass sigmas=, or use sample())"]
 
@@ -525,7 +527,7 @@ def test_the_memory_is_bounded(predictor, evaluations):
     model = cached(Toy(), Method(predictor=predictor, warmup=20), sigmas=range(21, -1, -1))
     for i in range(20):
         model(torch.full((1, 1, 2, 2), float(i)), level(21 - i))
-        kept.append(len(model.session._state.histories["guided"]))
+        kept.append(len(model.engine._state.histories["guided"]))
     assert kept == [min(i + 1, evaluations) for i in range(20)]
 
 
@@ -569,20 +571,20 @@ def test_every_predictor_goes_with_every_method(predictor):
 
 
 def test_a_weighted_predictor_of_ones_own_is_one_method():
-    class Mean(Weighted):
+    class Mean(LinearPredictor):
         memory = 2
-        of = "output"
+        baseline = "zero"
 
-        def weights(self, evidence):
-            return [(node, 1 / len(evidence.history)) for node in evidence.history]
+        def weights(self, branch):
+            return [(entry, 1 / len(branch.history)) for entry in branch.history]
 
     assert number(Mean(), walk([4, 10, 20]), (3, 0.1)) == 15
 
 
 @pytest.mark.parametrize("make", [Lagrange, TaylorSeer, Chebyshev, DMD])
 def test_what_is_extrapolated_is_the_residual_or_the_output(make):
-    with pytest.raises(OptionError, match=r"^unknown of 'denoised'. Accepted: residual, output.$"):
-        make(of="denoised")
+    with pytest.raises(OptionError, match=r"^unknown baseline 'denoised'. Accepted: input, zero.$"):
+        make(baseline="denoised")
 
 
 @pytest.mark.parametrize(
@@ -615,14 +617,14 @@ def coordinate_of(model: CachedDenoiser) -> Callable[[float], float | None]:
     told = []
 
     class Listening(Reuse):
-        def predict(self, evidence):
-            told.append(evidence)
-            return super().predict(evidence)
+        def predict(self, branch):
+            told.append(branch)
+            return super().predict(branch)
 
-    model.session.method = Method(predictor=Listening())
+    model.engine.method = Method(predictor=Listening())
     for sigma in (0.9, 0.5):
         model(torch.ones(1, 1, 2, 2), level(sigma))
-    return lambda sigma: told[-1].coordinate(Where(0, 0, sigma))
+    return lambda sigma: told[-1].coordinate(Position(0, 0, sigma))
 
 
 def test_predictors_are_told_log_sigma_and_for_flow_models_t():
@@ -654,41 +656,41 @@ def test_lagrange_in_t_reproduces_a_velocity_that_is_a_parabola_in_t():
 
 @pytest.mark.parametrize(("n", "expected"), [(1, "CCCCCCC"), (2, "CSCSCSC"), (3, "CSSCSSC"), (4, "CSSSCSS")])
 def test_of_n_evaluations_one_is_computed(n, expected):
-    answer, tally, fates = Every(n).begin(Run()), Tally(), ""
+    answer, counts, fates = Interval(n).begin(RunInfo()), SkipCounts(), ""
     for index in range(7):
-        computed = index == 0 or answer(Where(0, index, 1.0), tally) is not None
+        computed = index == 0 or answer(Position(0, index, 1.0), counts) is not None
         fates += "C" if computed else "S"
-        count(tally, computed)
+        count(counts, computed)
     assert fates == expected
 
 
 def test_the_first_ones_may_all_be_computed():
-    answer, tally, fates = Every(3, start=2).begin(Run()), Tally(), ""
+    answer, counts, fates = Interval(3, start=2).begin(RunInfo()), SkipCounts(), ""
     for index in range(8):
-        computed = index == 0 or answer(Where(0, index, 1.0), tally) is not None
+        computed = index == 0 or answer(Position(0, index, 1.0), counts) is not None
         fates += "C" if computed else "S"
-        count(tally, computed)
+        count(counts, computed)
     assert fates == "CCSSCSSC"
 
 
 @pytest.mark.parametrize(("n", "expected"), [(2, "CCSCSCSCSC"), (3, "CCSSSCSSSC"), (4, "CCSSSCSSSC")])
 def test_of_steps_with_two_evaluations_second_ones_are_computed(n, expected):
-    answer, tally, fates = Every(n).begin(Run(stages=2)), Tally(), ""
+    answer, counts, fates = Interval(n).begin(RunInfo(stages=2)), SkipCounts(), ""
     for index in range(10):
-        computed = index == 0 or answer(Where(0, index, 1.0, index // 2, index % 2), tally) is not None
+        computed = index == 0 or answer(Position(0, index, 1.0, index // 2, index % 2), counts) is not None
         fates += "C" if computed else "S"
-        count(tally, computed)
+        count(counts, computed)
     assert fates == expected
 
 
-def count(tally: Tally, computed: bool) -> None:
-    tally.computed += computed
-    tally.skipped += not computed
-    tally.consecutive = 0 if computed else tally.consecutive + 1
+def count(counts: SkipCounts, computed: bool) -> None:
+    counts.computed += computed
+    counts.skipped += not computed
+    counts.consecutive = 0 if computed else counts.consecutive + 1
 
 
 def quality(network: str, sampler: str, steps: int, method: Method) -> tuple[float, int]:
-    """PSNR in dB to the full run, over 10 samples of a shipped network, and the calls of a condition."""
+    """PSNR in dB to the full run, over 10 samples of a shipped network, and the calls of a branch."""
     subject, seeds = sampling.subject(network), range(10)
     full = subject.sample(sampler, steps, None, seeds)
     result = subject.sample(sampler, steps, method, seeds)

@@ -16,10 +16,10 @@ from toys import SIX, Forgetful, LogSigmaLine, SkipOdd, Toy, cached, drive, fate
 
 from stepcache import (
     Always,
+    Branch,
+    ComputeReason,
     EasyCache,
-    Evidence,
     Gate,
-    Hold,
     LastStep,
     MaxCached,
     MaxConsecutive,
@@ -166,7 +166,7 @@ def test_a_dynamic_mask_asks_the_criterion_on_its_zeros():
 
 def test_a_static_mask_skips_all_its_zeros_without_asking():
     class Unasked(Criterion):
-        def decide(self, evidence: Evidence) -> Verdict:
+        def decide(self, branch: Branch) -> Verdict:
             raise AssertionError("asked")
 
     model = cached(twice, Method(criterion=Unasked(), mask=StepMask("110001", "static")), sigmas=SIX)
@@ -280,7 +280,7 @@ def test_max_consecutive_limits_the_skips_in_a_row(limit, expected):
 
 
 def test_caps_count_evaluations_not_calls_and_not_steps():
-    model = cached(twice, Method(max_cached=3), conditions=("cond", "uncond"))
+    model = cached(twice, Method(max_cached=3), branches=("cond", "uncond"))
     with model.run(SIX, stages=2):
         for sigma in heun(SIX):
             model(filled(1.0, rows=2), level(sigma, rows=2))
@@ -348,20 +348,20 @@ class Memo(Gate):
         self.told: list[tuple[int, int, int, int]] = []
 
     def begin(self, run):
-        def answer(where, tally) -> Hold | None:
-            self.told.append((where.evaluation, tally.computed, tally.skipped, tally.consecutive))
+        def answer(position, counts) -> ComputeReason | None:
+            self.told.append((position.evaluation, counts.computed, counts.skipped, counts.consecutive))
             return None
 
         return answer
 
 
 @pytest.mark.parametrize("batched", [True, False])
-def test_gates_are_told_what_happened_to_the_anchor_in_evaluations(batched):
-    """Two conditions, window from step 2 of 6, every odd evaluation inside it skipped."""
+def test_gates_are_told_what_happened_to_the_reference_in_evaluations(batched):
+    """Two branches, window from step 2 of 6, every odd evaluation inside it skipped."""
     memo = Memo()
     method = Method(criterion=SkipOdd(), start=0.34, gates=(memo,), window=None)
     names = ("cond", "uncond")
-    model = cached(twice, method, sigmas=SIX, conditions=names if batched else lambda x, s, name: name)
+    model = cached(twice, method, sigmas=SIX, branches=names if batched else lambda x, s, name: name)
     for sigma in SIX[:-1]:
         if batched:
             model(filled(1.0, rows=2), level(sigma, rows=2))
@@ -610,7 +610,7 @@ def test_computed_evaluations_say_how_far_a_skip_would_have_been_off():
     assert offs(model) == [None, 2, None, None, 1.5, None]
     assert sizes(model) == [20, 16, None, None, 13, None]
     shares = [None, 2 / 16, None, None, pytest.approx(1.5 / 13), None]
-    assert [event.off_share for event in model.report.events] == shares
+    assert [event.error_share for event in model.report.events] == shares
     assert [event["off"] for event in model.report.to_dict()["events"]] == shares
 
 
@@ -628,9 +628,9 @@ def test_how_far_a_skip_would_have_been_off_is_measured_on_every_fourth_row_of_i
     assert sizes(model)[1] == pytest.approx(2 * 511 / 9, rel=1e-6)
 
 
-def test_how_far_off_is_told_of_the_deciding_condition_on_every_computed_evaluation():
-    """Also where a gate computed and the predictor was not needed; not of conditions that follow."""
-    model = cached(twice, Method(mask="101010"), sigmas=SIX, conditions=("cond", "uncond"))
+def test_how_far_off_is_told_of_the_deciding_branch_on_every_computed_evaluation():
+    """Also where a gate computed and the predictor was not needed; not of branches that follow."""
+    model = cached(twice, Method(mask="101010"), sigmas=SIX, branches=("cond", "uncond"))
     for x, sigma in zip([10, 9, 7, 6, 5, 5], SIX[:-1], strict=True):
         model(filled(x, rows=2), level(sigma, rows=2))
     assert fates(model, "cond") == "CSCSCS"
@@ -713,8 +713,8 @@ class Last(Predictor):
 
     factor: float = 1.0
 
-    def predict(self, evidence):
-        return evidence.history[-1].out * self.factor
+    def predict(self, branch):
+        return branch.history[-1].out * self.factor
 
 
 def test_every_criterion_goes_with_every_predictor():
@@ -732,9 +732,9 @@ def test_a_predictor_is_given_at_most_the_memory_it_asks_for_oldest_first():
     class Listening(LogSigmaLine):
         memory = 3
 
-        def predict(self, evidence):
-            given.append([node.where.sigma for node in evidence.history])
-            return super().predict(evidence)
+        def predict(self, branch):
+            given.append([entry.position.sigma for entry in branch.history])
+            return super().predict(branch)
 
     model = cached(twice, Method(predictor=Listening(), warmup=5), sigmas=SIX)
     drive(model, SIX[:-1], 1.0)
@@ -747,11 +747,11 @@ def test_a_predictor_is_told_the_place_the_input_and_how_far_it_moved():
     told = []
 
     class Listening(Last):
-        def predict(self, evidence):
-            places = [node.where.sigma for node in evidence.history]
-            values = [float(t.flatten()[0]) for t in (evidence.x, evidence.moved, *(n.x for n in evidence.history))]
-            told.append((evidence.where.sigma, evidence.where.step, places, values))
-            return super().predict(evidence) + evidence.moved / 2
+        def predict(self, branch):
+            places = [entry.position.sigma for entry in branch.history]
+            values = [float(t.flatten()[0]) for t in (branch.x, branch.moved, *(n.x for n in branch.history))]
+            told.append((branch.position.sigma, branch.position.step, places, values))
+            return super().predict(branch) + branch.moved / 2
 
     model = cached(twice, Method(predictor=Listening(), max_consecutive=2), sigmas=SIX)
     assert drive(model, SIX[:-1], [3, 5, 6, 4, 9, 1]) == [6, 6 + 1, 6 + 1.5, 8, 8 + 2.5, 8 - 1.5]
@@ -768,8 +768,8 @@ def test_a_criterion_may_look_at_the_prediction_and_its_sum():
     told = []
 
     class Listening(Criterion):
-        def decide(self, evidence: Evidence) -> Verdict:
-            told.append((float(evidence.prediction.flatten()[0]), float(evidence.total), float(evidence.input_change)))
+        def decide(self, branch: Branch) -> Verdict:
+            told.append((float(branch.prediction.flatten()[0]), float(branch.total), float(branch.input_change)))
             return Verdict(True)
 
     model = cached(twice, Method(criterion=Listening()), sigmas=SIX)
@@ -781,10 +781,10 @@ def test_a_predictor_sees_the_networks_input_in_float32_whatever_the_latents_are
     dtypes = []
 
     class Listening(Last):
-        def predict(self, evidence):
-            node = evidence.history[-1]
-            dtypes.append((evidence.x.dtype, evidence.moved.dtype, node.x.dtype, node.out.dtype))
-            return node.out.to(evidence.x.dtype)
+        def predict(self, branch):
+            entry = branch.history[-1]
+            dtypes.append((branch.x.dtype, branch.moved.dtype, entry.x.dtype, entry.out.dtype))
+            return entry.out.to(branch.x.dtype)
 
     network = Toy()
     model = cached(network, Method(predictor=Listening()), sigmas=SIX)

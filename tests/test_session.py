@@ -37,24 +37,24 @@ from toys import (
 
 from stepcache import (
     Always,
+    Branch,
+    Call,
     Criterion,
     EasyCache,
-    Evidence,
+    Engine,
     Method,
     Off,
     OptionError,
     Predictor,
     Report,
-    Request,
     Reuse,
-    Session,
     Static,
     StepMask,
     UCache,
     Verdict,
 )
 from stepcache.criteria import EasyCacheRule
-from stepcache.readings import Readings
+from stepcache.deferred import DeferredScalars
 from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
 
 # Off is off.
@@ -141,7 +141,7 @@ def begun(method: Method | None = None, **keywords) -> CachedDenoiser:
 def assert_clean(model: CachedDenoiser, run: int = 1) -> None:
     """The run in progress is another one, and its first evaluation was computed."""
     assert model.report.run == run
-    assert model.report.events[0].where.evaluation == 0
+    assert model.report.events[0].position.evaluation == 0
     assert reasons(model)[0] == "no memory yet"
 
 
@@ -162,7 +162,7 @@ def test_another_shape_batch_or_dtype_begins_a_new_run(x, expected):
     assert (answer == expected).all()
     assert answer.dtype == x.dtype
     assert_clean(model)
-    assert model.report.events[0].where.step == 2
+    assert model.report.events[0].position.step == 2
 
 
 def test_another_device_begins_a_new_run():
@@ -198,7 +198,9 @@ def test_another_shape_batch_or_dtype_within_an_announced_run_begins_with_a_clea
     assert {(answer.shape, answer.dtype) for answer in answers} == {(x.shape, x.dtype)}
     assert fates(model) == "CSCSSC"
     assert reasons(model) == ["no memory yet", "criterion"] * 2 + ["criterion", "last step"]
-    assert [(e.where.run, e.where.evaluation, e.where.step) for e in report.events] == [(0, k, k) for k in range(6)]
+    assert [(e.position.run, e.position.evaluation, e.position.step) for e in report.events] == [
+        (0, k, k) for k in range(6)
+    ]
     assert (report.run, report.scheduled_steps, report.steps, report.evaluations) == (0, 6, 6, 6)
     assert report.notes.count(DROPPED) == 1
 
@@ -224,7 +226,7 @@ def test_another_thread_or_device_within_an_announced_run_begins_with_a_clean_me
     assert fates(model) == "CSCSCC"
     assert reasons(model)[0::2] == ["no memory yet"] * 3
     assert reasons(model)[5] == "no memory yet"
-    assert [event.where.step for event in model.report.events] == [0, 1, 2, 3, 4, 5]
+    assert [event.position.step for event in model.report.events] == [0, 1, 2, 3, 4, 5]
     assert model.report.notes == [DROPPED]
 
 
@@ -250,16 +252,16 @@ def test_caps_count_on_through_a_change_within_an_announced_run():
 
 
 @pytest.mark.parametrize("stages", [None, 1])
-def test_conditions_of_two_sizes_keep_the_steps_of_an_announced_run(stages):
+def test_branches_of_two_sizes_keep_the_steps_of_an_announced_run(stages):
     """One evaluation is asked for both, in separate calls: each has a memory of its own size."""
     close = (10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 0.0)
-    model = cached(Toy(twice_named), Static("101010"), conditions=by_name)
+    model = cached(Toy(twice_named), Static("101010"), branches=by_name)
     with model.run(close, stages):
         for sigma in close[:-1]:
             model(filled(1.0), level(sigma), name="cond")
             answer = model(torch.ones(1, 1, 4, 4), level(sigma), name="uncond")
             assert answer.shape == (1, 1, 4, 4)
-    places = [(event.where.step, event.condition) for event in model.report.events]
+    places = [(event.position.step, event.branch) for event in model.report.events]
     assert places == [(step, name) for step in range(6) for name in ("cond", "uncond")]
     assert (model.report.run, model.report.evaluations) == (0, 6)
     assert fates(model, "cond") == fates(model, "uncond") == "CSCSCS"
@@ -280,7 +282,7 @@ def test_latents_that_a_sampler_widens_keep_their_run(sampler, stages, method):
     places = [(step, stage) for step in range(20) for stage in range(stages)][: 20 * stages - (stages - 1)]
     report = model.report
     assert {id(one) for one in reports} == {id(report)}
-    assert [(event.where.step, event.where.stage) for event in report.events] == places
+    assert [(event.position.step, event.position.stage) for event in report.events] == places
     assert (report.run, report.scheduled_steps, report.steps, report.evaluations) == (0, 20, 20, len(places))
     assert report.notes == [DROPPED]
     ones = StepMask("fast").for_steps(20) if method.static else (0,) * 20
@@ -303,7 +305,7 @@ def test_two_loops_within_one_announced_run_are_two_runs(stages):
             assert answers[0] == 2 * (run + 1)
             assert_clean(model, run)
             assert fates(model) == expected
-            assert [event.where.evaluation for event in model.report.events] == list(range(len(asked)))
+            assert [event.position.evaluation for event in model.report.events] == list(range(len(asked)))
             assert (model.report.scheduled_steps, model.report.steps) == (6, 6)
             reports.append(model.report)
     assert [report.run for report in reports] == [0, 1]
@@ -321,8 +323,8 @@ def test_nothing_a_criterion_learned_reaches_the_second_loop_of_an_announced_run
             assert [e.estimate for e in model.report.events] == [None, None, 0.0625, 0.1875, 0.375, 1 / 13]
 
 
-def test_two_loops_of_conditions_in_turn_within_one_announced_run_are_two_runs():
-    model = cached(twice, Method(), conditions=InTurn("cond", "uncond"))
+def test_two_loops_of_branches_in_turn_within_one_announced_run_are_two_runs():
+    model = cached(twice, Method(), branches=InTurn("cond", "uncond"))
     with model.run(SIX, 1):
         for run in range(2):
             drive(model, [sigma for sigma in SIX[:-1] for _ in range(2)], 1.0)
@@ -347,10 +349,10 @@ def test_an_exception_in_the_model_ends_the_run():
 
 def test_an_exception_in_the_predictor_ends_the_run():
     class Breaks(Reuse):
-        def predict(self, evidence):
-            if evidence.where.sigma == 6:
+        def predict(self, branch):
+            if branch.position.sigma == 6:
                 raise ZeroDivisionError
-            return super().predict(evidence)
+            return super().predict(branch)
 
     model = begun(Method(predictor=Breaks()))
     with pytest.raises(ZeroDivisionError):
@@ -361,8 +363,8 @@ def test_an_exception_in_the_predictor_ends_the_run():
 
 def test_an_exception_in_the_criterion_ends_the_run():
     class Breaks(Always):
-        def decide(self, evidence: Evidence) -> Verdict:
-            if evidence.where.sigma == 6:
+        def decide(self, branch: Branch) -> Verdict:
+            if branch.position.sigma == 6:
                 raise KeyboardInterrupt
             return Verdict(True)
 
@@ -373,7 +375,7 @@ def test_an_exception_in_the_criterion_ends_the_run():
     assert_clean(model)
 
 
-def test_an_exception_lets_the_next_run_begin_with_the_first_condition_in_turn():
+def test_an_exception_lets_the_next_run_begin_with_the_first_branch_in_turn():
     broken = []
 
     def network(x: Tensor, sigma: Tensor) -> Tensor:
@@ -382,12 +384,12 @@ def test_an_exception_lets_the_next_run_begin_with_the_first_condition_in_turn()
             raise RuntimeError
         return 2 * x
 
-    model = cached(network, Off(), sigmas=SIX, conditions=InTurn("cond", "uncond"))
+    model = cached(network, Off(), sigmas=SIX, branches=InTurn("cond", "uncond"))
     drive(model, (10, 10), 1.0)
     with pytest.raises(RuntimeError):
         model(filled(1.0), level(8))
     drive(model, (10, 10), 1.0)
-    assert model.report.conditions == ["cond", "uncond"]
+    assert model.report.branches == ["cond", "uncond"]
 
 
 def test_another_thread_begins_a_new_run():
@@ -445,7 +447,7 @@ def test_announced_runs_do_not_reach_each_other():
     assert_clean(model, 2)
 
 
-def test_a_refused_announcement_leaves_the_session_as_it_was():
+def test_a_refused_announcement_leaves_the_engine_as_it_was():
     model = cached(twice, Static("101010"), sigmas=SIX)
     with pytest.raises(OptionError, match="6 entries, the run has 2 steps"), model.run((5.0, 1.0, 0.0)):
         pass
@@ -546,8 +548,8 @@ def test_latents_are_freed_after_an_exception():
     assert alive() == 0
 
 
-def test_latents_are_freed_after_the_last_step_of_every_condition_in_turn():
-    model = cached(Forgetful(), Method(), sigmas=SIX, conditions=InTurn("cond", "uncond"))
+def test_latents_are_freed_after_the_last_step_of_every_branch_in_turn():
+    model = cached(Forgetful(), Method(), sigmas=SIX, branches=InTurn("cond", "uncond"))
     evaluate_odd(model, [sigma for sigma in SIX[:-1] for _ in range(2)][:-1])
     assert alive() > 0
     evaluate_odd(model, SIX[-2:-1])
@@ -555,17 +557,17 @@ def test_latents_are_freed_after_the_last_step_of_every_condition_in_turn():
     assert fates(model, "cond") == fates(model, "uncond") == "CSSSSS"
 
 
-def test_an_anchors_output_that_the_others_lean_on_is_freed_with_the_run():
-    method = Static("110101", skip="followers")
-    model = cached(Forgetful(), method, sigmas=SIX, conditions=InTurn("cond", "uncond"))
+def test_an_references_output_that_the_others_lean_on_is_freed_with_the_run():
+    method = Static("110101", skip="uncond")
+    model = cached(Forgetful(), method, sigmas=SIX, branches=InTurn("cond", "uncond"))
     evaluate_odd(model, [sigma for sigma in SIX[:-1] for _ in range(2)])
     assert fates(model, "uncond") == "CCSCSC"
     assert alive() == 0
 
 
-def test_latents_of_a_condition_that_was_dropped_on_the_way_are_freed_with_the_run():
+def test_latents_of_a_branch_that_was_dropped_on_the_way_are_freed_with_the_run():
     """Hosts drop uncond in the last steps."""
-    model = cached(Forgetful(lambda x, sigma, name: 2 * x), Static("110101"), sigmas=SIX, conditions=by_name)
+    model = cached(Forgetful(lambda x, sigma, name: 2 * x), Static("110101"), sigmas=SIX, branches=by_name)
     for name in ("cond", "uncond"):
         evaluate_odd(model, SIX[:1], name=name)
     evaluate_odd(model, SIX[1:-1], name="cond")
@@ -580,14 +582,14 @@ def test_latents_are_freed_when_the_last_step_is_taken_with_gradients():
     assert alive() == 0
 
 
-def test_a_session_that_is_off_remembers_nothing():
+def test_a_engine_that_is_off_remembers_nothing():
     model = cached(Forgetful(), None, sigmas=SIX)
     evaluate_odd(model, SIX[:3])
     assert alive() == 0
 
 
 def test_the_report_holds_no_tensor_with_more_than_one_element():
-    model = cached(twice, UCache(2.0, window=None, start=0, end=1), sigmas=SIX, conditions=("cond", "uncond"))
+    model = cached(twice, UCache(2.0, window=None, start=0, end=1), sigmas=SIX, branches=("cond", "uncond"))
     for k, sigma in enumerate(SIX[:-1]):
         model(filled(10.0 - k, rows=2), level(sigma, rows=2))
     seen, todo = set(), [model.report]
@@ -613,8 +615,8 @@ def by_name(x: Tensor, sigma: Tensor, name: str, **extra) -> str:
 class Near(Criterion):
     """Skips where the input moved by less than 1 since the last computed evaluation."""
 
-    def decide(self, evidence: Evidence) -> Verdict:
-        moved = float(evidence.input_change)
+    def decide(self, branch: Branch) -> Verdict:
+        moved = float(branch.input_change)
         return Verdict(moved < 1, moved, 1.0)
 
 
@@ -628,10 +630,10 @@ HOW = ["batched", "separate"]
 
 
 def guide(how: str, method: Method, network=None, cond=COND, uncond=UNCOND, sigmas=SIX, **keywords):
-    """A run with two conditions, batched in one call or in separate ones; the model and the answers of both."""
+    """A run with two branches, batched in one call or in separate ones; the model and the answers of both."""
     names = ("cond", "uncond")
-    conditions = names if how == "batched" else by_name
-    model = cached(network or Toy(twice_named), method, sigmas=sigmas, conditions=conditions, **keywords)
+    branches = names if how == "batched" else by_name
+    model = cached(network or Toy(twice_named), method, sigmas=sigmas, branches=branches, **keywords)
     answers: dict[str, list[float]] = {name: [] for name in names}
     for a, b, sigma in zip(cond, uncond, SIX[:-1], strict=True):
         if how == "batched":
@@ -649,7 +651,7 @@ def twice_named(x: Tensor, sigma: Tensor, name: str | tuple[str, ...]) -> Tensor
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_the_anchor_decides_for_all_conditions(how):
+def test_the_reference_decides_for_all_branches(how):
     model, answers = guide(how, Method(criterion=Near()))
     assert fates(model, "cond") == fates(model, "uncond") == "CSCSSS"
     assert answers["cond"] == pytest.approx([2, 1.5 + 1, 18, 9.5 + 9, 9.6 + 9, 9.7 + 9])
@@ -657,7 +659,7 @@ def test_the_anchor_decides_for_all_conditions(how):
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_every_condition_is_told_the_same_reason(how):
+def test_every_branch_is_told_the_same_reason(how):
     model, _ = guide(how, Method(criterion=Near(), max_cached=2))
     expected = ["no memory yet", "criterion", "criterion", "criterion", "max_cached", "max_cached"]
     assert reasons(model, "cond") == expected
@@ -674,38 +676,38 @@ def test_batched_and_separate_calls_agree(method):
     assert str(a.report) == str(b.report)
 
 
-def test_estimates_stand_with_the_anchor_alone():
+def test_estimates_stand_with_the_reference_alone():
     model, _ = guide("batched", Method(criterion=Near()))
-    assert [e.estimate for e in model.report.events if e.condition == "cond"][1:] == pytest.approx(
-        [0.5, 8, 0.5, 0.6, 0.7]
-    )
-    assert {e.estimate for e in model.report.events if e.condition == "uncond"} == {None}
+    assert [e.estimate for e in model.report.events if e.branch == "cond"][1:] == pytest.approx([0.5, 8, 0.5, 0.6, 0.7])
+    assert {e.estimate for e in model.report.events if e.branch == "uncond"} == {None}
 
 
-def test_cond_is_the_anchor_of_a_batch_unless_named_otherwise():
+def test_cond_is_the_reference_of_a_batch_unless_named_otherwise():
     for names, expected in ((("uncond", "cond"), "CSCSSS"), (("a", "b"), "CSSSCS")):
-        model = cached(twice, Method(criterion=Near()), sigmas=SIX, conditions=names)
+        model = cached(twice, Method(criterion=Near()), sigmas=SIX, branches=names)
         for first, second, sigma in zip(UNCOND, COND, SIX[:-1], strict=True):
             model(torch.cat([filled(first), filled(second)]), level(sigma, rows=2))
         assert fates(model, names[0]) == fates(model, names[1]) == expected
 
 
-def test_a_named_anchor_decides():
-    model, _ = guide("batched", Method(criterion=Near()), anchor="uncond")
+def test_a_named_reference_decides():
+    model, _ = guide("batched", Method(criterion=Near()), reference="uncond")
     assert fates(model, "cond") == fates(model, "uncond") == "CSSSCS"
 
 
-def test_an_unknown_anchor_is_an_error_with_the_nearest_name():
-    with pytest.raises(OptionError, match=r"unknown anchor 'unconf'. Did you mean 'uncond'\? Accepted: cond, uncond"):
-        cached(twice, Method(), conditions=("cond", "uncond"), anchor="unconf")
+def test_an_unknown_reference_is_an_error_with_the_nearest_name():
+    with pytest.raises(
+        OptionError, match=r"unknown reference 'unconf'. Did you mean 'uncond'\? Accepted: cond, uncond"
+    ):
+        cached(twice, Method(), branches=("cond", "uncond"), reference="unconf")
     with pytest.raises(OptionError, match=r"unknown value of decide 'eech'. Did you mean 'each'"):
         cached(twice, Method(), decide="eech")
 
 
-def test_an_anchor_that_is_called_second_warns_once_and_what_comes_before_it_computes():
+def test_an_reference_that_is_called_second_warns_once_and_what_comes_before_it_computes():
     method = Method(criterion=Near())
-    with pytest.warns(UserWarning, match="'cond' is evaluated before the anchor 'uncond'") as caught:
-        model, answers = guide("separate", method, anchor="uncond")
+    with pytest.warns(UserWarning, match="'cond' is evaluated before the reference 'uncond'") as caught:
+        model, answers = guide("separate", method, reference="uncond")
     assert len(caught) == 1
     assert fates(model, "cond") == "CCCCCC"
     assert fates(model, "uncond") == "CSSSCS"
@@ -713,15 +715,15 @@ def test_an_anchor_that_is_called_second_warns_once_and_what_comes_before_it_com
     assert answers["uncond"] == pytest.approx([2, 2.5, 2.6, 2.7, 10, 10.1])
 
 
-def test_an_anchor_that_never_comes_computes_everything():
-    said = "evaluated before the anchor 'nobody'"
+def test_an_reference_that_never_comes_computes_everything():
+    said = "evaluated before the reference 'nobody'"
     with pytest.warns(UserWarning, match=f"'cond' is {said}"), pytest.warns(UserWarning, match=f"'uncond' is {said}"):
-        model, answers = guide("separate", Method(), anchor="nobody")
+        model, answers = guide("separate", Method(), reference="nobody")
     assert fates(model, "cond") == fates(model, "uncond") == "CCCCCC"
     assert answers["uncond"] == pytest.approx([2 * x for x in UNCOND])
 
 
-def test_each_condition_can_decide_for_itself():
+def test_each_branch_can_decide_for_itself():
     model, answers = guide("separate", Method(criterion=Near()), decide="each")
     assert fates(model, "cond") == "CSCSSS"
     assert fates(model, "uncond") == "CSSSCS"
@@ -732,7 +734,7 @@ def test_each_condition_can_decide_for_itself():
 @pytest.mark.parametrize(
     ("limit", "expected"), [({"max_consecutive": 1}, "CSCSCS"), ({"max_cached": 2}, "CSSCCC"), ({}, "CSSSSS")]
 )
-def test_limits_hold_for_every_condition_that_decides_for_itself(limit, expected):
+def test_limits_hold_for_every_branch_that_decides_for_itself(limit, expected):
     model, _ = guide(
         "separate", Method(criterion=Near(), **limit), cond=[1, 9, 1, 9, 1, 9], uncond=[1] * 6, decide="each"
     )
@@ -740,9 +742,9 @@ def test_limits_hold_for_every_condition_that_decides_for_itself(limit, expected
     assert fates(model, "uncond") == expected
 
 
-def test_a_condition_that_decides_for_itself_computes_when_it_was_away():
+def test_a_branch_that_decides_for_itself_computes_when_it_was_away():
     """uncond stays away at 2 and 3: nothing says that what it did before still holds at 4."""
-    model = cached(Toy(twice_named), Static("110000"), sigmas=SIX, conditions=by_name, decide="each")
+    model = cached(Toy(twice_named), Static("110000"), sigmas=SIX, branches=by_name, decide="each")
     for k, sigma in enumerate(SIX[:-1]):
         model(filled(1.0), level(sigma), name="cond")
         if k not in (2, 3):
@@ -752,14 +754,14 @@ def test_a_condition_that_decides_for_itself_computes_when_it_was_away():
     assert reasons(model, "uncond")[2] == "no memory yet"
 
 
-def test_conditions_that_decide_for_themselves_in_one_batch_are_skipped_when_all_agree():
+def test_branches_that_decide_for_themselves_in_one_batch_are_skipped_when_all_agree():
     """Moved by 1 or more: cond at 2, uncond (from 1.6, computed with it at 2) at 4, cond (from 9.6) then nowhere."""
     model, _ = guide("batched", Method(criterion=Near()), decide="each")
     assert fates(model, "cond") == fates(model, "uncond") == "CSCSCS"
 
 
-def test_a_condition_without_memory_computes_on_a_skipped_evaluation_and_is_then_remembered():
-    model = cached(Toy(twice_named), Method(), sigmas=SIX, conditions=by_name)
+def test_a_branch_without_memory_computes_on_a_skipped_evaluation_and_is_then_remembered():
+    model = cached(Toy(twice_named), Method(), sigmas=SIX, branches=by_name)
     answers = []
     for k, sigma in enumerate(SIX[:4]):
         model(filled(1.0), level(sigma), name="cond")
@@ -771,9 +773,9 @@ def test_a_condition_without_memory_computes_on_a_skipped_evaluation_and_is_then
     assert answers == [4, 3 + 2]
 
 
-def test_a_condition_that_missed_a_computed_evaluation_computes_before_it_follows_again():
+def test_a_branch_that_missed_a_computed_evaluation_computes_before_it_follows_again():
     """uncond stays away at 1 and 2; cond is computed at 2: what uncond knows is older than what the decision saw."""
-    model = cached(Toy(twice_named), Static("101000"), sigmas=SIX, conditions=by_name)
+    model = cached(Toy(twice_named), Static("101000"), sigmas=SIX, branches=by_name)
     for k, sigma in enumerate(SIX[:5]):
         model(filled(1.0), level(sigma), name="cond")
         if k not in (1, 2):
@@ -788,9 +790,9 @@ def test_a_condition_that_missed_a_computed_evaluation_computes_before_it_follow
     st.sampled_from([UCache(1.0, window=None, start=0, end=1), EasyCache(0.3), Method(criterion=Near(), warmup=1)]),
     st.sampled_from(["cond", None]),
 )
-def test_batched_and_separate_calls_agree_on_any_path(path, method, anchor):
+def test_batched_and_separate_calls_agree_on_any_path(path, method, reference):
     cond, uncond = zip(*path, strict=True)
-    (a, first), (b, second) = (guide(how, method, cond=cond, uncond=uncond, anchor=anchor) for how in HOW)
+    (a, first), (b, second) = (guide(how, method, cond=cond, uncond=uncond, reference=reference) for how in HOW)
     assert first == second
     assert (fates(a, "cond"), fates(a, "uncond")) == (fates(b, "cond"), fates(b, "uncond"))
 
@@ -800,14 +802,14 @@ def test_batched_and_separate_calls_agree_on_any_path(path, method, anchor):
     st.lists(st.integers(0, 1), min_size=6, max_size=6).filter(lambda mask: 0 in mask),
     st.lists(st.lists(st.sampled_from(["a", "b", "c"]), unique=True), min_size=5, max_size=5),
 )
-def test_followers_come_and_go_and_never_answer_from_before_the_anchors_last_computed_evaluation(mask, present):
-    """A plain model of the rule: x = evaluation + 1, a skipped answer is x + x' of the condition's own last one."""
-    model = cached(Toy(twice_named), Static(mask), sigmas=SIX, conditions=by_name)
+def test_followers_come_and_go_and_never_answer_from_before_the_references_last_computed_evaluation(mask, present):
+    """A plain model of the rule: x = evaluation + 1, a skipped answer is x + x' of the branch's own last one."""
+    model = cached(Toy(twice_named), Static(mask), sigmas=SIX, branches=by_name)
     last: dict[str, int] = {}
     for k, (digit, others) in enumerate(zip(mask[:5], present, strict=True)):
-        skips = not digit and "anchor" in last
-        for name in ("anchor", *others):
-            sound = last.get(name, -1) >= last.get("anchor", 0)
+        skips = not digit and "reference" in last
+        for name in ("reference", *others):
+            sound = last.get(name, -1) >= last.get("reference", 0)
             answer = float(model(filled(k + 1), level(SIX[k]), name=name).flatten()[0])
             if skips and sound:
                 assert answer == (k + 1) + (last[name] + 1)
@@ -817,8 +819,8 @@ def test_followers_come_and_go_and_never_answer_from_before_the_anchors_last_com
     assert model.report.evaluations == 5
 
 
-def test_a_condition_that_stays_away_leaves_the_other_ones_decisions_alone():
-    model = cached(Toy(twice_named), Method(criterion=Near()), sigmas=SIX, conditions=by_name)
+def test_a_branch_that_stays_away_leaves_the_other_ones_decisions_alone():
+    model = cached(Toy(twice_named), Method(criterion=Near()), sigmas=SIX, branches=by_name)
     for k, (x, sigma) in enumerate(zip(COND, SIX[:-1], strict=True)):
         model(filled(x), level(sigma), name="cond")
         if k < 2:
@@ -826,8 +828,8 @@ def test_a_condition_that_stays_away_leaves_the_other_ones_decisions_alone():
     assert fates(model, "cond") == "CSCSSS"
 
 
-def test_one_condition_may_pass_sigma_per_row_and_the_other_as_a_number():
-    model = cached(Toy(twice_named), Method(criterion=Near()), sigmas=SIX, conditions=by_name)
+def test_one_branch_may_pass_sigma_per_row_and_the_other_as_a_number():
+    model = cached(Toy(twice_named), Method(criterion=Near()), sigmas=SIX, branches=by_name)
     for x, sigma in zip(COND, SIX[:-1], strict=True):
         model(filled(x), level(sigma), name="cond")
         model(filled(x), torch.tensor(sigma), name="uncond")
@@ -835,15 +837,15 @@ def test_one_condition_may_pass_sigma_per_row_and_the_other_as_a_number():
     assert fates(model, "cond") == fates(model, "uncond") == "CSCSSS"
 
 
-def test_a_batch_that_does_not_divide_into_its_conditions_is_an_error():
-    model = cached(twice, Method(), conditions=("cond", "uncond"))
-    with pytest.raises(OptionError, match="a batch of 3 does not divide into the 2 conditions cond, uncond"):
+def test_a_batch_that_does_not_divide_into_its_branches_is_an_error():
+    model = cached(twice, Method(), branches=("cond", "uncond"))
+    with pytest.raises(OptionError, match="a batch of 3 does not divide into the 2 branches cond, uncond"):
         model(filled(1.0, rows=3), level(5.0, rows=3))
 
 
 @pytest.mark.parametrize("names", [("cond", "cond"), ()])
-def test_conditions_of_one_call_must_be_one_or_more_different_names(names):
-    model = cached(twice, Method(), conditions=lambda x, sigma: names)
+def test_branches_of_one_call_must_be_one_or_more_different_names(names):
+    model = cached(twice, Method(), branches=lambda x, sigma: names)
     with pytest.raises(OptionError):
         model(filled(1.0, rows=2), level(5.0, rows=2))
 
@@ -880,12 +882,12 @@ def test_an_output_that_is_not_finite_is_never_reused(method, expected, value):
 @pytest.mark.parametrize("method", [Static("110000"), UCache(9, window=None, start=0, end=1)], ids=["static", "ucache"])
 def test_a_prediction_that_is_not_finite_is_computed_instead(method, value):
     class Breaks(Reuse):
-        def predict(self, evidence):
-            out = super().predict(evidence)
+        def predict(self, branch):
+            out = super().predict(branch)
             broken = torch.where(torch.arange(4).reshape(1, 1, 2, 2) == 1, value, out)
-            return broken if evidence.where.step == 3 else out
+            return broken if branch.position.step == 3 else out
 
-    model = cached(twice, method.but(predictor=Breaks()), sigmas=SIX)
+    model = cached(twice, method.replace(predictor=Breaks()), sigmas=SIX)
     answers = drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
     assert fates(model) == "CCSCSS"
     assert reasons(model)[3] == "prediction not finite"
@@ -988,19 +990,19 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("decide", ["anchor", "each"])
+@pytest.mark.parametrize("decide", ["reference", "each"])
 @pytest.mark.parametrize("method", [UCache(1.0), EasyCache(0.3), Static("110100"), Method(predictor=LogSigmaLine())])
 def test_a_decided_evaluation_costs_at_most_one_transfer(method, how, decide, monkeypatch):
     """Sigma lies on the CPU here and is read in rows of two; the first evaluation also begins the run."""
-    fetches, fetch = [], Readings.fetch
+    fetches, fetch = [], DeferredScalars.fetch
 
     def counting(self) -> None:
         fetches.append(1)
         fetch(self)
 
-    monkeypatch.setattr(Readings, "fetch", counting)
+    monkeypatch.setattr(DeferredScalars, "fetch", counting)
     names = ("cond", "uncond")
-    model = cached(Forgetful(twice_named), method, conditions=names if how == "batched" else by_name, decide=decide)
+    model = cached(Forgetful(twice_named), method, branches=names if how == "batched" else by_name, decide=decide)
     counts = []
     with model.run(SIX, stages=1):
         for k, sigma in enumerate(SIX[:-1]):
@@ -1029,7 +1031,7 @@ def test_evaluations_held_by_a_gate_read_nothing():
         Off(),
     ]
     for method in holds:
-        model = cached(Forgetful(), method, conditions=("cond", "uncond"))
+        model = cached(Forgetful(), method, branches=("cond", "uncond"))
         with model.run(SIX, stages=1):
             for sigma in SIX[:-1]:
                 model(filled(1.0, rows=2).to("meta"), level(sigma, rows=2).to("meta"))
@@ -1038,8 +1040,8 @@ def test_evaluations_held_by_a_gate_read_nothing():
 
 def test_the_readings_of_a_run_come_over_together(monkeypatch):
     """Five computed evaluations wait; the decision at the sixth and the report need one transfer each."""
-    fetches, fetch = [], Readings.fetch
-    monkeypatch.setattr(Readings, "fetch", lambda self: (fetches.append(1), fetch(self))[1])
+    fetches, fetch = [], DeferredScalars.fetch
+    monkeypatch.setattr(DeferredScalars, "fetch", lambda self: (fetches.append(1), fetch(self))[1])
     model = cached(twice, EasyCache(0.3, window=None, start=0, end=1, warmup=5), sigmas=SIX)
     drive(model, SIX[:5], [10, 9, 8, 7, 6])
     assert len(fetches) == 0
@@ -1062,7 +1064,7 @@ def rank_run(rank: int, group) -> dict[str, str]:
 
     xs = [1, 1.1, 1.2, 9, 9.1, 9.2] if rank else [1, 1.1, 1.2, 1.3, 1.4, 1.5]
     method = Method(criterion=Near())
-    model = cached(Toy(network), method, sigmas=SIX, conditions=by_name, group=group)
+    model = cached(Toy(network), method, sigmas=SIX, branches=by_name, group=group)
     for x, sigma in zip(xs, SIX[:-1], strict=True):
         for name in ("cond", "uncond"):
             model(filled(x), level(sigma), name=name)
@@ -1103,7 +1105,7 @@ def test_ranks_agree_about_followers_too_when_one_of_them_is_not_finite(ranks):
 
 
 def test_heun_counts_steps_not_evaluations_not_calls():
-    model = cached(twice, Static("110101"), conditions=("cond", "uncond"))
+    model = cached(twice, Static("110101"), branches=("cond", "uncond"))
     with model.run(SIX, stages=2):
         for sigma in heun(SIX):
             model(filled(1.0, rows=2), level(sigma, rows=2))
@@ -1111,7 +1113,7 @@ def test_heun_counts_steps_not_evaluations_not_calls():
     assert (report.scheduled_steps, report.steps, report.evaluations, len(report.events)) == (6, 6, 11, 22)
     assert (report.calls, report.skipped) == (2 * 7, 2 * 4)
     assert report.speedup == 22 / 14
-    assert report.conditions == ["cond", "uncond"]
+    assert report.branches == ["cond", "uncond"]
     assert report.fates("uncond") == "CCCCSSCCSSC"
     assert str(report).splitlines()[:2] == [
         "method    static: 6 steps, 11 evaluations, 22 calls asked for",
@@ -1124,7 +1126,7 @@ def test_heun_without_announcement_is_counted_in_steps_too():
     drive(model, heun(SIX), 1.0)
     report = model.report
     assert (report.scheduled_steps, report.steps, report.evaluations) == (6, 6, 11)
-    assert [(e.where.step, e.where.stage) for e in report.events][:5] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    assert [(e.position.step, e.position.stage) for e in report.events][:5] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
 
 
 def test_without_a_schedule_steps_are_unknown_and_said_to_be():
@@ -1154,7 +1156,7 @@ def test_the_summary_holds_fates_reasons_and_how_far_off():
 
 def test_the_table_has_a_row_for_every_evaluation():
     rows = [row.split() for row in walked().table().splitlines()]
-    assert rows[0] == ["eval", "step", "sigma", "condition", "fate", "reason", "estimate", "threshold", "off", "by"]
+    assert rows[0] == ["eval", "step", "sigma", "branch", "fate", "reason", "estimate", "threshold", "off", "by"]
     assert rows[3] == ["2", "2", "6", "guided", "skipped", "criterion", "0.0625", "0.2000"]
     assert rows[5] == ["4", "4", "2", "guided", "computed", "criterion", "0.3750", "0.2000", "11.5%"]
     assert len(rows) == 7
@@ -1173,7 +1175,7 @@ def test_json_round_trips(tmp_path):
         "step": 2,
         "stage": 0,
         "sigma": 6.0,
-        "condition": "guided",
+        "branch": "guided",
         "computed": False,
         "reason": "criterion",
         "estimate": 0.0625,
@@ -1251,10 +1253,10 @@ def test_two_models_share_a_method_without_sharing_what_it_learns():
     assert fates(two) == "CCCCCC"
 
 
-def test_a_session_without_a_host_answers_requests():
+def test_a_engine_without_a_host_answers_requests():
     """The seam below every adapter: four methods of a Request."""
 
-    class Plain(Request):
+    class Plain(Call):
         names = ("cond",)
 
         def __init__(self, x: float, sigma: float) -> None:
@@ -1272,14 +1274,14 @@ def test_a_session_without_a_host_answers_requests():
         def restore(self, outputs):
             return [outputs[0], None]
 
-    session = Session(Method(), sigmas=SIX)
-    computed, aux = session.answer(Plain(3, 10))
-    skipped, nothing = session.answer(Plain(4, 8))
+    engine = Engine(Method(), sigmas=SIX)
+    computed, aux = engine.answer(Plain(3, 10))
+    skipped, nothing = engine.answer(Plain(4, 8))
     assert ((computed == 6).all(), aux) == (True, "aux")
     assert ((skipped == 4 + 3).all(), nothing) == (True, None)
 
 
-class Counted(Request):
+class Counted(Call):
     """A call of a host that counts its evaluations; its network is `twice`."""
 
     def __init__(self, x: float, sigma: float, evaluation: int, name: str = "cond", form: tuple = ()) -> None:
@@ -1299,24 +1301,24 @@ class Counted(Request):
         return outputs[0]
 
 
-@pytest.mark.filterwarnings("ignore:condition 'uncond' is evaluated before")
+@pytest.mark.filterwarnings("ignore:branch 'uncond' is evaluated before")
 def test_the_hosts_number_of_an_evaluation_counts_and_not_the_sigma():
     """uncond is left out of evaluation 0; evaluation 1 begins with it, at the same sigma, as Heun's does."""
     for numbers, expected in (((0, 1, 1), [0, 1, 1]), ((None, None, None), [0, 0, 1])):
-        session = Session(Method(), sigmas=SIX)
-        session.begin(SIX)
+        engine = Engine(Method(), sigmas=SIX)
+        engine.begin(SIX)
         for number, name in zip(numbers, ("cond", "uncond", "cond"), strict=True):
-            session.answer(Counted(1, 8, number, name))
-        assert [event.where.evaluation for event in session.report.events] == expected
+            engine.answer(Counted(1, 8, number, name))
+        assert [event.position.evaluation for event in engine.report.events] == expected
 
 
 def test_a_change_of_form_drops_the_memory_of_an_announced_run():
-    session = Session(Method(), sigmas=SIX)
-    session.begin(SIX)
+    engine = Engine(Method(), sigmas=SIX)
+    engine.begin(SIX)
     for number, form in enumerate(((1,), (1,), (2,), (2,))):
-        session.answer(Counted(1, SIX[number], number, form=form))
-    assert session.report.fates("cond") == "CSCS"
-    assert DROPPED in session.report.notes
+        engine.answer(Counted(1, SIX[number], number, form=form))
+    assert engine.report.fates("cond") == "CSCS"
+    assert DROPPED in engine.report.notes
 
 
 def test_quiet_runs_warn_of_nothing():
@@ -1330,7 +1332,7 @@ def test_quiet_runs_warn_of_nothing():
 class Unhelpful(Predictor):
     """Never can tell."""
 
-    def predict(self, evidence):
+    def predict(self, branch):
         return None
 
 

@@ -14,11 +14,11 @@ from tiny_pipelines import PIPELINES
 from torch import Tensor
 from toys import Toy, cached, drive, fates, filled
 
-from stepcache import METHODS, Forecast, OptionError, Parametrization, Run, Where, method
+from stepcache import METHODS, Forecast, OptionError, Parametrization, Position, RunInfo, method
 from stepcache.bench import METRICS
+from stepcache.deferred import DeferredScalars
 from stepcache.demo import networks, sampling
-from stepcache.experimental import ForecastTolerance, ToleranceRule, exposure
-from stepcache.readings import Readings
+from stepcache.experimental import ForecastTolerance, ToleranceRule, error_gain
 from stepcache.samplers.diffusers import _parametrization, attach
 from stepcache.samplers.k_diffusion import (
     CachedDenoiser,
@@ -42,43 +42,43 @@ def unit(sigma: float) -> Parametrization:
 
 @dataclass
 class Seen:
-    """An `Evidence` of one pixel, with its numbers given."""
+    """An `Branch` of one pixel, with its numbers given."""
 
-    run: Run
-    where: Where
+    run: RunInfo
+    position: Position
     off: float = 0.0
     residual: float = 1.0
     history: list[Seen] = field(default_factory=list)
-    readings: Readings = field(default_factory=Readings)
+    deferred: DeferredScalars = field(default_factory=DeferredScalars)
 
     def __post_init__(self) -> None:
         self.x = filled(0)
         self.out = filled(self.residual)
         self.prediction = self.out + self.off if self.history else None
 
-    def coordinate(self, where: Where) -> float:
-        return where.sigma
+    def coordinate(self, position: Position) -> float:
+        return position.sigma
 
-    def take(self, number: Tensor) -> float:
+    def defer(self, number: Tensor) -> float:
         return float(number)
 
 
 class ByHand:
-    """A rule told of computed evaluations, one pixel a condition."""
+    """A rule told of computed evaluations, one pixel a branch."""
 
     def __init__(self, tolerance: float, guidance: float = 7.5) -> None:
-        self.run = Run(TEN, coordinate=float, parametrization=unit)
+        self.run = RunInfo(TEN, coordinate=float, parametrization=unit)
         self.rule = ToleranceRule(tolerance, guidance).begin(self.run)
         self.history: list[Seen] = []
 
     def computed(self, k: int, **offs: float) -> None:
-        where = Where(0, k, TEN[k], k)
+        position = Position(0, k, TEN[k], k)
         for name, off in (offs or {"guided": 0.0}).items():
-            self.rule.witness(name, Seen(self.run, where, off, history=list(self.history)))
-        self.history.append(Seen(self.run, where))
+            self.rule.witness(name, Seen(self.run, position, off, history=list(self.history)))
+        self.history.append(Seen(self.run, position))
 
     def asked(self, k: int) -> tuple[bool, float]:
-        verdict = self.rule.decide(Seen(self.run, Where(0, k, TEN[k], k), history=self.history))
+        verdict = self.rule.decide(Seen(self.run, Position(0, k, TEN[k], k), history=self.history))
         assert verdict.threshold == self.rule.tolerance
         return verdict.skip, verdict.estimate
 
@@ -153,22 +153,22 @@ def test_the_error_is_that_of_the_guided_prediction(options, off):
 
 
 @pytest.mark.parametrize(("guidance", "off"), [(3.0, 3 * 0.3 + 2 * 0.1), (1.0, 0.3), (0.5, 0.5 * 0.3 + 0.5 * 0.1)])
-def test_conditions_of_different_sizes_are_taken_for_as_far_off_as_they_can_be(guidance, off):
+def test_branches_of_different_sizes_are_taken_for_as_far_off_as_they_can_be(guidance, off):
     """Three rows of cond and two of uncond cannot be subtracted: |g| cond + |g - 1| uncond bounds the guided error."""
     hand = ByHand(0.5, guidance=guidance)
     for k in (0, 2):
-        where = Where(0, k, TEN[k], k)
+        position = Position(0, k, TEN[k], k)
         for name, error, rows in (("cond", 0.3, 3), ("uncond", -0.1, 2)):
-            seen = Seen(hand.run, where, error, history=list(hand.history))
+            seen = Seen(hand.run, position, error, history=list(hand.history))
             seen.out = seen.out.expand(rows, -1, -1, -1)
             seen.prediction = None if seen.prediction is None else seen.out + error
             hand.rule.witness(name, seen)
-        hand.history.append(Seen(hand.run, where))
+        hand.history.append(Seen(hand.run, position))
     hand.asked(3)
     assert hand.rule.rate == pytest.approx(off / 0.2)
 
 
-def test_conditions_that_are_not_known_as_cond_and_uncond_are_said_to_be_left_out():
+def test_branches_that_are_not_known_as_cond_and_uncond_are_said_to_be_left_out():
     """As "call" and "call 2", where a pipeline names none: guidance between them cannot be taken into account."""
     hand = ByHand(0.5, guidance=3.0)
     for k in (0, 2, 4):
@@ -183,7 +183,7 @@ def test_conditions_that_are_not_known_as_cond_and_uncond_are_said_to_be_left_ou
     assert not alone.run.notes
 
 
-def test_one_condition_alone_is_taken_as_it_is():
+def test_one_branch_alone_is_taken_as_it_is():
     hand = ByHand(0.5, guidance=3.0)
     hand.computed(0, cond=0.0)
     hand.computed(2, cond=0.2)
@@ -196,32 +196,32 @@ def test_without_a_schedule_or_a_scale_everything_is_computed_and_the_report_say
         drive(model, (10.0, 8.0, 6.0, 4.0), 1.0)
     assert fates(model) == "CCCC"
     assert any("tolerance" in note for note in model.report.notes)
-    run = Run(TEN)
-    assert not ToleranceRule(0.1).begin(run).decide(Seen(run, Where(0, 1, 0.9, 1))).skip
+    run = RunInfo(TEN)
+    assert not ToleranceRule(0.1).begin(run).decide(Seen(run, Position(0, 1, 0.9, 1))).skip
 
 
 def test_an_evaluation_off_the_schedule_is_computed_and_the_plan_begins_again():
     """A two-evaluation sampler that was not announced: its second evaluations are no places of the plan."""
     model = cached(lambda x, sigma: 2 * x, ForecastTolerance(0.5), sigmas=TEN)
     drive(model, [*TEN[:2], 0.85, *TEN[2:10]], 1.0)
-    at = [event.computed for event in model.report.events if event.where.stage]
+    at = [event.computed for event in model.report.events if event.position.stage]
     assert at == [True]
     assert "S" in fates(model)[4:]
     hand = ByHand(0.5)
     hand.computed(0)
-    where = Where(0, 1, 0.95, 0, stage=1)
-    hand.rule.witness("guided", Seen(hand.run, where, history=list(hand.history)))
-    assert hand.rule.decide(Seen(hand.run, Where(0, 2, TEN[1], 1), history=hand.history)) == (False, None, 0.5, None)
+    position = Position(0, 1, 0.95, 0, stage=1)
+    hand.rule.witness("guided", Seen(hand.run, position, history=list(hand.history)))
+    assert hand.rule.decide(Seen(hand.run, Position(0, 2, TEN[1], 1), history=hand.history)) == (False, None, 0.5, None)
 
 
 def test_the_evidence_of_an_evaluation_is_not_kept():
     """It holds half a dozen latents; the rule keeps one of its own, at first two."""
     hand, gone = ByHand(0.1), []
     for k in range(4):
-        seen = Seen(hand.run, Where(0, k, TEN[k], k), history=list(hand.history))
+        seen = Seen(hand.run, Position(0, k, TEN[k], k), history=list(hand.history))
         hand.rule.witness("guided", seen)
         gone.append(weakref.ref(seen))
-        hand.history.append(Seen(hand.run, seen.where))
+        hand.history.append(Seen(hand.run, seen.position))
         del seen
         assert gone[-1]() is None
         hand.asked(k + 1)
@@ -240,7 +240,7 @@ def test_it_is_no_method_of_the_core_and_what_is_refused():
         Forecast(tolerance=0.01)
     with pytest.raises(OptionError, match="'tolerance'"):
         method("forecast", "tolerance=0.01")
-    assert ForecastTolerance(0.01, 3.0, warmup=2) == ForecastTolerance(0.01, guidance=3.0).but(warmup=2)
+    assert ForecastTolerance(0.01, 3.0, warmup=2) == ForecastTolerance(0.01, guidance=3.0).replace(warmup=2)
     assert ForecastTolerance() == ForecastTolerance(0.02, 7.5)
     for tolerance in (-1, math.nan):
         with pytest.raises(OptionError, match="tolerance="):
@@ -249,8 +249,8 @@ def test_it_is_no_method_of_the_core_and_what_is_refused():
         ForecastTolerance(guidance="3")
     with pytest.raises(OptionError, match="unknown option 'tolerence'"):
         ForecastTolerance(tolerence=0.1)
-    with pytest.raises(OptionError, match=r"tolerance=0\.1, skip='followers': a tolerance counts errors"):
-        ForecastTolerance(0.1, skip="followers")
+    with pytest.raises(OptionError, match=r"tolerance=0\.1, skip='uncond': a tolerance counts errors"):
+        ForecastTolerance(0.1, skip="uncond")
 
 
 class Scheduler:
@@ -288,7 +288,7 @@ def v_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_exposure_follows_from_the_parametrization(parametrization, expected):
     """|c_out| / sigma over the latent's scale: sqrt(sigma^2 + 1), or sqrt(t^2 + (1 - t)^2) for a flow in its t."""
     for sigma in (0.99, 0.9, 0.7, 0.5, 0.31, 0.1, 0.03, 3.0, 14.6, 80.0):
-        assert exposure(parametrization(sigma), sigma) == pytest.approx(expected(sigma), rel=1e-5)
+        assert error_gain(parametrization(sigma), sigma) == pytest.approx(expected(sigma), rel=1e-5)
 
 
 def test_nothing_of_a_run_reaches_the_next():
@@ -331,14 +331,14 @@ def test_a_smaller_tolerance_is_a_smaller_error_for_more_calls():
 
 def test_the_report_shows_estimate_and_tolerance():
     report = run_of([3]).report
-    asked = [event for event in report.events if event.condition == "cond" and event.reason == "criterion"]
+    asked = [event for event in report.events if event.branch == "cond" and event.reason == "criterion"]
     assert {event.threshold for event in asked} == {0.02}
     assert all(event.estimate <= 0.02 for event in asked if not event.computed)
     assert any(event.estimate > 0 for event in asked)
 
 
 class InTwoCalls(torch.nn.Module):
-    """Guidance 3 that calls the model for each condition."""
+    """Guidance 3 that calls the model for each branch."""
 
     def __init__(self, inner_model: torch.nn.Module) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ def run_of(labels: list[int], dtype: torch.dtype = torch.float32, separate: bool
     model = CachedDenoiser(
         Toy(lambda x, sigma, **extra: denoiser(x.float(), sigma.float(), **extra).to(x.dtype)),
         ForecastTolerance(0.02, guidance=3.0),
-        conditions=InTurn("cond", "uncond") if separate else ("uncond", "cond"),
+        branches=InTurn("cond", "uncond") if separate else ("uncond", "cond"),
         scalings=denoiser.get_scalings,
         coordinate=denoiser.sigma_to_t,
         **options,
@@ -378,16 +378,16 @@ def test_decisions_do_not_depend_on_batch_size_order_or_dtype():
     assert fates(run_of([1, 5, 8]), "cond") == fates(run_of([8, 1, 5]), "cond")
 
 
-@pytest.mark.parametrize("decide", ["anchor", "each"])
-def test_conditions_in_separate_calls_are_judged_together(decide):
+@pytest.mark.parametrize("decide", ["reference", "each"])
+def test_branches_in_separate_calls_are_judged_together(decide):
     batched, separate = run_of([1, 5]), run_of([1, 5], separate=True, decide=decide)
     assert fates(separate, "cond") == fates(separate, "uncond") == fates(batched, "cond")
 
 
 def test_one_transfer_a_decided_evaluation(monkeypatch):
     fetched = []
-    fetch = Readings.fetch
-    monkeypatch.setattr(Readings, "fetch", lambda self: (fetched.append(1), fetch(self)))
+    fetch = DeferredScalars.fetch
+    monkeypatch.setattr(DeferredScalars, "fetch", lambda self: (fetched.append(1), fetch(self)))
     report = run_of([3]).report
     assert 0 < len(fetched) <= report.evaluations
 
@@ -400,6 +400,6 @@ def test_through_diffusers_the_schedule_comes_from_the_pipeline(name):
         pipe(**tiny.call(pipe))
     with attach(pipe, ForecastTolerance(1e-6)) as tight:
         pipe(**tiny.call(pipe))
-    assert any("S" in loose.report.fates(condition) for condition in loose.report.conditions)
-    assert all("S" not in tight.report.fates(condition) for condition in tight.report.conditions)
+    assert any("S" in loose.report.fates(branch) for branch in loose.report.branches)
+    assert all("S" not in tight.report.fates(branch) for branch in tight.report.branches)
     assert not any("tolerance" in note for note in loose.report.notes)

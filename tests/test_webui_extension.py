@@ -105,15 +105,15 @@ def left(host, runs):
     for run in runs:
         found += [run for inner in [run.denoiser.inner_model] if "forward" in vars(inner)]
         found += [run for func in [run.denoiser.sampler.func] if hasattr(func, "stepcache_follows")]
-        found += [run for state in [run.session._state] if state is not None]
+        found += [run for state in [run.engine._state] if state is not None]
     for model in (host.first, host.refiner) if host.forge else ():
         found += [one for one in model.forge_objects.unet.model_options.values() if hasattr(one, "stepcache_run")]
     found += list(host.original.model_options) if host.forge else []
     return found
 
 
-def fates(run, condition="cond"):
-    return run.session.report.fates(condition)
+def fates(run, branch="cond"):
+    return run.engine.report.fates(branch)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,7 +146,7 @@ def test_a_static_mask_skips_exactly_its_steps(name, sampler, runs):
     assert fates(runs[0]) == "CSSCSCSSCC"
     assert fates(runs[0], "uncond") == "CSSCSCSSCC"
     assert host.network.calls == [2] * 5
-    assert [event.where.step for event in runs[0].session.report.events if event.condition == "cond"] == [*range(10)]
+    assert [event.position.step for event in runs[0].engine.report.events if event.branch == "cond"] == [*range(10)]
 
 
 @pytest.mark.parametrize("name", ["a1111-1.10", "forge"])
@@ -157,7 +157,7 @@ def test_steps_are_told_from_evaluations(name, runs):
     host.job(nine, sampler_name="PLMS")
     host.job(MASKED, sampler_name="Heun")
     assert [fates(run) for run in runs] == ["CSSCSCSSC", "CCSSCSCSSC", "CCSSSSCCSSCCSSSSCCC"]
-    assert [run.session.report.steps for run in runs] == [9, 9, 10]
+    assert [run.engine.report.steps for run in runs] == [9, 9, 10]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -184,7 +184,7 @@ def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, ru
     network = Network()
     inner = CompVisDenoiser(types.SimpleNamespace(apply_model=network, alphas_cumprod=products_of(host)))
     names, texts = (("uncond", "cond"), (-0.2, 0.3)) if host.forge else (("cond", "uncond"), (0.3, -0.2))
-    cached = CachedDenoiser(inner, webui.Options.of([True, *method]).as_method(), conditions=names)
+    cached = CachedDenoiser(inner, webui.Options.of([True, *method]).as_method(), branches=names)
 
     def guided(x, sigma):
         answers = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), told=torch.tensor(texts)).chunk(2)
@@ -196,8 +196,8 @@ def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, ru
         noise = torch.Generator().manual_seed(3)
         caught["noise_sampler"] = lambda *sigmas: torch.randn(x.shape, generator=noise)
     latents = sample(func, guided, x, cache=cached, **caught)
-    for condition in names:
-        assert fates(runs[0], condition) == cached.report.fates(condition)
+    for branch in names:
+        assert fates(runs[0], branch) == cached.report.fates(branch)
     assert "S" in fates(runs[0], "uncond")
     # The order is chosen from errors near rounding here, so the two may differ by a share of it.
     assert torch.allclose(latents, p.latents[0], rtol=1e-3, atol=5e-4 * float(latents.abs().max()))
@@ -272,11 +272,11 @@ def test_what_forge_hands_to_the_slot_is_cut_by_chunks(prompt, extensions, runs)
     bare = host.job(None, prompt=prompt)
     each = len(host.network.calls) // 10
     p = host.job(followers(*MASKED), prompt=prompt)
-    images, conditions = len(prompt), len(prompt[0]) + 1
-    rows = [images * (conditions if one == "1" else 1) for one in "1001010011" for _ in range(each)]
+    images, branches = len(prompt), len(prompt[0]) + 1
+    rows = [images * (branches if one == "1" else 1) for one in "1001010011" for _ in range(each)]
     assert host.network.calls == rows
-    anchor = prompt[0][-1][1][0][1]  # the last of several comes first
-    assert host.network.told[each] == [anchor] * images
+    reference = prompt[0][-1][1][0][1]  # the last of several comes first
+    assert host.network.told[each] == [reference] * images
     assert close(p, bare)
     assert p.comments == []
 
@@ -332,7 +332,7 @@ def test_conditioning_that_is_not_ordered_by_rows_on_a1111_is_computed_whole_and
 
 def test_where_there_is_no_negative_prompt_it_says_so():
     p = Host("forge").job(followers(*ON), cfg_scale=1.0)
-    assert "where cond is the only condition nothing is skipped" in p.comments[0]
+    assert "where cond is the only branch nothing is skipped" in p.comments[0]
     assert p.extra_generation_params["StepCache skipped"] == "0/10"
 
 
@@ -385,7 +385,7 @@ def test_the_callback_names_the_steps_of_a_sampler_nobody_knows(runs, monkeypatc
 
     monkeypatch.setitem(SAMPLERS, "unheard of", sample_unheard_of)
     seen = []
-    monkeypatch.setattr(webui.Session, "note", lambda self, step: seen.append(step))
+    monkeypatch.setattr(webui.Engine, "note", lambda self, step: seen.append(step))
     Host("forge").job(ON, sampler_name="unheard of")
     assert seen == [*range(10)]
     assert runs[0].plan.stages is None
@@ -403,7 +403,7 @@ def test_every_batch_is_a_run_of_its_own(name, runs):
 def test_prompts_joined_by_and_have_a_memory_each(name, runs):
     host = Host(name)
     host.job(MASKED, prompt=[TWO])
-    assert runs[0].session.report.conditions in (["cond", "cond 2", "uncond"], ["uncond", "cond", "cond 2"])
+    assert runs[0].engine.report.branches in (["cond", "cond 2", "uncond"], ["uncond", "cond", "cond 2"])
     assert host.network.calls == [3] * 5
 
 
@@ -419,19 +419,19 @@ def test_calls_split_for_want_of_memory_answer_as_one_call_does(name, prompt, ru
     assert runs[1].auxiliary == 0
 
 
-@pytest.mark.filterwarnings("ignore:condition .* is evaluated before the anchor")
+@pytest.mark.filterwarnings("ignore:branch .* is evaluated before the reference")
 @pytest.mark.parametrize("name", NAMES)
-def test_calls_split_at_some_evaluations_only_keep_the_conditions_apart(name, runs):
+def test_calls_split_at_some_evaluations_only_keep_the_branches_apart(name, runs):
     host, turns = Host(name), itertools.cycle([False, True, True, False, True])
     host.low_memory = lambda: next(turns)
     host.job(MASKED)
-    report = runs[0].session.report
-    assert sorted(report.conditions) == ["cond", "uncond"]
+    report = runs[0].engine.report
+    assert sorted(report.branches) == ["cond", "uncond"]
     assert len(fates(runs[0])) == len(fates(runs[0], "uncond")) == 10
     assert fates(runs[0]) == "CSSCSCSSCC"
 
 
-@pytest.mark.filterwarnings("ignore:condition .* is evaluated before the anchor")
+@pytest.mark.filterwarnings("ignore:branch .* is evaluated before the reference")
 @pytest.mark.parametrize("name", NAMES)
 def test_heun_without_uncond_at_some_evaluations_keeps_two_of_one_sigma_apart(name, runs):
     """Split calls: cond alone at one evaluation, then uncond first at the next, at the same sigma."""
@@ -440,9 +440,9 @@ def test_heun_without_uncond_at_some_evaluations_keeps_two_of_one_sigma_apart(na
     p = host.job(ON, sampler_name="Heun", s_min_uncond=20.0)
     assert len(p.saw) == 19
     assert any(a == b for a, b in itertools.pairwise(p.saw))
-    assert runs[0].session.report.evaluations == 19
+    assert runs[0].engine.report.evaluations == 19
     assert len(fates(runs[0])) == 19
-    uncond = [event.where.evaluation for event in runs[0].session.report.events if event.condition == "uncond"]
+    uncond = [event.position.evaluation for event in runs[0].engine.report.events if event.branch == "uncond"]
     assert uncond == [*range(0, 19, 2)]
 
 
@@ -451,7 +451,7 @@ def test_an_edited_prompt_is_computed_where_it_changes(name, runs):
     host = Host(name)
     host.job([True, "static", "", "", "1000000001"], prompt=[EDITED])
     assert fates(runs[0]) == "CSSSSCSSSC"
-    assert any("prompt" in note for note in runs[0].session.report.notes)
+    assert any("prompt" in note for note in runs[0].engine.report.notes)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -482,8 +482,8 @@ def test_pag_and_sag_pass_through_and_are_never_stored(extension, prompt, low, r
     again = (len(prompt[0]) if extension is pag else 1) * (low or extension is sag) or 1
     assert runs[-1].auxiliary == 10 * (again if low else 1)
     assert fates(runs[-1]) == "CSSCSCSSCC"
-    conditions = {"cond", "uncond"} | ({"cond 2"} if prompt == [TWO] else set())
-    assert set(runs[-1].session.report.conditions) == conditions
+    branches = {"cond", "uncond"} | ({"cond 2"} if prompt == [TWO] else set())
+    assert set(runs[-1].engine.report.branches) == branches
 
 
 def test_further_calls_on_a1111_pass_through_and_are_never_stored(runs, monkeypatch):
@@ -586,7 +586,7 @@ def test_an_error_of_our_own_costs_the_speed_and_not_the_image(name, runs, monke
         ([True, "forcast"], "Did you mean 'forecast'?"),
         ([True, "ucache", -1], "threshold=-1.0: accepted is a number of at least 0"),
         ([True, "ucache", "much"], "threshold='much': accepted is a number"),
-        ([True, "forecast", 2.5], "every='2.5': accepted is a whole number"),
+        ([True, "forecast", 2.5], "interval='2.5': accepted is a whole number"),
         ([True, "static"], "static needs a mask"),
         ([True, "static", 3, "", "fast"], "static has none; leave it empty"),
         ([True, "forecast", "", "half"], "window='half': accepted are two shares"),
@@ -738,7 +738,7 @@ def test_further_options_win_over_the_fields():
 
 
 def test_every_method_has_a_place_in_the_panel():
-    assert webui.main_number("forecast") == ("every", 2)
+    assert webui.main_number("forecast") == ("interval", 2)
     assert webui.main_number("ucache") == ("threshold", 1.0)
     assert webui.main_number("spectrum") == ("window_size", 2)
     assert webui.main_number("hicache") == ("interval", 4)
@@ -786,7 +786,7 @@ def test_the_xyz_plot_gets_its_axes_once_and_they_act():
     assert p.stepcache_job.method.skip == "all"
     axes["[StepCache] Negative prompt only"].apply(p, axes["[StepCache] Negative prompt only"].type("True"), [])
     script.process(p, True)
-    assert p.stepcache_job.method.skip == "followers"
+    assert p.stepcache_job.method.skip == "uncond"
     script.process(p, False)
     assert p.stepcache_job is None
     assert "has no effect while StepCache is not enabled" in p.comments[0]

@@ -100,10 +100,10 @@ def test_under_fresh_noise_forecast_is_above_reuse(sampler):
     )
 
 
-def test_guidance_1_is_the_conditional_branch_alone():
+def test_guidance_1_is_the_branchal_branch_alone():
     one, three = zoo.subject("unet@1"), zoo.subject("unet@3")
     report = one.sample("euler", 3, None, [4]).report
-    assert report.conditions == ["cond"]
+    assert report.branches == ["cond"]
     assert report.calls == 3
     x, sigma, label = torch.randn(1, 1, 16, 16), torch.ones(1), torch.tensor([4])
     guided = Guided(three.model, 1.0)(x, sigma, label)
@@ -177,19 +177,19 @@ def test_the_galaxy_reader_puts_every_array_where_it_belongs(own_galaxies):
     def mlp(w1, b1, w2, b2, y):
         return w2 @ numpy.maximum(w1 @ y + b1[:, None], 0) + b2[:, None]
 
-    take = iter(arrays).__next__
-    kernel, bias, back, back_bias = take(), take(), take(), take()
+    defer = iter(arrays).__next__
+    kernel, bias, back, back_bias = defer(), defer(), defer(), defer()
     x = numpy.concatenate([image, numpy.full((1, 16, 16), t / 10)])
     patches = x.reshape(2, 4, 4, 4, 4).transpose(1, 3, 0, 2, 4)  # row, column, channel, y, x
     y = numpy.einsum("rcklm,oklm->orc", patches, kernel).reshape(6, 16) + bias.reshape(6, 1)
     for _ in range(galaxy.BLOCKS):
-        patch, channel = [take() for _ in range(4)], [take() for _ in range(4)]
-        norm1, norm2 = [take(), take()], [take(), take()]
+        patch, channel = [defer() for _ in range(4)], [defer() for _ in range(4)]
+        norm1, norm2 = [defer(), defer()], [defer(), defer()]
         z = norm(*norm1, y)
         w1, b1, w2, b2 = patch
         y = y + (w2 @ numpy.maximum(w1 @ z.T + b1[:, None], 0) + b2[:, None]).T
         y = (y.T + mlp(*channel, norm(*norm2, y.T).T).T).T
-    y = norm(take(), take(), y).reshape(6, 4, 4)
+    y = norm(defer(), defer(), y).reshape(6, 4, 4)
     # JAX's transposed convolution correlates with the kernel as it is: pixel l of a patch meets kernel 3 - l
     out = numpy.einsum("hrc,ohlm->orlcm", y, back[:, :, ::-1, ::-1]).reshape(1, 16, 16) + back_bias
     found = mixer(torch.tensor(image, dtype=torch.float32)[None], torch.tensor([t]))[0].numpy()
@@ -269,7 +269,7 @@ def test_unipc_under_the_cache_computes_half():
 
 def test_hicache_pp_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "hicache_pp", None)
-    from stepcache.extras import need
+    from stepcache._optional import require
 
     with pytest.raises(ImportError, match=r"stepcache\[zoo\]"):
-        need("hicache_pp", "zoo")
+        require("hicache_pp", "zoo")

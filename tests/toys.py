@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepcache import Criterion, Evidence, Method, Predictor, Verdict
+from stepcache import Branch, Criterion, Method, Predictor, Verdict
 from stepcache.samplers.k_diffusion import CachedDenoiser
 
 SIX = (10.0, 8.0, 6.0, 4.0, 2.0, 1.0, 0.0)
@@ -60,8 +60,8 @@ class Forgetful(nn.Module):
 class SkipOdd(Criterion):
     """Skips every odd evaluation: a criterion in two lines."""
 
-    def decide(self, evidence: Evidence) -> Verdict:
-        return Verdict(evidence.where.evaluation % 2 == 1)
+    def decide(self, branch: Branch) -> Verdict:
+        return Verdict(branch.position.evaluation % 2 == 1)
 
 
 class LogSigmaLine(Predictor):
@@ -70,11 +70,11 @@ class LogSigmaLine(Predictor):
     memory = 2
     finite_where_memory_is = True
 
-    def predict(self, evidence: Evidence) -> Tensor | None:
-        if len(evidence.history) < 2:
+    def predict(self, branch: Branch) -> Tensor | None:
+        if len(branch.history) < 2:
             return None
-        (s0, a), (s1, b) = ((math.log2(node.where.sigma), node.out) for node in list(evidence.history)[-2:])
-        return b + (b - a) * ((math.log2(evidence.where.sigma) - s1) / (s1 - s0))
+        (s0, a), (s1, b) = ((math.log2(entry.position.sigma), entry.out) for entry in list(branch.history)[-2:])
+        return b + (b - a) * ((math.log2(branch.position.sigma) - s1) / (s1 - s0))
 
 
 def level(sigma: float, rows: int = 1) -> Tensor:
@@ -99,12 +99,12 @@ def drive(model: CachedDenoiser, sigmas: Iterable[float], xs: Iterable[float] | 
     return [float(answer.flatten()[0]) for answer in answers]
 
 
-def fates(model: CachedDenoiser, condition: str = "guided") -> str:
-    return model.report.fates(condition)
+def fates(model: CachedDenoiser, branch: str = "guided") -> str:
+    return model.report.fates(branch)
 
 
-def reasons(model: CachedDenoiser, condition: str = "guided") -> list[str]:
-    return [event.reason for event in model.report.events if event.condition == condition]
+def reasons(model: CachedDenoiser, branch: str = "guided") -> list[str]:
+    return [event.reason for event in model.report.events if event.branch == branch]
 
 
 def heun(sigmas: Sequence[float]) -> list[float]:

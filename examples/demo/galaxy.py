@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stepcache.extras import need
+from stepcache._optional import require
 from stepcache.options import OptionError, unknown
 
 FILES = {
@@ -40,16 +40,16 @@ class Mixer(nn.Module):
 
     def __init__(self, arrays: list[Tensor]) -> None:
         super().__init__()
-        take = iter(arrays).__next__
-        self.enter = _parameters(take(), take())
+        defer = iter(arrays).__next__
+        self.enter = _parameters(defer(), defer())
         # A transposed convolution in JAX does not flip its kernel, torch's does.
-        self.leave = _parameters(take().transpose(0, 1).flip(-1, -2), take())
+        self.leave = _parameters(defer().transpose(0, 1).flip(-1, -2), defer())
         self.blocks = nn.ModuleList(
-            nn.ModuleList([_parameters(*(take() for _ in range(count))) for count in (4, 4, 2, 2)])
+            nn.ModuleList([_parameters(*(defer() for _ in range(count))) for count in (4, 4, 2, 2)])
             for _ in range(BLOCKS)
         )
-        self.norm = _parameters(take(), take())
-        self.end = float(take())
+        self.norm = _parameters(defer(), defer())
+        self.end = float(defer())
         patches = self.norm[0].shape[1]
         self.size = 4 * int(patches**0.5)
 
@@ -108,7 +108,7 @@ def load(name: str) -> ScoreDenoiser:
     """One of `FILES` in float32. OptionError for another name, ImportError without the package."""
     if name not in FILES:
         raise unknown("galaxy network", name, FILES)
-    numpy = need("numpy", "zoo")
+    numpy = require("numpy", "zoo")
     found = find_spec("galaxygrad")
     if found is None or found.origin is None:
         raise ImportError(f"{name} comes with the package galaxygrad: pip install 'stepcache[zoo]'")

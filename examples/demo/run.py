@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stepcache import EasyCache, Forecast, Method, Static, StepMask, UCache
+from stepcache._optional import require
 from stepcache.bench import Results, Sampled, Subject, bench
-from stepcache.extras import need
 
 from . import networks, zoo
 from .sampling import GUIDANCE, subject
@@ -41,13 +41,13 @@ def demo(out: Path, samples: int = 10, seed: int = 0) -> Results:
     """Runs everything, prints the table and writes what `bench` writes, contact-sheet.png and trace.png to `out`."""
     if samples < 10 or samples % 10:
         raise ValueError(f"--samples {samples}: accepted is a multiple of 10, so that every class is asked as often")
-    console = need("rich.console", "demo").Console()
+    console = require("rich.console", "demo").Console()
     subjects = [subject(name) for name in ("unet", "dit")]
     workers = min(2, os.cpu_count() or 1)
     results = bench(subjects, SAMPLERS, STEPS, METHODS, samples, seed, 10, OTHERS, out, workers, console)
     results.show(console)
     console.print(
-        f"{samples} samples a run, guidance 3. Calls are for one condition. Marks are means against the full run of "
+        f"{samples} samples a run, guidance 3. Calls are for one branch. Marks are means against the full run of "
         "as many steps, with a 95 % interval. Fewer steps: the same sampler without cache in as many calls, and how "
         "far the method is ahead of it, sample by sample. To the limit: against DPM++ 2M in 200 steps; best other: "
         "the sampler that is nearest to that with as many calls (under Euler a, to the full run). In brackets: fewer "
@@ -73,7 +73,7 @@ def sheet_rows(network: Subject, seeds: Sequence[int]) -> list[tuple[str, Sample
 def contact_sheet(network: Subject, rows: Sequence[tuple[str, Sampled]], seeds: Sequence[int], path: Path) -> None:
     """One row a method, one column a class: samples, and beside them how far they are from the first row's."""
     full = rows[0][1].images
-    figure = need("matplotlib.figure", "demo").Figure(figsize=(16, 0.72 * len(rows) + 0.8), facecolor="white")
+    figure = require("matplotlib.figure", "demo").Figure(figsize=(16, 0.72 * len(rows) + 0.8), facecolor="white")
     top = 1 - 0.72 / figure.get_figheight()
     place = {"left": 0.128, "right": 0.996, "top": top, "bottom": 0.012, "wspace": 0.018, "hspace": 0.07}
     axes = figure.subplots(len(rows), 2, gridspec_kw=place)
@@ -111,6 +111,6 @@ def _show(axis: Any, images: Tensor) -> None:
 
 def _save(figure: Any, path: Path) -> None:
     """In 256 colours: a third of the size, and nobody sees it."""
-    image, drawn = need("PIL.Image", "demo"), io.BytesIO()
+    image, drawn = require("PIL.Image", "demo"), io.BytesIO()
     figure.savefig(drawn, dpi=90)
     image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)

@@ -8,8 +8,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from stepcache._optional import require
 from stepcache.bench import METRICS, KDiffusion
-from stepcache.extras import need
 from stepcache.samplers.k_diffusion import FlowDenoiser
 
 from . import networks
@@ -18,7 +18,7 @@ GUIDANCE = 3.0
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance, both conditions in one call: denoised = uncond + scale (cond - uncond).
+    """Classifier-free guidance, both branches in one call: denoised = uncond + scale (cond - uncond).
 
     `null` is the label of uncond.
     """
@@ -44,7 +44,7 @@ def subject(name: str, guidance: float = GUIDANCE) -> KDiffusion:
     if name == "dit":
         denoiser = FlowDenoiser(network)
     else:
-        wrapper = need("k_diffusion.external", "k-diffusion").DiscreteEpsDDPMDenoiser
+        wrapper = require("k_diffusion.external", "k-diffusion").DiscreteEpsDDPMDenoiser
         denoiser = wrapper(network, networks.alphas_cumprod(), quantize=False)
     return KDiffusion(
         name if guidance == GUIDANCE else f"{name}, guidance {guidance:g}",
@@ -53,7 +53,7 @@ def subject(name: str, guidance: float = GUIDANCE) -> KDiffusion:
         partial(sigmas, denoiser),
         guided=partial(Guided, scale=guidance),
         extra_args=asked,
-        cached={"conditions": ("uncond", "cond")},
+        cached={"branches": ("uncond", "cond")},
         metrics={**METRICS, "right": right},
     )
 
@@ -62,7 +62,7 @@ def sigmas(denoiser: nn.Module, steps: int) -> Tensor:
     """The U-Net's Karras schedule between its training sigmas, or the flow's equal steps in time; then 0."""
     if isinstance(denoiser, FlowDenoiser):
         return denoiser.get_sigmas(steps)
-    karras = need("k_diffusion.sampling", "k-diffusion").get_sigmas_karras
+    karras = require("k_diffusion.sampling", "k-diffusion").get_sigmas_karras
     return karras(steps, float(denoiser.sigma_min), float(denoiser.sigma_max))
 
 

@@ -17,9 +17,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from stepcache._optional import require
 from stepcache.bench import KDiffusion
 from stepcache.bench.metrics import psnr_of_range
-from stepcache.extras import need
 from stepcache.options import unknown
 from stepcache.samplers.k_diffusion import FlowDenoiser
 
@@ -67,11 +67,11 @@ def subject(name: str) -> KDiffusion:
         return _with_classes(name, flow, shape, flow.get_sigmas, networks.NO_EMOJI)
     shape = (1, networks.SIZE, networks.SIZE)
     if name == "edm":
-        preconditioned = need("k_diffusion.layers", "k-diffusion").Denoiser
+        preconditioned = require("k_diffusion.layers", "k-diffusion").Denoiser
         denoiser = preconditioned(networks.load(name), networks.EDM_SIGMA_DATA)
         return _with_classes(name, denoiser, shape, partial(karras, *networks.EDM_SIGMAS))
     if name == "v":
-        denoiser = need("k_diffusion.external", "k-diffusion").VDenoiser(networks.load(name))
+        denoiser = require("k_diffusion.external", "k-diffusion").VDenoiser(networks.load(name))
         return _with_classes(name, denoiser, shape, partial(karras, *networks.V_SIGMAS))
     network, _, rest = name.partition("@")
     scale, _, shift = rest.partition(", shift ")
@@ -82,7 +82,7 @@ def subject(name: str) -> KDiffusion:
 
 def karras(low: float, high: float, steps: int) -> Tensor:
     """Karras' schedule (steps + 1,), from `high` down to `low`, then 0."""
-    return need("k_diffusion.sampling", "k-diffusion").get_sigmas_karras(steps, low, high)
+    return require("k_diffusion.sampling", "k-diffusion").get_sigmas_karras(steps, low, high)
 
 
 def asked(classes: int, seeds: Sequence[int]) -> dict[str, Tensor]:
@@ -107,6 +107,6 @@ def _with_classes(
         sigmas,
         guided=None if alone else partial(sampling.Guided, scale=guidance, null=null),
         extra_args=partial(asked, null),
-        cached={"conditions": ("cond",)} if alone else {"conditions": ("uncond", "cond")},
+        cached={"branches": ("cond",)} if alone else {"branches": ("uncond", "cond")},
         metrics={"PSNR": psnr_of_range},
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from stepcache.extras import need
+from stepcache._optional import require
 
 Metric = Callable[[Tensor, Tensor, Sequence[int]], Sequence[float]]
 """metric(images, reference, seeds) gives a number for every sample. `reference` is the full run of the same seeds."""
@@ -35,7 +35,7 @@ def psnr_of_range(images: Tensor, reference: Tensor, seeds: Sequence[int]) -> li
 
 def ssim(images: Tensor, reference: Tensor, seeds: Sequence[int]) -> list[float]:
     """Structural similarity (scikit-image, window 7, data range 2); of videos the mean over frames."""
-    score = need("skimage.metrics", "bench").structural_similarity
+    score = require("skimage.metrics", "bench").structural_similarity
     ours, full = (t.clamp(-1, 1).float().cpu().numpy() for t in (images, reference))
     if ours.ndim == 4:
         ours, full = ours[:, None], full[:, None]

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stepcache.extras import need
+from stepcache._optional import require
 
 Record = dict[str, Any]
 
@@ -28,7 +28,7 @@ class Interval:
         """`half` is None for fewer than two samples."""
         if len(values) < 2:
             return cls(values[0], None)
-        quantile = float(need("scipy.stats", "bench").t.ppf(0.975, len(values) - 1))
+        quantile = float(require("scipy.stats", "bench").t.ppf(0.975, len(values) - 1))
         return cls(statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5)
 
     def text(self, form: str = "{:.1f}", sign: bool = False) -> str:
@@ -53,7 +53,7 @@ class Row:
 
     Attributes:
         subject, sampler, steps, method: what was run.
-        calls, asked: calls made for one condition, and asked for; means over batches.
+        calls, asked: calls made for one branch, and asked for; means over batches.
         speedup: seconds of the full run over its own, the median over batches.
         same: whether every image is bit-identical to the full run's.
         scores: of every metric the mean over samples, against the full run of the same seeds.
@@ -152,7 +152,7 @@ class Results:
     def markdown(self) -> str:
         """The table as Markdown."""
         file = io.StringIO()
-        need("rich.console", "bench").Console(file=file, width=250).print(self.table(markdown=True))
+        require("rich.console", "bench").Console(file=file, width=250).print(self.table(markdown=True))
         return "\n".join(line.strip() for line in file.getvalue().strip().splitlines()) + "\n"
 
     def show(self, console: Any) -> None:
@@ -168,8 +168,8 @@ class Results:
 
     def table(self, markdown: bool = False) -> Any:
         """The table, for `rich`: a block for every subject, sampler and number of steps."""
-        box = need("rich.box", "bench")
-        table = need("rich.table", "bench").Table
+        box = require("rich.box", "bench")
+        table = require("rich.table", "bench").Table
         made = table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         first, *rest = self.metrics
         made.add_column("method", no_wrap=True)
@@ -207,7 +207,7 @@ class Results:
         cells = list(dict.fromkeys((row.subject, row.sampler, row.steps) for row in self.rows))
         columns = min(3, len(cells))
         lines = -(-len(cells) // columns)
-        figure = need("matplotlib.figure", "bench").Figure(figsize=(5 * columns, 3.8 * lines), layout="constrained")
+        figure = require("matplotlib.figure", "bench").Figure(figsize=(5 * columns, 3.8 * lines), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False)
         names = list(dict.fromkeys(row.method for row in self.rows if not row.same))
         for panel in panels.flat[len(cells) :]:
@@ -216,7 +216,7 @@ class Results:
             rows = [row for row in self.rows if (row.subject, row.sampler, row.steps) == cell and not row.same]
             self._panel(panel, rows, names, metric)
             panel.set_title("{}, {}, {} steps".format(*cell), fontsize=11)
-            panel.set_xlabel("calls for one condition")
+            panel.set_xlabel("calls for one branch")
             panel.set_ylabel(f"{metric} to the full run")
         handles = {}
         for panel in panels.flat:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepcache.extras import need
+from stepcache._optional import require
 from stepcache.methods import EasyCache, Forecast, Method, Spectrum, Static, UCache
 from stepcache.options import OptionError
 
@@ -109,7 +109,7 @@ def bench(
         ]
     store = Store(None if out is None else Path(out) / RECORDS, {s.name: trait(s, samplers[0], seed) for s in subjects})
     missing = [unit for unit in units if unit.key not in store]
-    with need("rich.progress", "bench").Progress(console=console, disable=console is None) as bar:
+    with require("rich.progress", "bench").Progress(console=console, disable=console is None) as bar:
         task = bar.add_task("sampling", total=len(units), completed=len(units) - len(missing))
         for unit, records in measured(missing, workers):
             store.add(unit, records)
@@ -188,7 +188,7 @@ def measured(
 def compared(unit: Unit) -> list[dict[str, Any]]:
     """One batch: the full run, every method, and at the calls that each made fewer steps and the other samplers.
 
-    A record holds who made it (`role`: full, method, fewer, other), calls per condition, seconds, and a number a sample
+    A record holds who made it (`role`: full, method, fewer, other), calls per branch, seconds, and a number a sample
     for every metric, against the full run; in `limit` the first metric against the subject's limit.
     """
     subject, seeds = unit.subject, unit.seeds

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stepcache.extras import need
+from stepcache._optional import require
 from stepcache.methods import Method, Off
 from stepcache.options import OptionError, unknown
 from stepcache.report import Report
@@ -31,8 +31,8 @@ class Sampled:
 
     @property
     def calls(self) -> float:
-        """Calls made for one condition, in the mean over conditions."""
-        return self.report.calls / max(1, len(self.report.conditions))
+        """Calls made for one branch, in the mean over branches."""
+        return self.report.calls / max(1, len(self.report.branches))
 
 
 class Subject(Protocol):
@@ -74,7 +74,7 @@ class KDiffusion:
         guided: builds the guidance wrapper around the cached model. None: the sampler calls the cached model.
         extra_args: of the seeds of a batch the sampler's `extra_args`, None: none.
         decode: of latents the images in [-1, 1], None: they are images.
-        cached: further options of `CachedDenoiser`, as `conditions=("uncond", "cond")`.
+        cached: further options of `CachedDenoiser`, as `branches=("uncond", "cond")`.
         metrics, limit, noisy: see `Subject`.
         device, dtype: of the latents.
     """
@@ -179,7 +179,7 @@ class Pipeline:
 
 
 def _sampler(name: str) -> Callable[..., Tensor]:
-    function = getattr(need("k_diffusion.sampling", "bench"), f"sample_{name}", None)
+    function = getattr(require("k_diffusion.sampling", "bench"), f"sample_{name}", None)
     if function is None or "sigmas" not in inspect.signature(function).parameters:
         raise OptionError(
             f"sampler={name!r}: accepted is 'unipc', and one of k-diffusion's that takes sigmas, as 'euler'"

@@ -93,8 +93,8 @@ def trimmed(case: dict[str, Any], by_id: dict[str, Any]) -> dict[str, Any]:
         kept["p"] = {key: case["p"][key] for key in OPTIONS[case["mode"]]}
     if case["id"] in WITH_COLUMNS:
         columns = by_id[case.get("col_same_as", case["id"])]["col"]
-        anchor = [row for row, condition in enumerate(columns["c"]) if condition in (0, 3)]
-        kept["col"] = {key: [columns[key][row] for row in anchor] for key in ("err", "thr") if key in columns}
+        reference = [row for row, branch in enumerate(columns["c"]) if branch in (0, 3)]
+        kept["col"] = {key: [columns[key][row] for row in reference] for key in ("err", "thr") if key in columns}
     return kept
 
 

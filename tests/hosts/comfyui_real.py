@@ -1,6 +1,6 @@
 """A real ComfyUI checkout, headless on the CPU, with a tiny random U-Net of Stable Diffusion 1's form.
 
-What is the host's own: guiders, samplers, schedules, conditions, ControlNet base, model patcher, U-Net. What is ours:
+What is the host's own: guiders, samplers, schedules, branches, ControlNet base, model patcher, U-Net. What is ours:
 the size and the weights of the U-Net, and prompts as random vectors.
 """
 

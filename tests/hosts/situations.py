@@ -195,7 +195,7 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
     result = run(host, {"sampler_name": sampler}, [True, *method])
     seen["spy"] = None
     assert result.error is None, result.error
-    report = seen["runs"][-1].session.report
+    report = seen["runs"][-1].engine.report
     func, x, keywords = caught["func"], caught["x"], dict(caught["keywords"])
     extra = keywords.pop("extra_args")
     cond = extra["cond"].batch[0][0].schedules[0].cond[None]
@@ -209,12 +209,12 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
         wrapped = torch.nn.Module()
         wrapped.forward, wrapped.sigmas = inner, table.sigmas
         wrapped.t_to_sigma = lambda t: table.sigma(t)
-        cached = adapter.CachedDenoiser(wrapped, chosen, conditions=order, scalings="eps")
+        cached = adapter.CachedDenoiser(wrapped, chosen, branches=order, scalings="eps")
     else:
         denoiser = seen["runs"][-1].denoiser.inner_model
         both = {"c_crossattn": [torch.cat([cond, uncond])], "c_concat": [torch.cat([extra["image_cond"]] * 2)]}
         order, more = ("cond", "uncond"), {"cond": both}
-        cached = adapter.CachedDenoiser(denoiser, chosen, conditions=order)
+        cached = adapter.CachedDenoiser(denoiser, chosen, branches=order)
 
     class Guided(torch.nn.Module):
         inner_model = seen["runs"][-1].denoiser.inner_model
@@ -236,8 +236,8 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
     with torch.inference_mode() if host.family == "forge" else torch.no_grad():
         latents = adapter.sample(func, Guided(), x, cache=cached, **keywords)
     return {
-        "host": [report.fates(condition) for condition in order],
-        "adapter": [cached.report.fates(condition) for condition in order],
+        "host": [report.fates(branch) for branch in order],
+        "adapter": [cached.report.fates(branch) for branch in order],
         "latents off": float((latents - caught["x0"]).abs().max() / latents.abs().max()),
     }
 
@@ -297,7 +297,7 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
         entry["negative only"] = summary(run(host, fields, NEGATIVE_ONLY))
         entry["left"] = left(host, [one.denoiser for one in seen["runs"]])
         entry["auxiliary"] = sum(one.auxiliary for one in seen["runs"])
-        entry["notes"] = sorted({note for one in seen["runs"] for note in one.session.report.notes})
+        entry["notes"] = sorted({note for one in seen["runs"] for note in one.engine.report.notes})
         entry["off"] = [summary(run(host, fields, [False]))["digest"] for _ in range(2)]
 
     for sampler in COMPARED if not only else ():
@@ -334,7 +334,7 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
         found["broken off"][what] = {
             **summary(result),
             "left": left(host, [one.denoiser for one in seen["runs"]]),
-            "memory": [len(one.session._state.histories) for one in seen["runs"] if one.session._state is not None],
+            "memory": [len(one.engine._state.histories) for one in seen["runs"] if one.engine._state is not None],
             "then off": summary(run(host, {}, [False]))["digest"] == plain,
         }
 

@@ -159,7 +159,7 @@ def test_inpainting_with_a_mask(host: Real) -> None:
     assert cache_of(model).report.skipped > 0
 
 
-def test_area_conditions(host: Real) -> None:
+def test_area_branches(host: Real) -> None:
     plain = host.model()
     positive = host.cond(1) + host.cond(3, area=(4, 8, 0, 0), strength=1.0)
     bare = run(host, plain, positive=positive)
@@ -167,10 +167,10 @@ def test_area_conditions(host: Real) -> None:
     model = patched(plain, chosen("forecast"))
     run(host, model, positive=positive)
     assert fates(model) == "CSCSCSCSCC"
-    assert cache_of(model).report.conditions[::-1] == ["cond", "uncond"]
+    assert cache_of(model).report.branches[::-1] == ["cond", "uncond"]
 
 
-def test_area_conditions_with_followers(host: Real) -> None:
+def test_area_branches_with_followers(host: Real) -> None:
     """Both parts of cond are run where uncond follows; with the same parts for uncond what follows is exact."""
     plain = host.model()
     parts = host.cond(1) + host.cond(3, area=(4, 8, 0, 0), strength=1.0)
@@ -194,11 +194,11 @@ def test_guiders_of_the_custom_sampler_nodes(host: Real) -> None:
         x = torch.randn(1, 4, 8, 8)
         guider.sample(x, torch.zeros_like(x), host.sampler("euler"), SIGMAS, seed=1)
     report = cache_of(model).report
-    assert set(report.conditions) == {"cond", "middle", "uncond"}
-    assert {report.fates(name) for name in report.conditions} == {"CSCSCSCSCC"}
+    assert set(report.branches) == {"cond", "middle", "uncond"}
+    assert {report.fates(name) for name in report.branches} == {"CSCSCSCSCC"}
 
 
-def test_both_other_conditions_of_dual_guidance_follow(host: Real) -> None:
+def test_both_other_branches_of_dual_guidance_follow(host: Real) -> None:
     custom = __import__("comfy_extras.nodes_custom_sampler", fromlist=["Guider_DualCFG"])
     model = patched(host.model(), chosen("forecast", FOLLOWERS))
     guider = custom.Guider_DualCFG(model)
@@ -210,7 +210,7 @@ def test_both_other_conditions_of_dual_guidance_follow(host: Real) -> None:
         guider.sample(x, torch.zeros_like(x), host.sampler("euler_ancestral"), SIGMAS, seed=1)
     report = cache_of(model).report
     assert host.rows == [3, 1] * 4 + [3, 3]
-    assert {name: report.fates(name) for name in report.conditions} == {
+    assert {name: report.fates(name) for name in report.branches} == {
         "cond": "C" * STEPS,
         "middle": "CSCSCSCSCC",
         "uncond": "CSCSCSCSCC",

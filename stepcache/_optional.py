@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 
 
-def need(module: str, extra: str) -> ModuleType:
+def require(module: str, extra: str) -> ModuleType:
     """Imports `module`, or says which extra of stepcache brings it."""
     try:
         return import_module(module)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 
-class Reading:
+class DeferredScalar:
     """One number; `float(reading)` fetches it, and with it every other reading of the same pool."""
 
     __slots__ = ("_pool", "_value")
 
-    def __init__(self, value: Tensor | float, pool: Readings) -> None:
+    def __init__(self, value: Tensor | float, pool: DeferredScalars) -> None:
         self._value = value
         self._pool = pool
 
@@ -28,15 +28,15 @@ class Reading:
         return f"Reading({float(self):.6g})"
 
 
-class Readings:
+class DeferredScalars:
     """The readings of one run."""
 
     def __init__(self) -> None:
-        self._pending: list[Reading] = []
+        self._pending: list[DeferredScalar] = []
 
-    def take(self, number: Tensor) -> Reading:
+    def defer(self, number: Tensor) -> DeferredScalar:
         """Registers a 0-dimensional tensor without waiting for its value."""
-        reading = Reading(number.detach(), self)
+        reading = DeferredScalar(number.detach(), self)
         self._pending.append(reading)
         return reading
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from stepcache import Method, OptionError, Reuse, TaylorSeer
+from stepcache._optional import require
 from stepcache.criteria import Always, Never, RelativeChange
-from stepcache.extras import need
 
 OUTSIDE = ("start", "end", "window", "last_step", "evaluations", "skip", "gates")
 """Options that cache-dit does not have."""
@@ -34,7 +34,7 @@ class Inside:
 
     def __init__(self, pipe: Any, modules: list[nn.Module], method: Method, guidance: dict[str, bool | None]) -> None:
         self.pipe, self.modules, self.method = pipe, modules, method
-        self.library = need("cache_dit", "cache-dit")
+        self.library = require("cache_dit", "cache-dit")
         self._before: list[tuple[nn.Module, dict[str, Any]]] = []
         for option in fields(method):
             if option.name in OUTSIDE and (value := getattr(method, option.name)) != option.default:
@@ -62,7 +62,7 @@ class Inside:
         )
         self._calibrator = None
         if isinstance(method.predictor, TaylorSeer):
-            kind = {"residual": "residual", "output": "hidden_states"}[method.predictor.of]
+            kind = {"input": "residual", "zero": "hidden_states"}[method.predictor.baseline]
             self._calibrator = self.library.TaylorSeerCalibratorConfig(
                 taylorseer_order=method.predictor.order, calibrator_cache_type=kind
             )
@@ -72,7 +72,7 @@ class Inside:
     @property
     def outside(self) -> Method:
         """What is left for the outside: the zeros of a static mask, else nothing."""
-        return self.method.but(criterion=Always() if self.method.static else Never())
+        return self.method.replace(criterion=Always() if self.method.static else Never())
 
     def enter(self) -> None:
         parts = [part for module in self.modules for part in module.modules()]

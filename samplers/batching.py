@@ -65,6 +65,6 @@ def may_be_ordered(value: Any, lengths: tuple[int, ...]) -> bool:
 
 
 def rows_of(names: tuple[str, ...], name: str, rows: int) -> slice:
-    """The rows of one of the conditions that come in a batch, as many each."""
+    """The rows of one of the branches that come in a batch, as many each."""
     each, place = rows // len(names), names.index(name)
     return slice(place * each, (place + 1) * each)

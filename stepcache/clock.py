@@ -25,7 +25,7 @@ SAME = 1e-5
 
 
 @dataclass
-class Where:
+class Position:
     """The place of one evaluation. Counts start at 0.
 
     `step` is None where it is not known: no schedule was given, or this sigma does not fit it. `stage` counts the
@@ -53,7 +53,7 @@ def as_schedule(sigmas: Tensor | Iterable[float] | None) -> tuple[float, ...] | 
     return tuple(torch.tensor(values, dtype=torch.float32).tolist())
 
 
-class Timeline:
+class Clock:
     """Follows the evaluations of one model and says where each stands.
 
     `sigmas` is the schedule of runs that the host does not announce with `begin`; None means unknown.
@@ -66,7 +66,7 @@ class Timeline:
         self.bounded = False
         self._loops = True
         self._run = -1
-        self._last: Where | None = None
+        self._last: Position | None = None
         self._first_sigma = 0.0
         self._corrector = False
         self._on_plan = False
@@ -110,7 +110,7 @@ class Timeline:
         self._last, self._corrector, self._on_plan = None, False, False
         self._noted_at, self._single = None, False
 
-    def locate(self, sigma: Tensor) -> Where:
+    def locate(self, sigma: Tensor) -> Position:
         """The place of the evaluation that the sampler asks for at `sigma` (any shape)."""
         planned, mixed = self._planned(), False
         if planned is not None and self._on_schedule and sigma.device.type != "cpu":
@@ -125,16 +125,16 @@ class Timeline:
 
         return self._next(value, place, mixed)
 
-    def put(self, sigma: float, step: int, stage: int = 0) -> Where:
+    def put(self, sigma: float, step: int, stage: int = 0) -> Position:
         """The place of the next evaluation where the host keeps count itself; nothing is read."""
         return self._next(sigma, (step, stage))
 
-    def _next(self, sigma: float, place: tuple[int | None, int], mixed: bool = False) -> Where:
+    def _next(self, sigma: float, place: tuple[int | None, int], mixed: bool = False) -> Position:
         if self._last is None:
             self._run, self._first_sigma, evaluation = self._run + 1, sigma, 0
         else:
             evaluation = self._last.evaluation + 1
-        self._last = Where(self._run, evaluation, sigma, *place, mixed)
+        self._last = Position(self._run, evaluation, sigma, *place, mixed)
         return self._last
 
     def note(self, step: int) -> None:
@@ -144,9 +144,9 @@ class Timeline:
             self._single = self._single or self._noted_at == self._last.evaluation - 1
             self._last.step, self._last.stage, self._noted_at = step, 0, self._last.evaluation
 
-    def is_last(self, where: Where) -> bool:
+    def is_last(self, position: Position) -> bool:
         """Whether this is the run's final step, as far as is known."""
-        return self.steps is not None and where.step == self.steps - 1
+        return self.steps is not None and position.step == self.steps - 1
 
     def _loops_again(self, value: float, tolerance: float) -> bool:
         """Whether another sampling loop has begun: in an announced run, only after its last step, on its schedule."""
