@@ -12,9 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stepcache import AdaptiveOrder, Forecast, Method, Static, UCache
+from stepcache import Forecast, Method, Static, UCache
 from stepcache.bench import bench
 from stepcache.demo.sampling import subject
+from stepcache.extend import AdaptiveOrder
 
 SAMPLERS = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "euler", "dpmpp_2m")
 

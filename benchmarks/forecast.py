@@ -17,10 +17,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stepcache import DMD, EasyCache, FiniteDifference, Forecast, Lagrange, Method, Reuse, Spectrum, TaylorSeer, UCache
+from stepcache import EasyCache, Forecast, Method, Spectrum, UCache
 from stepcache.bench import KDiffusion, Results, bench
 from stepcache.bench.results import Row
 from stepcache.demo.sampling import sigmas, subject
+from stepcache.extend import DMD, FiniteDifference, Lagrange, Reuse, TaylorSeer
 from stepcache.samplers.k_diffusion import FlowDenoiser
 
 SAMPLERS = ("euler", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "heun", "dpm_2", "dpmpp_sde")

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepcache import EasyCache, Method, UCache
-from stepcache.deferred import DeferredScalars
+from stepcache.extend import DeferredScalars
 from stepcache.samplers.k_diffusion import CachedDenoiser
 
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (4, 16, 128, 128), (1, 16, 21, 90, 160))

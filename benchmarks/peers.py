@@ -30,10 +30,10 @@ from diffusers import CacheMixin, hooks
 from rich.console import Console
 from torch import nn
 
-from stepcache import AdaptiveOrder, DBCache, EasyCache, FBCache, Forecast, Method, Reuse, Static, TaylorSeer, UCache
-from stepcache._optional import require
+from stepcache import DBCache, EasyCache, FBCache, Forecast, Method, Static, UCache
 from stepcache.bench import Pipeline, Results, Sampled, bench
 from stepcache.demo import pipelines
+from stepcache.extend import AdaptiveOrder, Reuse, TaylorSeer, require
 
 SAMPLER = "flow-match Euler"
 CALIBRATION = range(1000, 1016)

@@ -33,12 +33,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import stepcache
-from stepcache import DMD, EasyCache, Forecast, Method, Predictor, Reuse, Spectrum, TaylorSeer, UCache
-from stepcache._optional import require
+from stepcache import EasyCache, Forecast, Method, Spectrum, UCache
 from stepcache.bench import KDiffusion, Sampled
 from stepcache.bench.run import RECORDS, Store, measured, trait
 from stepcache.bench.subjects import NOISY
 from stepcache.demo import zoo
+from stepcache.extend import DMD, Predictor, Reuse, TaylorSeer, require
 from stepcache.samplers import k_diffusion
 
 DETERMINISTIC = ("euler", "dpmpp_2m", "unipc", "heun", "dpm_2")
@@ -56,7 +56,7 @@ MISS = 1.0
 
 def hermite(sigma: float) -> Predictor:
     """HiCache's predictor of order 2, contracted by `sigma`."""
-    from stepcache.hicache import Hermite
+    from stepcache.extend import Hermite
 
     return Hermite(2, sigma)
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from stepcache import Method, OptionError, Reuse, TaylorSeer
-from stepcache._optional import require
-from stepcache.criteria import Always, Never, RelativeChange
+from stepcache import Method, OptionError
+from stepcache.extend import Always, Never, RelativeChange, Reuse, TaylorSeer, require
 
 OUTSIDE = ("start", "end", "window", "last_step", "evaluations", "skip", "gates")
 """Options that cache-dit does not have."""

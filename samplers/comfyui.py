@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepcache import METHODS, Call, Engine, Method, OptionError, Parametrization, Report, StepMask
-from stepcache.deferred import wide, widened
-from stepcache.masks import PRESETS
-from stepcache.methods import main_number
-from stepcache.methods import method as make_method
+from stepcache import METHODS, Method, OptionError, Report, StepMask
+from stepcache import method as make_method
+from stepcache.extend import PRESETS, Call, Engine, Parametrization, main_number, wide, widened
 
 from .k_diffusion import EVALUATIONS as K_DIFFUSION
 
@@ -199,8 +198,8 @@ class _Run:
         names = self._names(conds, timestep, window)
         if names is None:
             return compute(conds)
-        return self.engine.answer(
-            _Call(compute, conds, self.sampling, names, x, timestep, self.evaluation, (self._form,), self.each)
+        return self.engine(
+            BatchCall(compute, conds, self.sampling, names, x, timestep, self.evaluation, (self._form,), self.each)
         )
 
     def _names(self, conds: Sequence[Any], timestep: Tensor, window: Any) -> dict[int, str] | None:
@@ -247,7 +246,7 @@ class _Run:
             self.notes.append(sentence)
 
 
-class _Call(Call):
+class BatchCall(Call):
     """One call of CALC_COND_BATCH, translated to network space.
 
     The model's own `model_sampling` is linear in x and in the network's output, and says how:
@@ -269,7 +268,7 @@ class _Call(Call):
         each: bool,
     ) -> None:
         self._compute, self._conds, self._x = compute, conds, x
-        self.sigma, self.evaluation, self.form = sigma, evaluation, form
+        self.sigma, self.evaluation, self.cache_key = sigma, evaluation, form
         # In the order in which ComfyUI batches them, last first: so a signal from inside the model divides rightly.
         self._places, self._sampling = sorted(places, reverse=True), sampling
         self._rows = x.shape[0] if each else 1
@@ -279,36 +278,51 @@ class _Call(Call):
         self.latent = x.expand(len(self.names), *x.shape)  # one latent stands for every branch
         self.requires_grad = x.requires_grad
 
-    def compute(self) -> list[Tensor]:
+    def run_model(self) -> list[Tensor]:
         return self._compute(self._conds)
 
-    def part(self, name: str) -> _Call:
+    def part(self, name: str) -> BatchCall:
         """The same call with the other branches left out, as None: their ControlNets are not run either."""
         place = self._places[self.names.index(name)]
         conds = [cond if k == place else None for k, cond in enumerate(self._conds)]
-        return _Call(
-            self._compute, conds, self._sampling, {place: name}, self._x, self.sigma, self.evaluation, self.form, False
+        return BatchCall(
+            self._compute,
+            conds,
+            self._sampling,
+            {place: name},
+            self._x,
+            self.sigma,
+            self.evaluation,
+            self.cache_key,
+            False,
         )
+
+    @cached_property
+    @torch.no_grad()
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out and c_in, as factors for x."""
+        return scalings(self._sampling, self.sigma, self._x)
 
     @torch.no_grad()
     def inputs(self) -> tuple[Tensor, ...]:
-        self.c_skip, self.c_out, self.c_in = scalings(self._sampling, self.sigma, self._x)
-        return (self._x * self.c_in).chunk(self._rows) * len(self._places)
+        return (self._x * self._factors[2]).chunk(self._rows) * len(self._places)
 
     @torch.no_grad()
     def outputs(self, answer: list[Tensor]) -> tuple[Tensor, ...]:
-        skipped = self._x * self.c_skip
-        raw = ((widened(answer[place]) - skipped).div_(self.c_out) for place in self._places)
+        c_skip, c_out, _ = self._factors
+        skipped = self._x * c_skip
+        raw = ((widened(answer[place]) - skipped).div_(c_out) for place in self._places)
         return tuple(part for out in raw for part in out.chunk(self._rows))
 
     @torch.no_grad()
-    def restore(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        skipped = self._x * self.c_skip
+    def rebuild(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        c_skip, c_out, _ = self._factors
+        skipped = self._x * c_skip
         answer = [torch.zeros_like(self._x) for _ in self._conds]
         for k, place in enumerate(self._places):
             rows = outputs[k * self._rows : (k + 1) * self._rows]
             out = rows[0] if len(rows) == 1 else torch.cat(rows)
-            answer[place] = torch.addcmul(skipped, out, self.c_out).to(self._x.dtype)
+            answer[place] = torch.addcmul(skipped, out, c_out).to(self._x.dtype)
         return answer
 
 

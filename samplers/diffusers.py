@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from stepcache import Call, Engine, FBCache, Method, OptionError, Parametrization, Report, StepMask, method
-from stepcache.deferred import wide, widened
-from stepcache.options import flag
+from stepcache import FBCache, Method, OptionError, Report, StepMask, method
+from stepcache.extend import Call, Engine, Parametrization, flag, wide, widened
 
 from .batching import cut, rows_of
 from .cache_dit_backend import Inside, wanted
@@ -341,10 +340,6 @@ class Attachment:
             slot.begin(schedule, stages)
 
 
-class _Unpaired(Exception):
-    """The output does not go with the input as assumed. The computed answer is good all the same."""
-
-
 @cache
 def slot_is_called() -> bool:
     """Whether this torch calls what stands in the slot, which is a private attribute of its modules."""
@@ -413,7 +408,7 @@ class _Slot(_Stand):
         self.candidates: list[Pairing] = []
         self.forms: dict[bool, Callable[[list[Tensor]], Any]] = {}
         self.refused: str | None = None
-        self._waiting: _Call | None = None
+        self._waiting: ModuleCall | None = None
         self._context: str | None = None
         self._seen: list[str] = []
         self._place: Place | None = None
@@ -442,7 +437,7 @@ class _Slot(_Stand):
         caller = self.owner.caller()
         if not self.owner.serves(caller):
             return self.through(args, kwargs)
-        call, context = _Call(self, args, kwargs), self._context or ""
+        call, context = ModuleCall(self, args, kwargs), self._context or ""
         place = self.owner.locate(call.timestep, again=context in self._seen)
         if place is None and self.owner.over:
             self.owner.detach()
@@ -453,7 +448,9 @@ class _Slot(_Stand):
         call.place, call.context, call.turn = place, context, self._seen.count(context)
         self._seen.append(context)
         if len(self._seen) > 1 and self.owner.guidance.enable_separate_cfg is False:
-            self._note("enable_separate_cfg=False: further calls at the same place were computed, and are not counted")
+            self.engine.report.note(
+                "enable_separate_cfg=False: further calls at the same place were computed, and are not counted"
+            )
             return self.through(args, kwargs)
         call.names = self._names(call)
         if self.candidates:
@@ -464,21 +461,20 @@ class _Slot(_Stand):
         self.owner.free_if_over(self)
         return answer
 
-    def _note(self, sentence: str) -> None:
-        if sentence not in self.engine.report.notes:
-            self.engine.report.notes.append(sentence)
+    def refuse(self, reason: str) -> None:
+        """The denoiser's answers cannot be predicted: from now on all are computed."""
+        self.refused = f"{reason}: always computed"
+        self.engine.report.note(self.refused)
 
-    def _answer(self, call: _Call) -> Any:
-        try:
-            return self.engine.answer(call)
-        except _Unpaired:
-            pass
-        if self.pairing is not None and not self.refused:
-            return self.engine.answer(call)  # computed already; now it is known how to remember it
-        self._waiting = call
-        return call.computed
+    def _answer(self, call: ModuleCall) -> Any:
+        """The engine's answer. If it is not known yet which part of the input the latents are, the call is kept."""
+        answer = self.engine(call)
+        if call.unpaired:
+            self.engine.reset()
+            self._waiting = call
+        return answer
 
-    def _choose(self, call: _Call) -> None:
+    def _choose(self, call: ModuleCall) -> None:
         """The latents are that part of the input which moves from one call to the next; the rest is conditioning."""
         before, self._waiting = self._waiting, None
         if before is None or before.latent.shape != call.latent.shape:
@@ -489,7 +485,7 @@ class _Slot(_Stand):
         before.names, call.names = self._names(before), self._names(call)
         self._answer(before)
 
-    def _names(self, call: _Call) -> tuple[str, ...]:
+    def _names(self, call: ModuleCall) -> tuple[str, ...]:
         """The branches of a call: batched guidance repeats the latents; separate calls are told by the pipeline's
         `cache_context`, or else by their order.
 
@@ -641,7 +637,7 @@ def pairings(x: Tensor, out: Tensor) -> list[Pairing]:
     return [Pairing(dim, 0, outside), Pairing(dim, inside - outside, outside)]
 
 
-class _Call(Call):
+class ModuleCall(Call):
     """One call of a denoiser: in network space already, its input scaled and its output raw.
 
     Latents of several kinds that go in and out together (video and audio) are one flat tensor to the engine.
@@ -659,6 +655,7 @@ class _Call(Call):
         self.latent = _packed(parts) if known else None
         self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
         self.sigma = self.computed = None
+        self.unpaired = False
         self.requires_grad = self.latent is not None and self.latent.requires_grad
 
     @torch.no_grad()
@@ -666,52 +663,48 @@ class _Call(Call):
         x = self.latent if self.slot.pairing is None else self.slot.pairing.input(self.latent)
         return x.to(wide(x.dtype), copy=True).chunk(len(self.names))
 
-    def compute(self) -> Any:
+    def run_model(self) -> Any:
         if self.computed is None:
             self.computed = self.slot.through(self.args, self.keywords)
         return self.computed
 
     @torch.no_grad()
-    def outputs(self, answer: Any) -> tuple[Tensor, ...]:
+    def outputs(self, answer: Any) -> tuple[Tensor, ...] | None:
         slot, (parts, form) = self.slot, _opened(answer)
+        self.unpaired = True
         if form is None or len(parts) != len(self.shapes):
-            self._refuse(f"{slot.name} returns {len(parts)} tensors for {len(self.shapes)} of latents")
+            return slot.refuse(f"{slot.name} returns {len(parts)} tensors for {len(self.shapes)} of latents")
         shapes = [part.shape[1:] for part in parts]
         if len(parts) > 1 and shapes != self.shapes:
-            self._refuse(f"{slot.name}: {_listed(self.shapes)} in and {_listed(shapes)} out cannot be paired")
+            return slot.refuse(f"{slot.name}: {_listed(self.shapes)} in and {_listed(shapes)} out cannot be paired")
         out = _packed(parts)
         slot.forms[bool(self.keywords.get("return_dict", True))] = form
         if slot.pairing is None or slot.pairing.input(self.latent).shape != out.shape:
-            slot.candidates = pairings(self.latent, out)
+            slot.candidates, slot.pairing = pairings(self.latent, out), None
             if not slot.candidates:
-                self._refuse(f"{slot.name}: {tuple(self.latent.shape)} in and {tuple(out.shape)} out cannot be paired")
-            slot.pairing = None
-            if len(slot.candidates) == 1:
-                slot.pairing, slot.candidates = slot.candidates[0], []
-            if slot.pairing != Pairing():
-                raise _Unpaired
+                shape = tuple(self.latent.shape)
+                return slot.refuse(f"{slot.name}: {shape} in and {tuple(out.shape)} out cannot be paired")
+            if len(slot.candidates) > 1:
+                return None
+            slot.pairing, slot.candidates = slot.candidates[0], []
+        self.unpaired = False
         return widened(out).clone().chunk(len(self.names))
 
-    def part(self, name: str) -> _Call | None:
+    def part(self, name: str) -> ModuleCall | None:
         if getattr(self.slot.module, "is_cache_enabled", False):
             return None  # a cache inside keeps what it saw, for batches of one size
         rows = len(self.latent)
         args, keywords = cut(_now((self.args, dict(self.keywords))), rows, rows_of(self.names, name, rows))
-        part = _Call(self.slot, args, keywords)
+        part = ModuleCall(self.slot, args, keywords)
         part.names = (name,)
         return part
 
-    def _refuse(self, reason: str) -> None:
-        self.slot.refused = f"{reason}: always computed"
-        self.slot.engine.report.notes.append(self.slot.refused)
-        raise _Unpaired
-
     @torch.no_grad()
-    def restore(self, outputs: tuple[Tensor, ...]) -> Any:
+    def rebuild(self, outputs: tuple[Tensor, ...]) -> Any:
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         form = self.slot.forms.get(bool(self.keywords.get("return_dict", True)))
         if form is None:
-            return self.compute()
+            return self.run_model()
         if len(self.shapes) == 1:
             return form([out])
         flat = out.split([shape.numel() for shape in self.shapes], dim=1)

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from stepcache import __version__
-from stepcache.options import OptionError
+from stepcache import OptionError, __version__
 
 MARK = "# Written by `stepcache install`; a later run replaces it."
 

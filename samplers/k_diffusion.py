@@ -9,18 +9,15 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from stepcache import Call, Engine, Method, Report, method
-from stepcache._optional import require
-from stepcache.clock import same_sigma
-from stepcache.deferred import wide, widened
-from stepcache.options import OptionError, unknown
-from stepcache.parametrization import Parametrization
+from stepcache import Method, OptionError, Report, method
+from stepcache.extend import Call, Engine, Parametrization, require, same_sigma, unknown, wide, widened
 
 from .batching import cut, rows_of
 
@@ -204,7 +201,7 @@ class CachedDenoiser(nn.Module):
                 "name the branches that come in one call, in their order"
             )
         try:
-            return self.engine.answer(_Call(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes))
+            return self.engine(DenoiserCall(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes))
         except BaseException:
             self._reset_turns()
             raise
@@ -310,7 +307,7 @@ def find(model: Any) -> CachedDenoiser:
     return found[0]
 
 
-class _Call(Call):
+class DenoiserCall(Call):
     """One call of a k-diffusion model, translated to network space."""
 
     def __init__(
@@ -324,41 +321,49 @@ class _Call(Call):
         dtypes: dict[torch.dtype, torch.dtype] | None = None,
     ) -> None:
         self.model, self.names, self.latent, self.sigma, self.keywords = model, names, x, sigma, extra
-        self._compute_scalings = scalings
+        self._scalings = scalings
         self._dtypes = {} if dtypes is None else dtypes  # of the latents' dtype that of the model's last answer
 
     @property
     def requires_grad(self) -> bool:
         return any(one.requires_grad for one in tree_leaves((self.latent, self.keywords)) if isinstance(one, Tensor))
 
+    @cached_property
+    @torch.no_grad()
+    def _factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """c_skip, c_out and c_in, as factors for x."""
+        x = self.latent
+        scalings = self._scalings(self.sigma.to(x.device, wide(x.dtype)))
+        c_skip, c_out, c_in = (None if c is None else _spread(c, x) for c in scalings)
+        return c_skip, c_out, c_in
+
     @torch.no_grad()
     def inputs(self) -> tuple[Tensor, ...]:
-        x = self.latent
-        scalings = self._compute_scalings(self.sigma.to(x.device, wide(x.dtype)))
-        self.c_skip, self.c_out, self.c_in = (None if c is None else _spread(c, x) for c in scalings)
-        return (x * self.c_in).chunk(len(self.names))
+        return (self.latent * self._factors[2]).chunk(len(self.names))
 
-    def compute(self) -> Tensor:
+    def run_model(self) -> Tensor:
         return self.model(self.latent, self.sigma, **self.keywords)
 
     @torch.no_grad()
     def outputs(self, answer: Tensor) -> tuple[Tensor, ...]:
         self._dtypes[self.latent.dtype] = answer.dtype
-        skipped = self.latent if self.c_skip is None else self.latent * self.c_skip
-        return (widened(answer) - skipped).div_(self.c_out).chunk(len(self.names))
+        c_skip, c_out, _ = self._factors
+        skipped = self.latent if c_skip is None else self.latent * c_skip
+        return (widened(answer) - skipped).div_(c_out).chunk(len(self.names))
 
     @torch.no_grad()
-    def restore(self, outputs: tuple[Tensor, ...]) -> Tensor:
+    def rebuild(self, outputs: tuple[Tensor, ...]) -> Tensor:
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        skipped = self.latent if self.c_skip is None else self.latent * self.c_skip
+        c_skip, c_out, _ = self._factors
+        skipped = self.latent if c_skip is None else self.latent * c_skip
         dtype = self._dtypes.get(self.latent.dtype, self.latent.dtype)
-        return torch.addcmul(skipped, out, self.c_out).to(dtype)
+        return torch.addcmul(skipped, out, c_out).to(dtype)
 
-    def part(self, name: str) -> _Call:
+    def part(self, name: str) -> DenoiserCall:
         rows = len(self.latent)
         kept = rows_of(self.names, name, rows)
         x, sigma, extra = cut((self.latent, self.sigma, self.keywords), rows, kept)
-        return _Call(self.model, self._compute_scalings, (name,), x, sigma, extra, self._dtypes)
+        return DenoiserCall(self.model, self._scalings, (name,), x, sigma, extra, self._dtypes)
 
 
 def _spread(c: Tensor, x: Tensor) -> Tensor:

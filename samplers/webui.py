@@ -25,15 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepcache import METHODS, Engine, Method, OptionError, Parametrization, Report, StepMask
-from stepcache.masks import PRESETS
-from stepcache.methods import main_number
-from stepcache.methods import method as make_method
-from stepcache.options import flag, number, unknown
+from stepcache import METHODS, Method, OptionError, Report, StepMask
+from stepcache import method as make_method
+from stepcache.extend import PRESETS, Engine, Parametrization, flag, main_number, number, unknown
 
 from .batching import Uncut, cut_exactly, may_be_ordered, rows_of
 from .k_diffusion import (
     EVALUATIONS,
+    DenoiserCall,
     ModelScalings,
     Scalings,
     ScalingsAsFloats,
@@ -41,7 +40,6 @@ from .k_diffusion import (
     denoised_scalings,
     flow_scalings,
 )
-from .k_diffusion import _Call as DenoiserCall
 
 TITLE = "StepCache"
 SLOT = "model_function_wrapper"
@@ -573,12 +571,12 @@ class Run:
         if self.engine.method.skip == "uncond" and (why := self.seat.unpaired()):
             self.uncut = why
             return compute()
-        call = Call(compute, self.seat.scalings, names, x, sigma, cut)
-        call.evaluation, call.form = self.evaluation, (*self.form, *form)
+        call = WebuiCall(compute, self.seat.scalings, names, x, sigma, cut)
+        call.evaluation, call.cache_key = self.evaluation, (*self.form, *form)
         call.place = self.plan.place(self.evaluation)
         self._answering = True
         try:
-            return self.engine.answer(call)
+            return self.engine(call)
         except Exception as error:
             if error is call.error:
                 raise
@@ -605,7 +603,7 @@ class Run:
         report = self.engine.report
         if self.engine.method.skip == "uncond" and (self.uncut or not report.skipped):
             said = [self.uncut] if self.uncut else []
-            said += [note.removeprefix(LEADS) for note in report.notes if note.startswith(LEADS)]
+            said += report.obstacles
             if said:
                 return [f"negative prompt only: {why}" for why in said]
         if report.events:
@@ -620,14 +618,11 @@ class Run:
         self.params = None
 
 
-LEADS = "skip='uncond': "
-"""How the engine's notes about followers begin."""
-
 Cut = Callable[[slice], Callable[[], Tensor]]
 """Some rows of a batched call -> what calls the model for them alone; raises `Uncut`."""
 
 
-class Call(DenoiserCall):
+class WebuiCall(DenoiserCall):
     """One call as `denoised = model(x, sigma)`, remembering what the model itself raised.
 
     `uncut` is why it could not be taken apart, if it had to be.
@@ -648,18 +643,18 @@ class Call(DenoiserCall):
         super().__init__(lambda x, sigma: compute(), scalings, names, x, sigma, {})
         self._cut = cut
 
-    def part(self, name: str) -> Call | None:
+    def part(self, name: str) -> WebuiCall | None:
         kept = rows_of(self.names, name, len(self.latent))
         try:
             compute = self._cut(kept)
         except Uncut as why:
             self.uncut = str(why)
             return None
-        return Call(compute, self._compute_scalings, (name,), self.latent[kept], self.sigma[kept], self._cut)
+        return WebuiCall(compute, self._scalings, (name,), self.latent[kept], self.sigma[kept], self._cut)
 
-    def compute(self) -> Tensor:
+    def run_model(self) -> Tensor:
         try:
-            return super().compute()
+            return super().run_model()
         except BaseException as error:
             self.error = error
             raise

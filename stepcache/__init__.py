@@ -1,40 +1,35 @@
 """stepcache: answers some of a diffusion sampler's evaluations without running the model.
 
-The core knows no host; adapters live in `stepcache.samplers`. See docs/design.md.
+These are the names for users. `stepcache.extend` has those for authors of methods and hosts; the hosts' adapters are in
+`stepcache.samplers`. See docs/design.md.
 """
 
+from pathlib import Path
 from typing import Any
 
-from .adaptive_order import AdaptiveOrder
-from .branch import Branch, CacheEntry
-from .clock import Position
 from .compat import load_config, parse
-from .criteria import Always, Criterion, Never, RelativeChange, Verdict, state
-from .engine import Call, Engine
-from .gates import (
-    ComputeReason,
-    Gate,
-    Interval,
-    LastStep,
-    MaxCached,
-    MaxConsecutive,
-    RunInfo,
-    SkipCounts,
-    SpectrumCadence,
-    Warmup,
-    Window,
-)
-from .hicache import Hermite, HiCache
-from .magcache import MagCache
 from .masks import StepMask
-from .methods import METHODS, EasyCache, Forecast, Method, Off, Spectrum, Static, UCache, method
+from .methods import METHODS, Method, method
+from .methods.cache_dit import CacheDiT
+from .methods.dbcache import DBCache
+from .methods.easycache import EasyCache
+from .methods.fbcache import FBCache
+from .methods.forecast import Forecast
+from .methods.hicache import HiCache
+from .methods.magcache import MagCache
+from .methods.off import Off
+from .methods.spectrum import Spectrum
+from .methods.static import Static
+from .methods.taylorseer import TaylorSeerCache
+from .methods.ucache import UCache
 from .options import OptionError
-from .parametrization import Parametrization
-from .predictors import DMD, Chebyshev, FiniteDifference, Lagrange, LinearPredictor, Predictor, Reuse, TaylorSeer
-from .published import CacheDiT, DBCache, FBCache, TaylorSeerCache
-from .report import Event, Report
+from .report import Report
 
 __version__ = "0.1.0"
+
+_ROOT = Path(__file__).parent.parent
+if (_ROOT / "samplers" / "k_diffusion.py").is_file() and (_ROOT / "pyproject.toml").is_file():
+    __path__ += [str(_ROOT), str(_ROOT / "examples")]  # a clone, not installed: samplers/ and examples/demo/ are parts
 
 
 def __getattr__(name: str) -> Any:
@@ -47,59 +42,25 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "DMD",
     "METHODS",
-    "AdaptiveOrder",
-    "Always",
-    "Branch",
     "CacheDiT",
-    "CacheEntry",
-    "Call",
-    "Chebyshev",
-    "ComputeReason",
-    "Criterion",
     "DBCache",
     "EasyCache",
-    "Engine",
-    "Event",
     "FBCache",
-    "FiniteDifference",
     "Forecast",
-    "Gate",
-    "Hermite",
     "HiCache",
-    "Interval",
-    "Lagrange",
-    "LastStep",
-    "LinearPredictor",
     "MagCache",
-    "MaxCached",
-    "MaxConsecutive",
     "Method",
-    "Never",
     "Off",
     "OptionError",
-    "Parametrization",
-    "Position",
-    "Predictor",
-    "RelativeChange",
     "Report",
-    "Reuse",
-    "RunInfo",
-    "SkipCounts",
     "Spectrum",
-    "SpectrumCadence",
     "Static",
     "StepMask",
-    "TaylorSeer",
     "TaylorSeerCache",
     "UCache",
-    "Verdict",
-    "Warmup",
-    "Window",
     "attach",
     "load_config",
     "method",
     "parse",
-    "state",
 ]

@@ -1,34 +1,36 @@
-"""What is remembered of computed evaluations, and what a criterion may look at when it decides about the next."""
+"""One branch of guidance in one evaluation, and the cache of what it computed before."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .clock import Position
 from .deferred import DeferredScalar, DeferredScalars, mean_abs, mean_abs_difference
-from .gates import RunInfo
 from .parametrization import Parametrization
-
-if TYPE_CHECKING:
-    from .predictors import Predictor
+from .run_info import RunInfo
 
 
 @dataclass(frozen=True)
 class CacheEntry:
     """One computed evaluation of one branch, in the network's own space.
 
-    `x` is the network's input (x c_in), `out` its raw output, both in the dtype of the latents; `size` is mean |out|;
-    `coordinate` is its place in `RunInfo.coordinate`, None where that is not finite, `index` its place in the schedule
-    (`RunInfo.index`), `parametrization` what x and out mean there, `noise` the noise level (B,) if it was measured;
-    `backtest_errors` is the predictor's own.
+    Attributes:
+        position: run, step and evaluation.
+        coordinate: its place in `RunInfo.coordinate`, None if that is not finite.
+        x: the network's input (x c_in), or the baseline that replaced it (`Branch.rebase`); in the latents' dtype.
+        out: the network's raw output, in the latents' dtype.
+        size: mean |out|.
+        backtest_errors: the predictor's own, one for each order.
+        index: its place in the schedule (`RunInfo.index`).
+        parametrization: what x and out mean there.
+        noise: the noise level (B,), if it was measured.
     """
 
     position: Position
@@ -46,20 +48,20 @@ History = deque[CacheEntry]
 
 
 class Branch:
-    """What is known about one branch of one evaluation. Everything is measured when first asked for.
+    """One branch in one evaluation. Everything is measured when it is first asked for.
 
     Attributes:
-        where: the place of the evaluation.
+        position: run, step and evaluation.
         run: what was known of the run when it began.
-        x: the network's input now, in float32 or wider.
-        history: the last computed evaluations of this branch, oldest first, as many as the predictor remembers; not
-            empty when a criterion or a predictor is asked.
-        out: the network's raw output, once it has been computed (in `Criterion.observe`).
-        leans: whether this branch is predicted from another's output (`Method.skip`). That then stands for x, here
-            and in the memory; x is None until it is known.
+        x: the network's input now, in float32 or wider; after `rebase` the reference branch's output.
+        history: the last computed evaluations of this branch, oldest first, as many as the predictor keeps. Not empty
+            when a criterion or a predictor is asked.
+        out: the network's raw output, once it has been computed.
+        rebased: whether x is another branch's output.
         noise: how noisy the sampler is, (B,) from 0 to 1 (`noise.FreshNoise`); None if not known or not asked for.
-        signal: what the criterion compares from one evaluation to the next: what the blocks that it looks at add to
-            their input (`Criterion.blocks`), None until the forward has got there; without blocks, x.
+        checked: whether `prediction_error` and `size` are measured for the report.
+        signal: what the criterion compares from one evaluation to the next: what the probed blocks add to their input
+            (`Criterion.blocks`), None until the forward pass has reached them; x if no blocks are probed.
     """
 
     def __init__(
@@ -68,23 +70,28 @@ class Branch:
         run: RunInfo,
         x: Tensor,
         history: Sequence[CacheEntry],
-        predictor: Predictor,
+        predictor: Callable[[Branch], Tensor | None],
         deferred: DeferredScalars,
+        parametrized: bool = False,
     ) -> None:
         self.position = position
         self.run = run
-        self.x = x
-        self.shape, self.device = x.shape, x.device
+        self.x: Tensor = x
         self.history = history
         self.out: Tensor | None = None
-        self.leans = False
+        self.rebased = False
         self.noise: Tensor | None = None
         self.signal: Tensor | None = x
-        self._predictor = predictor
+        self.checked = False
+        self.prediction_error: DeferredScalar | None = None
+        self._shape, self._device = x.shape, x.device
+        self._predict = predictor
         self._deferred = deferred
+        self._parametrized = parametrized
+        self._baseline_missing = False
 
     def coordinate(self, position: Position) -> float | None:
-        """The place of an evaluation in `RunInfo.coordinate`; None where that is not a finite number, as log 0 is not."""
+        """The place of an evaluation in `RunInfo.coordinate`; None if that is not a finite number, as log 0."""
         try:
             value = float(self.run.coordinate(position.sigma))
         except (ValueError, ArithmeticError):
@@ -98,18 +105,49 @@ class Branch:
 
     @cached_property
     def parametrization(self) -> Parametrization:
-        """What x and out mean here, for a predictor that asks. Of a branch that leans on another nothing is known."""
-        known = self.run.parametrization if self._predictor.sampler_aware and not self.leans else None
+        """What x and out mean here, if the predictor asks for it. Nothing is known of a rebased branch."""
+        known = self.run.parametrization if self._parametrized and not self.rebased else None
         return Parametrization() if known is None else known(self.position.sigma)
 
     def defer(self, number: Tensor) -> DeferredScalar:
-        """A number measured by the asker (0-dimensional), to come over with the others."""
+        """Registers a number (0-dimensional), to be transferred together with the others."""
         return self._deferred.defer(number)
 
-    def lean(self, lead: Tensor | None) -> None:
-        """From now on x is another branch's output. One of another shape, or none, cannot be leant on."""
-        fits = lead is not None and lead.shape == self.shape and lead.device == self.device
-        self.leans, self.x = True, lead if fits else None
+    def retake(self, x: Tensor) -> None:
+        """Replaces the input: the host has learnt from its model's answer which part of it the latents are."""
+        if self.signal is self.x:
+            self.signal = x
+        self.x, self._shape, self._device = x, x.shape, x.device
+
+    def rebase(self, baseline: Tensor | None) -> None:
+        """Predicts relative to `baseline`, the reference branch's output, instead of x. None if it is not known yet.
+
+        A baseline of another shape or on another device cannot be used: there is then no prediction.
+        """
+        self.rebased = True
+        self._baseline_missing = baseline is None or baseline.shape != self._shape or baseline.device != self._device
+        if baseline is not None and not self._baseline_missing:
+            self.x = baseline
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether it is known what a prediction is relative to."""
+        return not self._baseline_missing
+
+    @property
+    def predictable(self) -> bool:
+        """Whether there is a prediction, or will be one as soon as the baseline is known."""
+        return self.prediction is not None if self.has_baseline else bool(self.history)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number of the prediction is finite; waits for the device."""
+        return math.isfinite(self.total)
+
+    def request(self, *names: str) -> None:
+        """Registers measurements by name, so that the first one that is read brings all of them in one transfer."""
+        for name in names:
+            getattr(self, name)
 
     @cached_property
     def moved(self) -> Tensor:
@@ -119,54 +157,53 @@ class Branch:
     @cached_property
     def input_change(self) -> DeferredScalar | None:
         """mean |x - x'|; None without a computed evaluation."""
-        return self._deferred.defer(mean_abs(self.moved)) if self.history else None
+        return self.defer(mean_abs(self.moved)) if self.history else None
 
     @cached_property
     def signal_size(self) -> DeferredScalar:
         """mean |signal|."""
-        return self._deferred.defer(mean_abs(self.signal))
+        return self.defer(mean_abs(self.signal))
 
     def signal_change(self, since: Tensor) -> DeferredScalar:
         """mean |signal - since|."""
-        return self._deferred.defer(mean_abs_difference(self.signal, since))
+        return self.defer(mean_abs_difference(self.signal, since))
 
     @cached_property
     def prediction(self) -> Tensor | None:
-        """The raw output that the predictor expects here; None where it cannot tell."""
-        return self._predictor.predict(self) if self.history and self.x is not None else None
+        """The raw output that the predictor expects here; None if it cannot tell."""
+        return self._predict(self) if self.history and self.has_baseline else None
 
     @cached_property
     def total(self) -> DeferredScalar | None:
-        """The sum of the prediction, which is finite where the prediction is; None without one."""
-        return None if self.prediction is None else self._deferred.defer(self.prediction.sum())
+        """The sum of the prediction, finite if the prediction is; None without one."""
+        return None if self.prediction is None else self.defer(self.prediction.sum())
 
     @cached_property
     def size(self) -> DeferredScalar:
         """mean |out| of the computed output."""
-        return self._deferred.defer(mean_abs(self.out))
+        return self.defer(mean_abs(self.out))
 
     @cached_property
     def output_change(self) -> DeferredScalar | None:
         """mean |out - out'| with out' the last computed output before this one; None without one."""
-        return self._deferred.defer(mean_abs_difference(self.out, self.history[-1].out)) if self.history else None
+        return self.defer(mean_abs_difference(self.out, self.history[-1].out)) if self.history else None
 
-    @cached_property
-    def off(self) -> DeferredScalar | None:
-        """mean |prediction - out|: how far the prediction would have been off. None without one.
+    def check(self) -> None:
+        """Measures how far a prediction is off, now that the output is known: before it joins the cache.
 
-        Measured on every fourth row (of the last dimension but one): it is for the report, and need not cost a pass.
+        mean |prediction - out| on every fourth row (of the last dimension but one): it is for the report and must not
+        cost a pass. None without a prediction.
         """
-        if self.prediction is None:
-            return None
-        some = (..., slice(None, None, 4), slice(None)) if self.out.ndim > 2 else ...
-        return self._deferred.defer(mean_abs_difference(self.prediction[some], self.out[some]))
+        self.checked = True
+        if self.prediction is not None:
+            some = (..., slice(None, None, 4), slice(None)) if self.out.ndim > 2 else ...
+            self.prediction_error = self.defer(mean_abs_difference(self.prediction[some], self.out[some]))
 
     def entry(self, storage: torch.dtype) -> CacheEntry:
-        """What to remember of this evaluation, now that it has been computed."""
-        place = self.coordinate(self.position)
+        """What the cache keeps of this evaluation, once it has been computed."""
         return CacheEntry(
             self.position,
-            place,
+            self.coordinate(self.position),
             self.x.to(storage),
             self.out.to(storage),
             self.size,

@@ -1,129 +1,38 @@
-"""The engine: what stands between one model and its sampler, and decides about every evaluation."""
+"""The engine: it stands between one model and its sampler, and answers some evaluations without running the model."""
 
 from __future__ import annotations
 
 import math
 import threading
 import warnings
-from abc import ABC, abstractmethod
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .branch import Branch, History
+from .branch import Branch
+from .call import Call
 from .clock import Clock, Position, same_sigma
-from .criteria import INVALID_STATE, Always, Criterion, Verdict
-from .deferred import DeferredScalars
-from .gates import Answer, ComputeReason, RunInfo, SkipCounts
-from .methods import Method, Off
-from .noise import FreshNoise
+from .criteria.always import Always
+from .criteria.base import INVALID_STATE
+from .methods.base import Method
+from .methods.off import Off
 from .options import OptionError, number, unknown
 from .parametrization import Parametrization
-from .probe import LEFT
-from .report import Event, Report
+from .plan import ComputeReason, Plan, Verdict
+from .report import Report
+from .run import OTHERS_PREDICTED, Evaluation, Run
+from .run_info import RunInfo
 
-
-class Call(ABC):
-    """One call of the model as its host makes it, for one branch or for several batched together.
-
-    A host adapter translates: `sigma` is the noise level (any shape, all elements equal), `names` are the branches in
-    the order of the tensors below, `latent` is what the host passed, `requires_grad` whether gradients are wanted
-    through the call. `place` is (sigma, step, stage) where the host keeps count of its steps itself; `sigma` is then
-    not looked at. `evaluation` is the host's own number of the evaluation, where it counts them: calls stand in one
-    evaluation then if they have one number, whatever their sigma. `form` is what else must stay the same for a memory
-    to hold, such as the prompt or the model itself. `keywords` are what the host passes to the model by name. Inputs
-    and outputs are one tensor a branch, in the network's own space: `x c_in` and the raw output, in float32 or
-    wider, outside autograd.
-    """
-
-    sigma: Tensor
-    names: tuple[str, ...]
-    latent: Tensor
-    requires_grad: bool = False
-    place: tuple[float, int, int] | None = None
-    evaluation: int | None = None
-    form: tuple = ()
-    keywords: Mapping[str, Any] = MappingProxyType({})
-    signal: Tensor | None = None
-    """What blocks were seen to add; kept for a host that answers one request twice and computes it once."""
-
-    @abstractmethod
-    def inputs(self) -> tuple[Tensor, ...]:
-        """The network's inputs, as new tensors."""
-
-    @abstractmethod
-    def compute(self) -> Any:
-        """Calls the model and returns what the host expects, untouched."""
-
-    @abstractmethod
-    def outputs(self, answer: Any) -> tuple[Tensor, ...]:
-        """The raw network outputs that `answer` stands for, as new tensors."""
-
-    @abstractmethod
-    def restore(self, outputs: tuple[Tensor, ...]) -> Any:
-        """What the host expects, made from raw network outputs."""
-
-    def part(self, name: str) -> Call | None:
-        """The same call for one of its branches alone; None where the host's call cannot be taken apart."""
-        return None
-
-
-@dataclass
-class Decision:
-    """What is done about an evaluation, and why. `hold` is None where it is skipped.
-
-    It is `LOOK` where the criterion looks inside the model and is asked during the forward, which settles it.
-    """
-
-    hold: ComputeReason | None
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
-
-
-@dataclass
-class Evaluation:
-    """The evaluation in progress; its branches may come in one call or in several."""
-
-    position: Position
-    sigma: Tensor
-    hold: ComputeReason | None
-    names: set[str] = field(default_factory=set)
-    expected: frozenset[str] = frozenset()
-    number: int | None = None
-    decision: Decision | None = None
-    lead: Tensor | None = None
-    """The reference's output, where the others are predicted from it (`Method.skip`)."""
-
-
-class RunState:
-    """Everything that lives as long as a run. A new run is a new object: nothing can leak from one to the next."""
-
-    def __init__(self, method: Method, run: RunInfo, number: int) -> None:
-        self.number = number
-        self.signatures: dict[str, tuple] = {}
-        self.run = run
-        self.deferred = DeferredScalars()
-        self.gates: list[Answer] = [] if method.never_skips else [gate.begin(run) for gate in method.all_gates()]
-        self.tallies: defaultdict[str | None, SkipCounts] = defaultdict(SkipCounts)
-        self.reference: str | None = None
-        self.rules: dict[str, Criterion] = {}
-        self.histories: dict[str, History] = {}
-        self.whole = False
-        self.noise = FreshNoise() if method.predictor.sampler_aware and not method.never_skips else None
-        self.evaluation: Evaluation | None = None
-
-
-NO_MEMORY = ComputeReason("no memory yet")
-NOT_ASKED = ComputeReason("before the reference", observe=False)
+NO_CACHE = ComputeReason("no memory yet")
+BEFORE_REFERENCE = ComputeReason("before the reference", observe=False)
 NOT_FINITE = ComputeReason("prediction not finite")
 CRITERION = ComputeReason("criterion")
-LOOK = ComputeReason("not settled")
-KEPT = ComputeReason("the others follow", observe=False, record=False)
-WHOLE = ComputeReason("cannot be taken apart")
+PENDING = ComputeReason("decided during the forward pass")
+INDIVISIBLE = ComputeReason("cannot be taken apart")
+UNRELATED = ComputeReason("output not related to the input", observe=False, record=False)
 
 SKIP_LAYERS = ("skip_layer_mask", "skip_layers", "perturbation_mask", "spatio_temporal_guidance_blocks")
 """Names under which models are told to leave blocks out, as spatio-temporal guidance (STG) does."""
@@ -136,23 +45,45 @@ class Engine:
         method: what to skip and how to predict it. None computes everything.
         reference: the branch whose change decides for the whole evaluation. None: of branches batched in one call,
             "cond" if there is one, else the first; of branches in separate calls, the first one called.
-        decide:"reference" (default), or "each": every branch decides for itself; branches batched in one call are
-            skipped when all of them agree.
+        decide: "reference" (default), or "each": every branch decides for itself; branches batched in one call are
+            skipped if all of them agree.
         sigmas: the schedule, sigmas[0..n], of runs that the host does not announce with `begin`.
-        training_sigma: share of the training timetable (0 to 1) -> sigma, where the model has such a table.
+        training_sigma: share of the training timetable (0 to 1) -> sigma, if the model has such a table.
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: log sigma.
         parametrization: sigma -> what the network's input and output mean there; None: not known. Forecast needs it.
-        lowest_sigma: the model's lowest sigma: at or below it a run without a schedule is over and its memory is freed.
+        lowest_sigma: the model's lowest sigma: at or below it a run without a schedule is over and its cache is freed.
         noise: how noisy the sampler is, if the host knows: 0 for a deterministic one, 1 for one that adds fresh noise
             at every step. None: Forecast measures it in the run itself.
         group: a torch.distributed process group whose ranks work on one sample together. All of them then take the same
-            decision: to skip where every rank would. None: no communication.
+            decision: to skip if every rank would. None: no communication.
         notes: sentences of the host for every report.
         network: the model, in which a criterion that looks at blocks finds them.
 
-    A engine follows one run at a time. Runs in several threads need a engine each: a call while another is being
-    answered goes straight to the model, and a call from another thread finds no memory. That costs the speed, never the
+    An engine follows one run at a time. Runs in several threads need an engine each: a call while another is being
+    answered goes straight to the model, and a call from another thread finds no cache. That costs the speed, never the
     image.
+
+    Example:
+        >>> import torch
+        >>> from stepcache import Static
+        >>> from stepcache.extend import Call, Engine
+        >>> class Half(Call):
+        ...     names = ("cond",)
+        ...     def __init__(self, x, sigma):
+        ...         self.latent, self.sigma = x, sigma
+        ...     def inputs(self):
+        ...         return (self.latent.clone(),)
+        ...     def run_model(self):
+        ...         return self.latent / 2
+        ...     def outputs(self, answer):
+        ...         return (answer.clone(),)
+        ...     def rebuild(self, outputs):
+        ...         return outputs[0]
+        >>> engine = Engine(Static("101"), sigmas=(3.0, 2.0, 1.0, 0.0))
+        >>> for sigma in (3.0, 2.0, 1.0):
+        ...     answer = engine(Half(torch.ones(1, 4), torch.tensor([sigma])))
+        >>> engine.report.fates("cond")
+        'CSC'
     """
 
     def __init__(
@@ -180,7 +111,7 @@ class Engine:
         self.method = method or Off()
         self.clock = Clock(sigmas)
         self.report = Report(self.method.name)
-        self._named_reference = reference
+        self._reference = reference
         self._each = decide == "each"
         self._training_sigma = training_sigma
         self._coordinate = coordinate or math.log
@@ -188,106 +119,69 @@ class Engine:
         self._noise = None if noise is None else number("noise", noise, high=1.0)
         self._lowest_sigma = lowest_sigma
         self._group = group
-        self._state: RunState | None = None
+        self._run: Run | None = None
         self._warned: set[str] = set()
         self._notes = tuple(notes)
         blocks = None if self.method.never_skips else self.method.criterion.blocks
         if self.method.static and blocks is not None and not blocks.after:
             blocks = None  # the criterion is not asked
-        self._watch = None if blocks is None else blocks.find(network)
+        self._probe = None if blocks is None else blocks.find(network)
         if blocks is not None:
-            self._notes += (self._looks_at(network),)
-        self._leads = self.method.skip == "uncond" and not self.method.never_skips
-        if self._leads and (self._each or blocks is not None):
+            self._notes += (self._probed(network),)
+        if self.method.skip == "uncond" and not self.method.never_skips and (self._each or blocks is not None):
             other = "decide='each'" if self._each else f"{self.method.name}, which decides inside the model"
             raise OptionError(f"skip='uncond' with {other}: the reference is always computed; use skip='all'")
         self._lock, self._busy = threading.RLock(), False
         self._check_mask()
 
-    def answer(self, request: Call) -> Any:
-        """Answers one call. After an exception, the model's or our own, the next call begins a new run."""
+    def __call__(self, call: Call) -> Any:
+        """Answers one call. A second thread, or a call made by the model itself, goes straight to the model."""
         if not self._lock.acquire(blocking=False):
             self._warn("a second thread called while the first was being answered: give each run a wrapper of its own")
-            return request.compute()
+            return call.run_model()
         try:
             if self._busy:
-                return request.compute()
+                return call.run_model()
             self._busy = True
             try:
-                return self._answer(request)
-            except BaseException:
-                self.reset()
-                raise
+                return self._answer_or_reset(call)
             finally:
                 self._busy = False
         finally:
             self._lock.release()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied or pickled: options and the last report, never a lock or a run in progress."""
-        return {**self.__dict__, "_lock": None, "_busy": False, "_state": None}
+    def _answer_or_reset(self, call: Call) -> Any:
+        """After an exception, the model's or our own, the next call begins a new run."""
+        try:
+            return self._answer_or_pass(call)
+        except BaseException:
+            self.reset()
+            raise
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.RLock()
-        self.clock.end()  # an announced run is its owner's, who will not end it here
-
-    def _answer(self, request: Call) -> Any:
-        """The life of one call, top to bottom."""
-        # Where am I?
-        evaluation = self._locate(request)
-        state, position = self._state, evaluation.position
-        direct = self._direct_reason(request, position)
-        if direct:
-            self._record(position, request.names, direct)
-            answer = request.compute()
-            self._free_if_over(evaluation)
-            return answer
-        branch = {
-            name: Branch(position, state.run, x, self._memory(name, evaluation), self.method.predictor, state.deferred)
-            for name, x in zip(request.names, request.inputs(), strict=True)
-        }
-        self._measure_noise(request, position, branch)
-        self._lean(evaluation, branch)
-
-        # May I? Shall I? A criterion that looks inside the model is asked during the forward, which is left on a skip.
-        decision = self._decide(evaluation, branch)
-        if decision.hold is None and self._leads:
-            decision = self._keep_reference(request, evaluation, branch, decision)
-        answer = LEFT if decision.hold is None else self._compute(request, branch, decision)
-        hold = decision.hold
-
-        # What do I return?
-        if hold is None:
-            answer = request.restore(tuple(one.prediction if one.out is None else one.out for one in branch.values()))
+    def _answer_or_pass(self, call: Call) -> Any:
+        """Off, gradients and mixed sigmas are passed to the model, without a look at the tensors."""
+        evaluation = self._locate(call)
+        if reason := self._pass_reason(call, evaluation.position):
+            self.report.passed(evaluation.position, call.names, reason)
+            answer = call.run_model()
         else:
-            for one, out in zip(branch.values(), request.outputs(answer), strict=True):
-                one.out = out
-            self._lean(evaluation, branch)
-
-        # What do I record?
-        self._give(position, branch)
-        for name, one in branch.items():
-            held = KEPT if hold is None and one.out is not None else hold
-            decides, checked = name in state.rules, name in state.rules or one.leans
-            if held is not None and held is not KEPT:
-                for rule in state.rules.values() if held.observe else ():
-                    rule.witness(name, one)
-                if checked:
-                    one.off  # noqa: B018  measured now, before this evaluation joins the memory it is measured against
-                if decides and held.observe:
-                    said = decision.verdicts.get(name)
-                    state.rules[name].observe(one, forced=said is None or said.skip)
-                if held.record and one.x is not None:
-                    memory = state.histories.setdefault(name, deque(maxlen=self.method.predictor.memory))
-                    self.method.predictor.remember(memory, one.entry(request.latent.dtype))
-            verdict = decision.verdicts.get(name)
-            self._record(
-                position, (name,), self._reason(held), verdict, one if checked and held is not KEPT else None, held
-            )
-        self._count(evaluation, request.names, skipped=hold is None or hold is KEPT)
+            answer = self._answer(call, evaluation)
         self._free_if_over(evaluation)
         return answer
+
+    def _answer(self, call: Call, evaluation: Evaluation) -> Any:
+        """The life of one evaluation, top to bottom, for the branches that one call asks for."""
+        run = evaluation.run
+        branches = run.branches(call, evaluation)  # each with its input and what it computed before
+        plan = self._plan(evaluation, branches)  # compute or predict, for each branch
+        plan, outputs = self._compute(call, run, plan, branches)
+        plan, outputs = self._checked(call, run, plan, branches, outputs)
+        outputs |= {name: branches[name].prediction for name in plan.predicted}
+        run.update(call, plan, branches, outputs)
+        self.report.append(evaluation.position, plan, branches)
+        return call.rebuild(tuple(outputs[name] for name in call.names)) if plan.predicted else call.raw
+
+    # Announcements of the host.
 
     def begin(
         self,
@@ -298,7 +192,7 @@ class Engine:
     ) -> None:
         """The host announces a run, which lasts until `end`; see `Clock.begin`."""
         with self._lock:
-            self._state = None
+            self._run = None
             self.clock.begin(sigmas, stages, on_schedule, loops)
             try:
                 self._check_mask()
@@ -310,394 +204,327 @@ class Engine:
         """The announced run is over; only its report stays."""
         with self._lock:
             self.clock.end()
-            self._state = None
+            self._run = None
 
     def reset(self) -> None:
         """Forgets the run in progress; only its report stays."""
         with self._lock:
             self.clock.restart()
-            self._state = None
+            self._run = None
 
     def free(self) -> None:
-        """Forgets what the run in progress has remembered; its place and its report stay."""
+        """Drops what the run in progress has cached; its position and its report stay."""
         with self._lock:
-            if (state := self._state) is not None:
-                state.histories.clear()
-                state.rules.clear()
-                if state.noise is not None:
-                    state.noise.forget()
-                state.reference = None
-                if state.evaluation is not None:
-                    state.evaluation.lead = None
+            if self._run is not None:
+                self._run.forget()
 
     def note(self, step: int) -> None:
         """The sampler's callback: the first evaluation of this step has just been answered."""
         self.clock.note(step)
 
-    def _locate(self, request: Call) -> Evaluation:
-        """The evaluation a call belongs to: the one in progress, the next one, or the first of a new run."""
-        rows = request.latent.shape[0] // len(request.names)
-        signature = (
-            rows,
-            *request.latent.shape[1:],
-            request.latent.dtype,
-            request.latent.device,
-            threading.get_ident(),
-            request.form,
-        )
-        if self._state is not None:
-            self._forget_changed(request.names, signature)
-        current = self._state.evaluation if self._state is not None else None
-        follows = current is not None and not current.names & set(request.names)
-        if follows and self._together(current, request):
-            current.names.update(request.names)
+    # Which run, which evaluation.
+
+    def _locate(self, call: Call) -> Evaluation:
+        """The evaluation that a call belongs to: the one in progress, the next one, or the first of a new run."""
+        rows = call.latent.shape[0] // len(call.names)
+        latent = call.latent
+        key = (rows, *latent.shape[1:], latent.dtype, latent.device, threading.get_ident(), call.cache_key)
+        if self._run is not None:
+            self._drop_if_changed(self._run, call.names, key)
+        current = self._run.evaluation if self._run is not None else None
+        if current is not None and not current.names & set(call.names) and _same_evaluation(current, call):
+            current.names.update(call.names)
             if self._each:
-                current.hold = self._held(current.position, request.names)
+                current.gated = current.run.gated(current.position, call.names)
             return current
-        position = self.clock.locate(request.sigma) if request.place is None else self.clock.put(*request.place)
-        if self._state is None or self._state.number != position.run:
-            self._state = self._begin_run(position)
-            self._state.signatures.update(dict.fromkeys(request.names, signature))
-        hold = self._held(position, request.names)
-        expected = frozenset(current.names if current is not None else ())
-        self._state.evaluation = Evaluation(
-            position, request.sigma, hold, set(request.names), expected, request.evaluation
+        position = self.clock.locate(call.sigma) if call.place is None else self.clock.put(*call.place)
+        if self._run is None or self._run.number != position.run:
+            self._run = self._begin_run(position)
+            self._run.cache_keys.update(dict.fromkeys(call.names, key))
+        run = self._run
+        run.evaluation = Evaluation(
+            run,
+            position,
+            call.sigma,
+            run.gated(position, call.names),
+            call.evaluation,
+            frozenset(current.names if current is not None else ()),
+            set(call.names),
         )
-        return self._state.evaluation
+        return run.evaluation
 
-    def _held(self, position: Position, names: tuple[str, ...]) -> ComputeReason | None:
-        """What the gates say, of all that were counted: the reference, or every branch that decides for itself."""
-        tallies = [self._state.tallies[name] for name in (names if self._each else (None,))]
-        answers = (gate(position, counts) for counts in tallies for gate in self._state.gates)
-        return next((hold for hold in answers if hold is not None), None)
-
-    def _together(self, current: Evaluation, request: Call) -> bool:
-        """Whether a call stands where the evaluation in progress does."""
-        if request.evaluation is not None:
-            return request.evaluation == current.number
-        if request.place is not None:
-            position = current.position
-            return request.place == (position.sigma, position.step, position.stage)
-        return same_sigma(current.sigma, request.sigma)
-
-    def _forget_changed(self, names: tuple[str, ...], signature: tuple) -> None:
-        """Something of the signature has changed: the run ends, or, where the host announced it, the memory."""
-        state = self._state
-        changed = [name for name in names if state.signatures.setdefault(name, signature) != signature]
+    def _drop_if_changed(self, run: Run, names: tuple[str, ...], key: tuple) -> None:
+        """If a branch's cache key has changed, the run ends; if the host announced it, only the branch's cache goes."""
+        changed = [name for name in names if run.cache_keys.setdefault(name, key) != key]
         if changed and not self.clock.bounded:
             self.reset()
         elif changed:
             sentence = "shape, dtype, device, thread, prompt or model changed within the run: the memory was dropped"
-            if sentence not in state.run.notes:
-                state.run.notes.append(sentence)
-            if state.noise is not None:
-                state.noise.forget()
-            for name in changed:
-                state.signatures[name] = signature
-                state.histories.pop(name, None)
-                state.rules.pop(name, None)
+            if sentence not in run.info.notes:
+                run.info.notes.append(sentence)
+            run.forget(changed)
+            run.cache_keys.update(dict.fromkeys(changed, key))
 
-    def _begin_run(self, position: Position) -> RunState:
+    def _begin_run(self, position: Position) -> Run:
         clock = self.clock
         fits = position.step is not None or position.mixed or clock.schedule is None
-        second_only = self.method.evaluations == "second"
-        schedule = clock.schedule if fits else None
-        run = RunInfo(
-            schedule, self._training_sigma, clock.stages, second_only, self._coordinate, self._parametrization
+        info = RunInfo(
+            clock.schedule if fits else None,
+            self._training_sigma,
+            clock.stages,
+            self.method.evaluations == "second",
+            self._coordinate,
+            self._parametrization,
         )
-        self.report = Report(self.method.name, position.run, run.steps, run.notes)
+        skip_reason = "mask" if self.method.static else "criterion"
+        self.report = Report(self.method.name, position.run, info.steps, info.notes, skip_reason=skip_reason)
         if not fits:
-            run.warnings.append(
+            info.warnings.append(
                 f"the schedule given lacks the run's first sigma, {position.sigma:g}: taken as not known"
             )
-        elif run.steps is None:
-            run.notes.append("the schedule is not known: steps are not counted, and where a run begins is guessed")
-        run.notes.extend(self._notes)
-        state = RunState(self.method, run, position.run)
+        elif info.steps is None:
+            info.notes.append("the schedule is not known: steps are not counted, and where a run begins is guessed")
+        info.notes.extend(self._notes)
+        run = Run(self.method, info, position.run, self._reference, self._each, self._noise)
         if self.method.static and not isinstance(self.method.criterion, Always):
-            run.notes.append(f"mask policy static: {self.method.name}'s own criterion is not asked")
-        for sentence in run.warnings:
+            info.notes.append(f"mask policy static: {self.method.name}'s own criterion is not asked")
+        for sentence in info.warnings:
             self._warn(sentence)
-        run.notes.extend(run.warnings)
-        return state
+        info.notes.extend(info.warnings)
+        return run
 
-    def _direct_reason(self, request: Call, position: Position) -> str | None:
-        """Why the model is called without looking at tensors at all, if it is."""
+    def _pass_reason(self, call: Call, position: Position) -> str | None:
+        """Why the model is called without a look at the tensors; None if it is not."""
         if self.method.never_skips:
             return "off"
-        if torch.is_grad_enabled() and request.requires_grad:
+        if torch.is_grad_enabled() and call.requires_grad:
             return "gradients are asked for"
         if position.mixed:
             self._warn("the rows of the batch have different sigmas: such evaluations are always computed")
             return "sigmas differ in the batch"
         return None
 
-    def _memory(self, name: str, evaluation: Evaluation) -> History:
-        """The branch's memory; empty where it is older than the reference's, because something changed in between.
+    # Compute or predict.
 
-        What the reference has just remembered of this same evaluation does not count. Where each branch decides, it is
-        empty if this one was not asked for at the evaluation before.
+    def _plan(self, evaluation: Evaluation, branches: dict[str, Branch]) -> Plan:
+        """Gates first, then the caches, then the criterion, which is asked of the reference, once an evaluation.
+
+        The other branches of the evaluation follow the reference, in this call or in later ones.
         """
-        state = self._state
-        memory = state.histories.get(name, deque())
-        if self._each:
-            return memory if name in evaluation.expected else deque()
-        references = [
-            entry for entry in state.histories.get(state.reference, ()) if entry.position is not evaluation.position
-        ]
-        stale = memory and references and memory[-1].position.evaluation < references[-1].position.evaluation
-        return deque() if stale else memory
-
-    def _decide(self, evaluation: Evaluation, branch: dict[str, Branch]) -> Decision:
-        """The decision about this call: made once an evaluation, by the reference, and followed by the others."""
-        state = self._state
-        asleep = evaluation.hold is not None and not evaluation.hold.observe
-        deciders = [] if asleep else self._deciders(branch)
-        if evaluation.hold is not None:
-            return Decision(evaluation.hold)
-        if not deciders and evaluation.decision is None:
-            self._warn(
-                f"branch {next(iter(branch))!r} is evaluated before the reference {state.reference!r}, whose decision "
-                "it would follow, and is therefore always computed: name the first one called as reference"
-            )
-            return Decision(NOT_ASKED)
-        if not deciders and evaluation.decision.hold is not None:
-            decision = Decision(evaluation.decision.hold)
-        elif any(not one.history if one.x is None else one.prediction is None for one in branch.values()):
-            decision = Decision(NO_MEMORY)
-        elif deciders:
-            decision = Decision(LOOK) if self._watch is not None else self._ask(branch, deciders)
+        run, gated = evaluation.run, evaluation.gated
+        deciding = run.deciding(branches) if gated is None or gated.observe else []
+        reason = gated or self._followed_reason(evaluation, deciding, branches)
+        if reason is None and not all(branch.predictable for branch in branches.values()):
+            reason = NO_CACHE
+        if reason is not None:
+            plan = Plan.compute(branches, reason)
+        elif not deciding:
+            sound = self._agree(all(map(self._sound, branches.values())), branches)
+            plan = Plan.predict(branches) if sound else Plan.compute(branches, NOT_FINITE)
+        elif self._probe is not None:
+            plan = Plan.compute(branches, PENDING)
         else:
-            sound = all(self._sound(one) for one in branch.values())
-            device = next(iter(branch.values())).x.device
-            decision = Decision(None if self._agreed(sound, device) else NOT_FINITE)
-        if deciders:
-            evaluation.decision = decision
-        return decision
+            plan = self._ask(run, branches, deciding)
+        plan.deciding = deciding
+        return self._keep_reference(evaluation, plan)
 
-    def _measure_noise(self, request: Call, position: Position, branch: dict[str, Branch]) -> None:
-        """Says to a predictor that asks for it how noisy the sampler is."""
-        noise = self._state.noise
-        if noise is None:
-            return
-        first = next(iter(branch.values()))
-        if self._noise is not None:
-            level = first.x.new_full((len(first.x),), self._noise)
-        else:
-            level = noise.level(position.evaluation, first.x, torch.finfo(request.latent.dtype).eps)
-        for one in branch.values():
-            one.noise = level if one.shape == first.shape else None
+    def _followed_reason(
+        self, evaluation: Evaluation, deciding: list[str], branches: dict[str, Branch]
+    ) -> ComputeReason | None:
+        """Why branches that do not decide are computed: as the reference was, or because it has not been here yet."""
+        if deciding or evaluation.decided:
+            return None if deciding else evaluation.reason
+        self._warn(
+            f"branch {next(iter(branches))!r} is evaluated before the reference {evaluation.run.reference!r}, whose "
+            "decision it would follow, and is therefore always computed: name the first one called as reference"
+        )
+        return BEFORE_REFERENCE
 
-    def _give(self, position: Position, branch: dict[str, Branch]) -> None:
-        """What the sampler has been answered, for the next evaluation's noise level."""
-        if self._state.noise is not None and self._noise is None and not self._leads:
-            first = next(iter(branch.values()))
-            answers = (one.prediction if one.out is None else one.out for one in branch.values())
-            self._state.noise.give(position.evaluation, first.x, answers)
-
-    def _lean(self, evaluation: Evaluation, branch: dict[str, Branch]) -> None:
-        """Puts the reference's output in the place of the others' input, once it is known, where they lean on it."""
-        if not self._leads:
-            return
-        reference = self._reference(branch)
-        if reference in branch:
-            evaluation.lead = branch[reference].out
-        for name in branch.keys() - {reference}:
-            branch[name].lean(evaluation.lead)
-
-    def _keep_reference(
-        self, request: Call, evaluation: Evaluation, branch: dict[str, Branch], decision: Decision
-    ) -> Decision:
-        """An evaluation that may be skipped, of which only what follows the reference is: computes the reference.
-
-        A call for the reference alone is computed as it is. Of a batched one the reference's part is; where that cannot be,
-        or a prediction that leans on it may not be finite, the whole.
-        """
-        reference = self._state.reference
-        if reference not in branch:
-            return decision
-        if len(branch) == 1:
-            if evaluation.expected == {reference}:
-                self._note(f"skip='uncond': where {reference} is the only branch nothing is skipped")
-            return Decision(KEPT, decision.verdicts)
-        part = None if self._state.whole else request.part(reference)
-        if part is not None:
-            try:
-                part.inputs()
-                (out,) = part.outputs(part.compute())
-                if out.shape != branch[reference].shape:
-                    raise ValueError(f"{tuple(out.shape)} came of {tuple(branch[reference].shape)}")
-                branch[reference].out = out
-            except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
-                # Arguments that are not ordered by rows. Of an error of the model's own the whole call dies too.
-                part, self._state.whole = None, True
-                self._note(f"skip='uncond': the call for {reference} alone fails: {error}"[:300])
-        if part is None:
-            self._note("skip='uncond': branches that come in one call are computed together: it cannot be taken apart")
-            decision.hold = WHOLE
-            return decision
-        self._lean(evaluation, branch)
-        followers = [one for name, one in branch.items() if name != reference]
-        told = all(one.prediction is not None for one in followers)
-        if not self._agreed(told and all(self._sound(one) for one in followers), out.device):
-            decision.hold = NOT_FINITE if told else NO_MEMORY
-        return decision
-
-    def _reference(self, branch: dict[str, Branch]) -> str:
-        """The run's reference, chosen by its first call."""
-        state = self._state
-        if state.reference is None:
-            state.reference = self._named_reference or ("cond" if "cond" in branch else next(iter(branch)))
-        return state.reference
-
-    def _deciders(self, branch: dict[str, Branch]) -> list[str]:
-        """The branches of this call that decide; each has a rule of its own for this run."""
-        state = self._state
-        deciders = [name for name in branch if self._each or name == self._reference(branch)]
-        for name in deciders:
-            if name not in state.rules:
-                state.rules[name] = self.method.criterion.begin(state.run)
-        return deciders
-
-    def _ask(self, branch: dict[str, Branch], deciders: list[str]) -> Decision:
-        predicted = [one for one in branch.values() if one.x is not None]
-        for one in predicted:
-            one.total  # noqa: B018  requested before anything is read: everything comes over in one transfer
-        for name in deciders if not self.method.static else ():
-            branch[name].input_change  # noqa: B018
+    def _ask(self, run: Run, branches: dict[str, Branch], deciding: list[str]) -> Plan:
+        """Asks the criterion of every deciding branch; one device-to-host transfer brings all the numbers."""
+        predicted = [branch for branch in branches.values() if branch.has_baseline]
+        for branch in predicted:
+            branch.request("total")
+        for name in deciding if not self.method.static else ():
+            branches[name].request("input_change")
         verdicts = {
-            name: Verdict(True) if self.method.static else self._state.rules[name].decide(branch[name])
-            for name in deciders
+            name: Verdict(True) if self.method.static else run.rules[name].decide(branches[name]) for name in deciding
         }
-        finite = all(math.isfinite(one.total) for one in predicted)
-        willing = finite and all(verdict.skip for verdict in verdicts.values())
-        skip = self._agreed(willing, branch[deciders[0]].x.device)
-        reason = next((verdict.reason for verdict in verdicts.values() if verdict.reason), None)
-        said = CRITERION if reason is None else ComputeReason(reason)
-        return Decision(None if skip else said if finite else NOT_FINITE, verdicts)
+        finite = all(branch.finite for branch in predicted)
+        if self._agree(finite and all(verdict.skip for verdict in verdicts.values()), branches):
+            return Plan.predict(branches, verdicts)
+        own = next((verdict.reason for verdict in verdicts.values() if verdict.reason), None)
+        reason = CRITERION if own is None else ComputeReason(own)
+        return Plan.compute(branches, reason if finite else NOT_FINITE, verdicts)
 
-    def _compute(self, request: Call, branch: dict[str, Branch], decision: Decision) -> Any:
-        """Calls the model; `LEFT` where a criterion that looks inside it says, on the way, that it need not go on.
-
-        Where the decision has been made already the criterion is shown the signal all the same, for the next one.
-        """
-        deciders = [name for name in branch if name in self._state.rules]
-        if self._watch is None or not deciders or not decision.hold.observe:
-            answer = request.compute()
+    def _keep_reference(self, evaluation: Evaluation, plan: Plan) -> Plan:
+        """If the others are predicted from the reference, it is computed at evaluations that are skipped too."""
+        run, names = evaluation.run, list(plan.reasons)
+        if self.method.baseline != "reference" or plan.computed or run.reference not in names:
+            return plan
+        if names == [run.reference]:
+            if evaluation.expected == {run.reference}:
+                self._obstacle(f"where {run.reference} is the only branch nothing is skipped")
+            kept = Plan.compute(names, OTHERS_PREDICTED, plan.verdicts)
+        elif run.indivisible:
+            kept = Plan.compute(names, INDIVISIBLE, plan.verdicts)
         else:
-            self._refuse_skipped_layers(request, deciders)
-            for one in branch.values():
-                one.signal = None
+            kept = Plan({name: OTHERS_PREDICTED if name == run.reference else None for name in names}, plan.verdicts)
+        kept.deciding = plan.deciding
+        return kept
 
-            def look(signal: Tensor | None) -> bool:
-                request.signal, rows = signal, 0 if signal is None else len(signal)
-                parts = [signal] * len(branch) if not rows or rows % len(branch) else signal.chunk(len(branch))
-                for one, part in zip(branch.values(), parts, strict=True):
-                    one.signal = part
-                if decision.hold is LOOK:
-                    settled = self._ask(branch, deciders)
-                    decision.hold, decision.verdicts = settled.hold, settled.verdicts
-                return decision.hold is None
+    def _compute(self, call: Call, run: Run, plan: Plan, branches: dict[str, Branch]) -> tuple[Plan, dict[str, Tensor]]:
+        """Runs the model for what the plan computes: the raw outputs by name, and the plan as it came out."""
+        if not plan.computed:
+            return plan, {}
+        observed = plan.deciding and all(reason is None or reason.observe for reason in plan.reasons.values())
+        if self._probe is not None and observed:
+            plan, outputs = self._compute_probed(call, run, plan, branches)
+        else:
+            outputs = call.compute(plan.computed)
+        if plan.computed and not outputs:
+            plan = plan.but(UNRELATED)
+        elif plan.predicted and len(outputs) == len(branches):
+            run.indivisible = call.indivisible
+            self._obstacle(
+                *call.notes, "branches that come in one call are computed together: it cannot be taken apart"
+            )
+            plan = plan.but(INDIVISIBLE)
+        if any(outputs[name].shape != branch.x.shape for name, branch in branches.items() if name in outputs):
+            for branch, x in zip(branches.values(), call.inputs(), strict=True):
+                branch.retake(x)
+        run.rebase(branches, outputs)
+        return plan, outputs
 
-            if request.signal is not None:
-                look(request.signal)
-            answer = self._watch.call(request.compute, look)
-            if decision.hold is LOOK:
-                decision.hold = ComputeReason(INVALID_STATE)
-        if decision.hold is not None and decision.hold.reason == INVALID_STATE:
-            self._note(
+    def _compute_probed(
+        self, call: Call, run: Run, plan: Plan, branches: dict[str, Branch]
+    ) -> tuple[Plan, dict[str, Tensor]]:
+        """Runs the model until the criterion has seen what it looks at, and on to the end unless it says skip.
+
+        If the decision has been made already, the criterion is shown the signal all the same, for the next one.
+        """
+        self._refuse_skipped_layers(call, plan.deciding)
+        for branch in branches.values():
+            branch.signal = None
+
+        def look(signal: Tensor | None) -> bool:
+            nonlocal plan
+            call.signal = signal
+            for branch, part in zip(branches.values(), _parts(signal, len(branches)), strict=True):
+                branch.signal = part
+            if PENDING in plan.reasons.values():
+                deciding, plan = plan.deciding, self._ask(run, branches, plan.deciding)
+                plan.deciding = deciding
+            return not plan.computed
+
+        if call.signal is not None:
+            look(call.signal)
+        outputs = self._probe.call(partial(call.compute, call.names), look) or {}
+        if PENDING in plan.reasons.values():
+            plan = plan.but(ComputeReason(INVALID_STATE))
+        if any(reason is not None and reason.reason == INVALID_STATE for reason in plan.reasons.values()):
+            self.report.note(
                 "invalid cache state: the signal was not reached, not finite, or of another shape than the one kept; "
                 "such evaluations are computed, which restores it, and nothing needs resetting. If there are many, "
                 "name another block with block="
             )
-        return answer
+        return plan, outputs
 
-    def _looks_at(self, network: Any) -> str:
+    def _checked(
+        self, call: Call, run: Run, plan: Plan, branches: dict[str, Branch], outputs: dict[str, Tensor]
+    ) -> tuple[Plan, dict[str, Tensor]]:
+        """Checks predictions relative to what was just computed; if one of them is unsound, everything is computed."""
+        if not (plan.predicted and plan.computed):
+            return plan, outputs
+        predicted = [branches[name] for name in plan.predicted]
+        possible = all(branch.predictable for branch in predicted)
+        if self._agree(possible and all(map(self._sound, predicted)), branches):
+            return plan, outputs
+        return self._compute(call, run, plan.but(NOT_FINITE if possible else NO_CACHE), branches)
+
+    def _sound(self, branch: Branch) -> bool:
+        """Whether a prediction is finite; seen from its cache, without a transfer, if that is enough."""
+        if self.method.predictor.finite_if_cache_is:
+            return all(math.isfinite(entry.size) for entry in branch.history)
+        return branch.finite
+
+    def _agree(self, skip: bool, branches: dict[str, Branch]) -> bool:
+        """The decision of all ranks of the group: skip if every one would."""
+        if self._group is None:
+            return skip
+        flag = torch.tensor(float(skip), device=next(iter(branches.values())).x.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=self._group)
+        return bool(flag.item())
+
+    # What is said, and when a run is over.
+
+    def _probed(self, network: Any) -> str:
         """What a criterion that looks at blocks looks at, for the report."""
-        if self._watch is None:
+        if self._probe is None:
             return f"{type(network).__name__} has no blocks that are known: the criterion looks at the network's input"
-        if self._watch.note:
-            self._warn(self._watch.note)
-        return f"looks at {self._watch.label}: run on skipped evaluations too"
+        if self._probe.note:
+            self._warn(self._probe.note)
+        return f"looks at {self._probe.label}: run on skipped evaluations too"
 
-    def _refuse_skipped_layers(self, request: Call, deciders: list[str]) -> None:
+    def _refuse_skipped_layers(self, call: Call, deciding: list[str]) -> None:
         for key in SKIP_LAYERS:
-            if request.keywords.get(key) is not None:
+            if call.keywords.get(key) is not None:
                 raise OptionError(
-                    f"STG is not supported with {self.method.name} where it decides: {', '.join(deciders)} is called "
+                    f"STG is not supported with {self.method.name} where it decides: {', '.join(deciding)} is called "
                     f"with {key}, which leaves blocks out. Turn it off, let another branch decide (reference=), or use "
                     "a method that looks at no block (forecast, ucache)"
                 )
 
-    def _note(self, sentence: str) -> None:
-        if sentence not in self.report.notes:
-            self.report.notes.append(sentence)
-
-    def _sound(self, one: Branch) -> bool:
-        """Whether a follower's prediction is finite; told from its memory, without a transfer, where that is enough."""
-        if self.method.predictor.finite_where_memory_is:
-            return all(math.isfinite(entry.size) for entry in one.history)
-        return math.isfinite(one.total)
-
-    def _agreed(self, skip: bool, device: torch.device) -> bool:
-        """The decision of all ranks of the group: skip where every one would."""
-        if self._group is None:
-            return skip
-        flag = torch.tensor(float(skip), device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=self._group)
-        return bool(flag.item())
-
-    def _reason(self, hold: ComputeReason | None) -> str:
-        if hold is not None:
-            return hold.reason
-        return "mask" if self.method.static else "criterion"
-
-    def _count(self, evaluation: Evaluation, names: tuple[str, ...], skipped: bool) -> None:
-        """Counts the evaluation once, when its reference was answered; or for every branch that decides for itself."""
-        state = self._state
-        first = evaluation.names == set(names)
-        if not (self._each or (first if state.reference is None else state.reference in names)):
-            return
-        for name in names if self._each else (None,):
-            counts = state.tallies[name]
-            counts.computed += not skipped
-            counts.skipped += skipped
-            counts.consecutive = counts.consecutive + 1 if skipped else 0
-
-    def _record(
-        self,
-        position: Position,
-        names: tuple[str, ...],
-        reason: str,
-        verdict: Verdict | None = None,
-        branch: Branch | None = None,
-        hold: ComputeReason | None = CRITERION,
-    ) -> None:
-        for name in names:
-            checked = branch is not None and branch.out is not None
-            off, size = (branch.off, branch.size) if checked else (None, None)
-            estimate, threshold = (verdict.estimate, verdict.threshold) if verdict is not None else (None, None)
-            self.report.add(Event(position, name, hold is not None, reason, estimate, threshold, off, size))
+    def _obstacle(self, *sentences: str) -> None:
+        """Notes why skip='uncond' could not act."""
+        for sentence in sentences:
+            self.report.obstacle(sentence)
 
     def _free_if_over(self, evaluation: Evaluation) -> None:
-        """Frees the latents after the run's last evaluation, where it can be known."""
-        state, position, schedule = self._state, evaluation.position, self.clock.schedule
+        """Frees the latents after the run's last evaluation, if it can be known."""
+        run, position, schedule = evaluation.run, evaluation.position, self.clock.schedule
         if not evaluation.expected <= evaluation.names:
             return
-        if state.run.steps is None:
+        if run.info.steps is None:
             over = position.sigma <= self._lowest_sigma * (1 + 1e-4)
         else:
-            single = schedule[-1] == 0 or state.run.stages != 2
-            over = position.step == state.run.steps - 1 and (single or position.stage == 1)
+            single = schedule[-1] == 0 or run.info.stages != 2
+            over = position.step == run.info.steps - 1 and (single or position.stage == 1)
         if over:
-            self.free()
+            run.forget()
 
     def _check_mask(self) -> None:
         if self.method.mask is not None and self.clock.steps is not None:
             self.method.mask.for_steps(self.clock.steps)
 
     def _warn(self, sentence: str) -> None:
-        """Says a thing once per engine."""
+        """Warns of a thing once an engine."""
         if sentence not in self._warned:
             self._warned.add(sentence)
             warnings.warn(sentence, stacklevel=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or pickled: options and the last report, never a lock or a run in progress."""
+        return {**self.__dict__, "_lock": None, "_busy": False, "_run": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+        self.clock.end()  # an announced run is its owner's, who will not end it here
+
+
+def _same_evaluation(current: Evaluation, call: Call) -> bool:
+    """Whether a call belongs to the evaluation in progress."""
+    if call.evaluation is not None:
+        return call.evaluation == current.number
+    if call.place is not None:
+        position = current.position
+        return call.place == (position.sigma, position.step, position.stage)
+    return same_sigma(current.sigma, call.sigma)
+
+
+def _parts(signal: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """The signal of each branch of a call; the whole signal for each if its rows do not divide."""
+    if signal is None or not len(signal) or len(signal) % count:
+        return [signal] * count
+    return signal.chunk(count)

@@ -13,18 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adaptive_order import AdaptiveOrder
 from .branch import Branch
 from .clock import Position
-from .criteria import Criterion, Verdict, state
+from .criteria.base import Criterion, state
 from .deferred import DeferredScalar
-from .gates import RunInfo
-from .methods import Method, _known
+from .methods.base import Method
+from .methods.registry import checked_options
 from .options import OptionError, number
 from .parametrization import Parametrization
+from .plan import Verdict
+from .predictors.adaptive_order import AdaptiveOrder
+from .run_info import RunInfo
 
 
-@_known
+@checked_options
 def ForecastTolerance(tolerance: float = 0.02, guidance: float = 7.5, **common: Any) -> Method:
     """Forecast's prediction, skipping while all skips of the run together are expected to leave less than `tolerance`.
 
@@ -62,9 +64,9 @@ class ToleranceRule(Criterion):
 
         E = 0.4 sqrt(sum over gaps (sum over skips k of the gap of u_k e_k)^2)
 
-    u_k the change of the scaled latent by one unit of output over the step (`error_gain`): |d sigma| / sqrt(sigma^2 + 1)
-    for a network that predicts noise, |dt| / sqrt(t^2 + (1 - t)^2) for a flow. Errors of one gap add
-    up, those of different gaps in squares. 0.4 stands for what the rest of the run damps, and for what
+    u_k the change of the scaled latent by one unit of output over the step (`error_gain`):
+    |d sigma| / sqrt(sigma^2 + 1) for a network that predicts noise, |dt| / sqrt(t^2 + (1 - t)^2) for a flow. Errors of
+    one gap add up, those of different gaps in squares. 0.4 stands for what the rest of the run damps, and for what
     errors of different gaps undo of each other. After every computed evaluation n, with a and b the two before it,
 
         e_k = r |(s_k - s_a) (s_k - s_b)|,   r = e_n / |(s_n - s_a) (s_n - s_b)|
@@ -120,7 +122,7 @@ class ToleranceRule(Criterion):
             run.notes.append("tolerance: everything is computed, for the run's schedule or its scale is not known")
         return rule
 
-    def witness(self, name: str, branch: Branch) -> None:
+    def update_any(self, name: str, branch: Branch) -> None:
         if self.places is None:
             return
         if self._where is not branch.position:

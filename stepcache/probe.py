@@ -39,15 +39,12 @@ BEHIND = (
     "(pip install 'stepcache[cache-dit]') and use attach(pipe, method), which lets its DBCache run inside; else Bn=0"
 )
 
-LEFT = object()
-"""What a call gives whose forward was left."""
 
+class _EarlyExit(BaseException):
+    """Raised in a hook, caught by the `Probe` that put it there. Not an Exception: hosts catch those."""
 
-class _Leave(BaseException):
-    """Raised in a hook, caught by the `Watch` that put it there. Not an Exception: hosts catch those."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,8 @@ class Blocks:
     def __post_init__(self) -> None:
         number("count", self.count, low=1, whole=True)
 
-    def find(self, model: Any) -> Watch | None:
-        """The watch on these blocks of `model`; None where it has none and they are not required."""
+    def find(self, model: Any) -> Probe | None:
+        """The probe of these blocks of `model`; None where it has none and they are not required."""
         root = _module(model)
         if root is None:
             if self.required or self.name is not None:
@@ -105,7 +102,7 @@ class Blocks:
                 "only the blocks behind the one looked at, one by one (block.compile()), or use a method that looks at "
                 "no block (forecast, ucache, static)"
             )
-        return Watch(_end(chosen[0], 0), _end(chosen[-1], -1), label, note)
+        return Probe(_end(chosen[0], 0), _end(chosen[-1], -1), label, note)
 
     def _part(self, root: nn.Module) -> nn.Module:
         parts = dict(root.named_modules())
@@ -131,7 +128,7 @@ class Blocks:
         )
 
 
-class Watch:
+class Probe:
     """The block observed, and the one that its signal begins with."""
 
     def __init__(self, first: nn.Module, last: nn.Module, label: str, note: str = "") -> None:
@@ -139,7 +136,8 @@ class Watch:
         self._choice: int | None = None
 
     def call(self, compute: Callable[[], Any], look: Callable[[Tensor | None], bool]) -> Any:
-        """`compute()`, during which `look(signal)` is called when the block is done; True leaves the forward: `LEFT`.
+        """`compute()`, during which `look(signal)` is called when the block is done; True ends the forward pass
+        there, and the call gives None.
 
         The signal is None where the block returns no tensor. A block that runs more than once in a call is looked at
         the first time; a block that is never reached is not looked at.
@@ -159,17 +157,17 @@ class Watch:
             with torch.no_grad():
                 signal = self._signal(_input(args, kwargs) if self.first is self.last else before, out)
             if look(signal):
-                raise _Leave(self)
+                raise _EarlyExit(self)
 
         handles = [self.last.register_forward_hook(done, with_kwargs=True)]
         if self.first is not self.last:
             handles.append(self.first.register_forward_pre_hook(enter, with_kwargs=True))
         try:
             return compute()
-        except _Leave as leave:
-            if leave.watch is not self:
+        except _EarlyExit as early:
+            if early.probe is not self:
                 raise
-            return LEFT
+            return None
         finally:
             for handle in handles:
                 handle.remove()

@@ -6,22 +6,25 @@ import json
 import math
 import statistics
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ._optional import require
+from .branch import Branch
 from .clock import Position
 from .deferred import DeferredScalar
+from .plan import Plan
 
 
 @dataclass
 class Event:
     """The fate of one branch at one evaluation.
 
-    `estimate` and `threshold` are the criterion's numbers, None where it was not asked or could not tell. `off`, on
-    computed evaluations of a deciding branch, is mean |prediction - output| and `size` mean |output|, in network
-    space: how far a skip would have been off.
+    `estimate` and `threshold` are the criterion's numbers, None if it was not asked or could not tell.
+    `prediction_error`, on computed evaluations of a deciding branch, is mean |prediction - output| and `size` mean
+    |output|, in network space: how far a skip would have been off.
     """
 
     position: Position
@@ -30,16 +33,16 @@ class Event:
     reason: str
     estimate: float | None = None
     threshold: float | None = None
-    off: DeferredScalar | None = None
+    prediction_error: DeferredScalar | None = None
     size: DeferredScalar | None = None
 
     @property
     def error_share(self) -> float | None:
-        """`off` as a share of `size`; None where the prediction was not checked, or not finite."""
-        if self.off is None or self.size is None:
+        """`prediction_error` as a share of `size`; None where the prediction was not checked, or not finite."""
+        if self.prediction_error is None or self.size is None:
             return None
-        off, size = float(self.off), float(self.size)
-        return off / size if size > 0 and math.isfinite(off / size) else None
+        error, size = float(self.prediction_error), float(self.size)
+        return error / size if size > 0 and math.isfinite(error / size) else None
 
 
 @dataclass
@@ -55,9 +58,40 @@ class Report:
     scheduled_steps: int | None = None
     notes: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    skip_reason: str = "criterion"
+    obstacles: list[str] = field(default_factory=list)
 
-    def add(self, event: Event) -> None:
-        self.events.append(event)
+    def append(self, position: Position, plan: Plan, branches: Mapping[str, Branch]) -> None:
+        """Records what became of each branch of a call, and how far predictions were off."""
+        for name, branch in branches.items():
+            reason, verdict = plan.reasons[name], plan.verdicts.get(name)
+            self.events.append(
+                Event(
+                    position,
+                    name,
+                    reason is not None,
+                    self.skip_reason if reason is None else reason.reason,
+                    None if verdict is None else verdict.estimate,
+                    None if verdict is None else verdict.threshold,
+                    branch.prediction_error,
+                    branch.size if branch.checked else None,
+                )
+            )
+
+    def passed(self, position: Position, names: Iterable[str], reason: str) -> None:
+        """Records a call that went to the model without a decision."""
+        self.events += [Event(position, name, True, reason) for name in names]
+
+    def note(self, sentence: str) -> None:
+        """Adds a sentence, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def obstacle(self, sentence: str) -> None:
+        """Adds a sentence about why skip='uncond' could not act; hosts show these."""
+        if sentence not in self.obstacles:
+            self.obstacles.append(sentence)
+            self.note(f"skip='uncond': {sentence}")
 
     @property
     def steps(self) -> int | None:
@@ -159,7 +193,7 @@ class Report:
                     "reason": event.reason,
                     "estimate": _number(event.estimate),
                     "threshold": _number(event.threshold),
-                    "off": event.error_share,
+                    "prediction_error": event.error_share,
                 }
                 for event in self.events
             ],
@@ -180,7 +214,7 @@ class Report:
         figure_module = require("matplotlib.figure", "demo")
         figure = figure_module.Figure(figsize=(9, 4.5), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
-        deciding = [event for event in self.events if event.threshold is not None or event.off is not None]
+        deciding = [event for event in self.events if event.threshold is not None or event.prediction_error is not None]
         asked = [event for event in deciding if event.estimate is not None]
         at = [event.position.evaluation for event in asked]
         upper.plot(at, [event.threshold for event in asked], color="0.5", drawstyle="steps-mid", label="threshold")

@@ -250,7 +250,7 @@ def test_a_skipped_evaluation_of_every_kind_of_model_gives_denoised(host: Any) -
         x, sigma = noise(2), torch.tensor([0.6, 0.6])
         answer = [torch.randn_like(x), torch.randn_like(x)]
         asked: list[list] = []
-        call = comfyui._Call(
+        call = comfyui.BatchCall(
             lambda conds: asked.append(conds) or answer,  # noqa: B023
             [[1], [2], None],
             sampling,
@@ -268,14 +268,14 @@ def test_a_skipped_evaluation_of_every_kind_of_model_gives_denoised(host: Any) -
         for name, out in zip(call.names, outs, strict=True):
             denoised = sampling.calculate_denoised(sigma, out, x)
             assert torch.allclose(denoised, answer[("cond", "uncond").index(name)], atol=1e-5)
-        *restored, left_out = call.restore(outs)
+        *restored, left_out = call.rebuild(outs)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(restored, answer, strict=True))
         assert not left_out.any()
         part = call.part("uncond")
         part.inputs()
-        (out,) = part.outputs(part.compute())
+        (out,) = part.outputs(part.run_model())
         assert torch.equal(out, outs[0])
-        call.compute()
+        call.run_model()
         assert asked == [[None, [2], None], [[1], [2], None]]
 
 

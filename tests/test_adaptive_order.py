@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepcache import AdaptiveOrder, Branch, Forecast, Lagrange, OptionError, Parametrization, Position, RunInfo
-from stepcache.deferred import DeferredScalars
+from stepcache import Forecast, OptionError
+from stepcache.extend import AdaptiveOrder, Branch, DeferredScalars, Lagrange, Parametrization, Position, RunInfo
 from stepcache.samplers.k_diffusion import CachedDenoiser, ScalingsAsFloats, eps_scalings, flow_scalings, sample
 
 
@@ -29,7 +29,7 @@ def predict(
 
     def branch(index: int, sigma: float, x: float) -> Branch:
         given = torch.tensor([[x]], dtype=torch.float64)
-        one = Branch(Position(0, index, sigma), run, given, history, predictor, DeferredScalars())
+        one = Branch(Position(0, index, sigma), run, given, history, predictor.predict, DeferredScalars(), True)
         one.noise = level
         return one
 

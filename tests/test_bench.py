@@ -16,8 +16,7 @@ from stepcache import Forecast, Method, OptionError, Report, Static, UCache
 from stepcache.bench import METRICS, KDiffusion, Results, Sampled, bench
 from stepcache.bench.run import within
 from stepcache.cli import main
-from stepcache.clock import Position
-from stepcache.report import Event
+from stepcache.extend import Event, Position
 
 
 def report(asked: int, made: int) -> Report:

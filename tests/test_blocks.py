@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from toys import SIX, drive, fates, filled, level, plain, reasons
 
-from stepcache import CacheDiT, DBCache, Engine, FBCache, Method, OptionError, StepMask, TaylorSeerCache, UCache
-from stepcache.probe import CONTAINERS, Blocks
+from stepcache import CacheDiT, DBCache, FBCache, Method, OptionError, StepMask, TaylorSeerCache, UCache
+from stepcache.extend import Blocks, Engine
+from stepcache.probe import CONTAINERS
 from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*blocks. looks at")
@@ -593,7 +594,7 @@ def test_other_threads_do_not_trip_the_hook():
 
 
 def test_one_transfer_a_decided_evaluation(monkeypatch):
-    from stepcache.deferred import DeferredScalars
+    from stepcache.extend import DeferredScalars
 
     fetched = []
     fetch = DeferredScalars.fetch
@@ -624,15 +625,15 @@ def test_the_signal_is_freed_with_the_run():
     model = cached(stack, FBCache(0.2))
     with model.run(SIX, 1):
         drive(model, SIX[:6], 1.0)
-        rules = dict(model.engine._state.rules)
+        rules = dict(model.engine._run.rules)
     assert rules == {}
     gc.collect()
     assert all(one() is None for one in kept)
 
 
 def test_a_engine_without_blocks_in_its_method_looks_at_none():
-    assert Engine(UCache(), network=Stack())._watch is None
-    assert Engine(Method(), network=Stack())._watch is None
+    assert Engine(UCache(), network=Stack())._probe is None
+    assert Engine(Method(), network=Stack())._probe is None
 
 
 def test_gradients_go_past_it():

@@ -8,9 +8,7 @@ import sys
 import pytest
 
 from stepcache import (
-    DMD,
     CacheDiT,
-    Chebyshev,
     DBCache,
     EasyCache,
     Forecast,
@@ -19,12 +17,12 @@ from stepcache import (
     Spectrum,
     Static,
     StepMask,
-    TaylorSeer,
     TaylorSeerCache,
     UCache,
     load_config,
     parse,
 )
+from stepcache.extend import DMD, Chebyshev, TaylorSeer
 
 MASK = "1,1,1,1,0,0,1,0,0,0,1,0,0,0,1,0,0,0,1,1"
 

@@ -19,9 +19,10 @@ import torch
 from tiny_pipelines import PIPELINES, run
 
 import stepcache
-from stepcache import EasyCache, Engine, Forecast, Off, OptionError, Static, StepMask, UCache
+from stepcache import EasyCache, Forecast, Off, OptionError, Static, StepMask, UCache
 from stepcache.bench import METRICS
 from stepcache.demo import pipelines, sampling
+from stepcache.extend import Engine
 from stepcache.samplers.diffusers import SLOT, StepCacheCallback, _training_sigma, attach, plan
 
 MASK = StepMask("fast", "static")
@@ -130,7 +131,7 @@ def test_nothing_is_remembered_after_the_run_while_still_attached(name):
     pipe = tiny.build()
     with attach(pipe, Forecast()) as cache:
         run(pipe, tiny)
-        states = [slot.engine._state for slot in cache._slots]
+        states = [slot.engine._run for slot in cache._slots]
         assert [state.histories for state in states if state is not None and state.histories] == []
         assert cache.report.evaluations == 6
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_pipelines import PIPELINES, run
 
-from stepcache import CacheDiT, DBCache, FBCache, Interval, OptionError, attach, load_config
-from stepcache.probe import Blocks
+from stepcache import CacheDiT, DBCache, FBCache, OptionError, attach, load_config
+from stepcache.extend import Blocks, Interval
 from stepcache.samplers.diffusers import StepCacheCallback
 
 FIVE = ("cogview4", "hunyuan-video", "ltx", "wan", "flux")

@@ -11,9 +11,10 @@ from tiny_pipelines import run as image_of
 from torch import Tensor
 from toys import SIX, LogSigmaLine, cached, drive, fates, filled, level, reasons
 
-from stepcache import Forecast, Lagrange, Method, OptionError, Static, UCache
+from stepcache import Forecast, Method, OptionError, Static, UCache
 from stepcache.bench import METRICS
 from stepcache.demo import sampling
+from stepcache.extend import Lagrange
 from stepcache.samplers.batching import cut
 from stepcache.samplers.diffusers import attach
 from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn

@@ -23,9 +23,8 @@ import torch
 from closed_form import MODELS, Denoiser, N, noise, schedule, x_open
 from torch import Tensor
 
-from stepcache import DBCache, EasyCache, Gate, Method, OptionError, Position, Report, UCache, Window
-from stepcache.deferred import mean_abs
-from stepcache.gates import RunInfo, SkipCounts
+from stepcache import DBCache, EasyCache, Method, OptionError, Report, UCache
+from stepcache.extend import Gate, Position, RunInfo, SkipCounts, Window, mean_abs
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
 COMPACT = json.loads((Path(__file__).parent / "data" / "golden.json").read_text(encoding="utf-8"))

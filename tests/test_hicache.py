@@ -10,7 +10,8 @@ import torch
 from test_predictors import number, predict, smooth, walk
 from toys import SIX, Toy, cached, drive, fates, heun, level
 
-from stepcache import Hermite, HiCache, Method, OptionError, TaylorSeer, method
+from stepcache import HiCache, Method, OptionError, method
+from stepcache.extend import Hermite, TaylorSeer
 
 TWELVE = (*range(12, 0, -1), 0)
 

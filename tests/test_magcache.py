@@ -10,7 +10,8 @@ import torch
 from toys import SIX, Toy, cached, drive, fates, filled, heun, level, reasons
 
 from stepcache import MagCache, Method, OptionError, StepMask, method
-from stepcache.magcache import MagCacheRule, as_ratios, calibration, nearest
+from stepcache.criteria.magcache import as_ratios, nearest
+from stepcache.extend import MagCacheRule, calibration
 
 TEN = (*range(10, 0, -1), 0)
 EVEN = "/".join(["1"] * 10)

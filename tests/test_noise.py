@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepcache import AdaptiveOrder, Forecast, OptionError
+from stepcache import Forecast, OptionError
 from stepcache.bench.unipc import sample_unipc
-from stepcache.noise import FreshNoise
+from stepcache.extend import AdaptiveOrder, FreshNoise
 from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
 
 with warnings.catch_warnings():

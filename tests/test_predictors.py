@@ -16,35 +16,28 @@ from closed_form import MODELS, Denoiser, schedule, x_open
 from torch import Tensor
 from toys import SIX, Toy, cached, drive, fates, heun, level, reasons
 
-from stepcache import (
+from stepcache import Forecast, Method, OptionError, Spectrum, Static, StepMask, UCache, method
+from stepcache.bench import METRICS
+from stepcache.demo import sampling
+from stepcache.extend import (
     DMD,
     AdaptiveOrder,
     Branch,
     CacheEntry,
     Chebyshev,
+    DeferredScalars,
     FiniteDifference,
-    Forecast,
     Interval,
     Lagrange,
     LinearPredictor,
-    Method,
-    OptionError,
     Position,
     Predictor,
     Reuse,
     RunInfo,
     SkipCounts,
-    Spectrum,
     SpectrumCadence,
-    Static,
-    StepMask,
     TaylorSeer,
-    UCache,
-    method,
 )
-from stepcache.bench import METRICS
-from stepcache.deferred import DeferredScalars
-from stepcache.demo import sampling
 from stepcache.samplers.k_diffusion import CachedDenoiser, FlowDenoiser, sample
 
 PREDICTORS: tuple[Predictor, ...] = (
@@ -82,7 +75,7 @@ def predict(
     history: deque[CacheEntry] = deque(maxlen=predictor.memory)
 
     def branch(place: Place, x: Tensor) -> Branch:
-        return Branch(Position(0, place[0], place[1]), run, x, history, predictor, deferred)
+        return Branch(Position(0, place[0], place[1]), run, x, history, predictor.predict, deferred)
 
     for at, past, out in known:
         computed = branch(at, past)
@@ -527,7 +520,7 @@ def test_the_memory_is_bounded(predictor, evaluations):
     model = cached(Toy(), Method(predictor=predictor, warmup=20), sigmas=range(21, -1, -1))
     for i in range(20):
         model(torch.full((1, 1, 2, 2), float(i)), level(21 - i))
-        kept.append(len(model.engine._state.histories["guided"]))
+        kept.append(len(model.engine._run.caches["guided"]))
     assert kept == [min(i + 1, evaluations) for i in range(20)]
 
 

@@ -14,26 +14,23 @@ import pytest
 import torch
 from toys import SIX, Forgetful, LogSigmaLine, SkipOdd, Toy, cached, drive, fates, filled, heun, level, reasons, twice
 
-from stepcache import (
+from stepcache import EasyCache, Method, OptionError, Static, StepMask, UCache
+from stepcache.extend import (
     Always,
     Branch,
     ComputeReason,
-    EasyCache,
+    Criterion,
+    EasyCacheRule,
     Gate,
     LastStep,
     MaxCached,
     MaxConsecutive,
-    Method,
-    OptionError,
     Predictor,
-    Static,
-    StepMask,
-    UCache,
+    UCacheRule,
     Verdict,
     Warmup,
     Window,
 )
-from stepcache.criteria import Criterion, EasyCacheRule, UCacheRule
 
 TEN = (*range(10, 0, -1), 0)
 
@@ -410,7 +407,7 @@ def thresholds(model) -> list[float | None]:
 
 
 def offs(model) -> list[float | None]:
-    return [None if event.off is None else float(event.off) for event in model.report.events]
+    return [None if event.prediction_error is None else float(event.prediction_error) for event in model.report.events]
 
 
 def sizes(model) -> list[float | None]:
@@ -611,7 +608,7 @@ def test_computed_evaluations_say_how_far_a_skip_would_have_been_off():
     assert sizes(model) == [20, 16, None, None, 13, None]
     shares = [None, 2 / 16, None, None, pytest.approx(1.5 / 13), None]
     assert [event.error_share for event in model.report.events] == shares
-    assert [event["off"] for event in model.report.to_dict()["events"]] == shares
+    assert [event["prediction_error"] for event in model.report.to_dict()["events"]] == shares
 
 
 @pytest.mark.parametrize(

@@ -35,26 +35,19 @@ from toys import (
     twice,
 )
 
-from stepcache import (
+from stepcache import EasyCache, Method, Off, OptionError, Report, Static, StepMask, UCache
+from stepcache.extend import (
     Always,
     Branch,
     Call,
     Criterion,
-    EasyCache,
+    DeferredScalars,
+    EasyCacheRule,
     Engine,
-    Method,
-    Off,
-    OptionError,
     Predictor,
-    Report,
     Reuse,
-    Static,
-    StepMask,
-    UCache,
     Verdict,
 )
-from stepcache.criteria import EasyCacheRule
-from stepcache.deferred import DeferredScalars
 from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
 
 # Off is off.
@@ -927,7 +920,7 @@ def test_no_node_of_a_longer_memory_may_be_broken_either(how):
 def test_off_by_is_none_in_the_report_where_it_is_not_finite():
     model = cached(broken_at_8(float("nan")), Method(warmup=3), sigmas=SIX)
     drive(model, SIX[:3], 1.0)
-    assert [event["off"] for event in model.report.to_dict()["events"]] == [None, None, None]
+    assert [event["prediction_error"] for event in model.report.to_dict()["events"]] == [None, None, None]
     json.loads(model.report.to_json(), parse_constant=lambda constant: pytest.fail(constant))
 
 
@@ -1180,7 +1173,7 @@ def test_json_round_trips(tmp_path):
         "reason": "criterion",
         "estimate": 0.0625,
         "threshold": 0.2,
-        "off": None,
+        "prediction_error": None,
     }
 
 
@@ -1265,18 +1258,18 @@ def test_a_engine_without_a_host_answers_requests():
         def inputs(self):
             return (self.latent.clone(),)
 
-        def compute(self):
+        def run_model(self):
             return [2 * self.latent, "aux"]
 
         def outputs(self, answer):
             return (answer[0].clone(),)
 
-        def restore(self, outputs):
+        def rebuild(self, outputs):
             return [outputs[0], None]
 
     engine = Engine(Method(), sigmas=SIX)
-    computed, aux = engine.answer(Plain(3, 10))
-    skipped, nothing = engine.answer(Plain(4, 8))
+    computed, aux = engine(Plain(3, 10))
+    skipped, nothing = engine(Plain(4, 8))
     assert ((computed == 6).all(), aux) == (True, "aux")
     assert ((skipped == 4 + 3).all(), nothing) == (True, None)
 
@@ -1286,18 +1279,18 @@ class Counted(Call):
 
     def __init__(self, x: float, sigma: float, evaluation: int, name: str = "cond", form: tuple = ()) -> None:
         self.latent, self.sigma, self.names = filled(x), level(sigma), (name,)
-        self.evaluation, self.form = evaluation, form
+        self.evaluation, self.cache_key = evaluation, form
 
     def inputs(self):
         return (self.latent.clone(),)
 
-    def compute(self):
+    def run_model(self):
         return 2 * self.latent
 
     def outputs(self, answer):
         return (answer.clone(),)
 
-    def restore(self, outputs):
+    def rebuild(self, outputs):
         return outputs[0]
 
 
@@ -1308,7 +1301,7 @@ def test_the_hosts_number_of_an_evaluation_counts_and_not_the_sigma():
         engine = Engine(Method(), sigmas=SIX)
         engine.begin(SIX)
         for number, name in zip(numbers, ("cond", "uncond", "cond"), strict=True):
-            engine.answer(Counted(1, 8, number, name))
+            engine(Counted(1, 8, number, name))
         assert [event.position.evaluation for event in engine.report.events] == expected
 
 
@@ -1316,7 +1309,7 @@ def test_a_change_of_form_drops_the_memory_of_an_announced_run():
     engine = Engine(Method(), sigmas=SIX)
     engine.begin(SIX)
     for number, form in enumerate(((1,), (1,), (2,), (2,))):
-        engine.answer(Counted(1, SIX[number], number, form=form))
+        engine(Counted(1, SIX[number], number, form=form))
     assert engine.report.fates("cond") == "CSCS"
     assert DROPPED in engine.report.notes
 

@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from toys import SIX, heun, level
 
-from stepcache.clock import CHURN, RISE, Clock, Position, as_schedule
+from stepcache.clock import CHURN, RISE, as_schedule
+from stepcache.extend import Clock, Position
 
 PLAIN_STEPS = [(step, 0) for step in range(6)]
 TWO_A_STEP = [(step, stage) for step in range(5) for stage in (0, 1)] + [(5, 0)]

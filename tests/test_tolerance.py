@@ -14,11 +14,11 @@ from tiny_pipelines import PIPELINES
 from torch import Tensor
 from toys import Toy, cached, drive, fates, filled
 
-from stepcache import METHODS, Forecast, OptionError, Parametrization, Position, RunInfo, method
+from stepcache import METHODS, Forecast, OptionError, method
 from stepcache.bench import METRICS
-from stepcache.deferred import DeferredScalars
 from stepcache.demo import networks, sampling
 from stepcache.experimental import ForecastTolerance, ToleranceRule, error_gain
+from stepcache.extend import DeferredScalars, Parametrization, Position, RunInfo
 from stepcache.samplers.diffusers import _parametrization, attach
 from stepcache.samplers.k_diffusion import (
     CachedDenoiser,
@@ -74,7 +74,7 @@ class ByHand:
     def computed(self, k: int, **offs: float) -> None:
         position = Position(0, k, TEN[k], k)
         for name, off in (offs or {"guided": 0.0}).items():
-            self.rule.witness(name, Seen(self.run, position, off, history=list(self.history)))
+            self.rule.update_any(name, Seen(self.run, position, off, history=list(self.history)))
         self.history.append(Seen(self.run, position))
 
     def asked(self, k: int) -> tuple[bool, float]:
@@ -162,7 +162,7 @@ def test_branches_of_different_sizes_are_taken_for_as_far_off_as_they_can_be(gui
             seen = Seen(hand.run, position, error, history=list(hand.history))
             seen.out = seen.out.expand(rows, -1, -1, -1)
             seen.prediction = None if seen.prediction is None else seen.out + error
-            hand.rule.witness(name, seen)
+            hand.rule.update_any(name, seen)
         hand.history.append(Seen(hand.run, position))
     hand.asked(3)
     assert hand.rule.rate == pytest.approx(off / 0.2)
@@ -210,7 +210,7 @@ def test_an_evaluation_off_the_schedule_is_computed_and_the_plan_begins_again():
     hand = ByHand(0.5)
     hand.computed(0)
     position = Position(0, 1, 0.95, 0, stage=1)
-    hand.rule.witness("guided", Seen(hand.run, position, history=list(hand.history)))
+    hand.rule.update_any("guided", Seen(hand.run, position, history=list(hand.history)))
     assert hand.rule.decide(Seen(hand.run, Position(0, 2, TEN[1], 1), history=hand.history)) == (False, None, 0.5, None)
 
 
@@ -219,7 +219,7 @@ def test_the_evidence_of_an_evaluation_is_not_kept():
     hand, gone = ByHand(0.1), []
     for k in range(4):
         seen = Seen(hand.run, Position(0, k, TEN[k], k), history=list(hand.history))
-        hand.rule.witness("guided", seen)
+        hand.rule.update_any("guided", seen)
         gone.append(weakref.ref(seen))
         hand.history.append(Seen(hand.run, seen.position))
         del seen

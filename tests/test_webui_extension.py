@@ -105,7 +105,7 @@ def left(host, runs):
     for run in runs:
         found += [run for inner in [run.denoiser.inner_model] if "forward" in vars(inner)]
         found += [run for func in [run.denoiser.sampler.func] if hasattr(func, "stepcache_follows")]
-        found += [run for state in [run.engine._state] if state is not None]
+        found += [run for state in [run.engine._run] if state is not None]
     for model in (host.first, host.refiner) if host.forge else ():
         found += [one for one in model.forge_objects.unet.model_options.values() if hasattr(one, "stepcache_run")]
     found += list(host.original.model_options) if host.forge else []
@@ -664,10 +664,10 @@ def test_network_space_on_a1111s_timestep_samplers_is_that_of_sigma(prediction):
     seat = webui.A1111Seat(types.SimpleNamespace(denoiser=types.SimpleNamespace(inner_model=inner)))
     sigma = seat.sigma_at(torch.tensor([300.0, 300.0]))
     assert torch.allclose(sigma, ((1 - a) / a).sqrt())
-    call = webui.Call(lambda: given, seat.scalings, ("cond",), x, sigma, None)
+    call = webui.WebuiCall(lambda: given, seat.scalings, ("cond",), x, sigma, None)
     assert torch.equal(call.inputs()[0], x)
     assert torch.allclose(call.outputs(given)[0], v, atol=1e-5)
-    assert torch.allclose(call.restore(call.outputs(given)), given, atol=1e-5)
+    assert torch.allclose(call.rebuild(call.outputs(given)), given, atol=1e-5)
 
 
 @pytest.mark.parametrize(

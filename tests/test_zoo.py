@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import stepcache.bench
-from stepcache import Forecast, Method, OptionError, Reuse, TaylorSeer
+from stepcache import Forecast, Method, OptionError
 from stepcache.bench import KDiffusion
 from stepcache.bench.metrics import CAP, psnr_of_range
 from stepcache.bench.unipc import sample_unipc
 from stepcache.cli import main
 from stepcache.demo import galaxy, zoo
 from stepcache.demo.sampling import Guided
+from stepcache.extend import Reuse, TaylorSeer
 
 PACKAGED = {*galaxy.FILES, "colour"}
 
@@ -269,7 +270,7 @@ def test_unipc_under_the_cache_computes_half():
 
 def test_hicache_pp_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "hicache_pp", None)
-    from stepcache._optional import require
+    from stepcache.extend import require
 
     with pytest.raises(ImportError, match=r"stepcache\[zoo\]"):
         require("hicache_pp", "zoo")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepcache import Branch, Criterion, Method, Predictor, Verdict
+from stepcache import Method
+from stepcache.extend import Branch, Criterion, Predictor, Verdict
 from stepcache.samplers.k_diffusion import CachedDenoiser
 
 SIX = (10.0, 8.0, 6.0, 4.0, 2.0, 1.0, 0.0)
@@ -68,7 +69,7 @@ class LogSigmaLine(Predictor):
     """The line through the last two outputs over log sigma: a predictor in four lines."""
 
     memory = 2
-    finite_where_memory_is = True
+    finite_if_cache_is = True
 
     def predict(self, branch: Branch) -> Tensor | None:
         if len(branch.history) < 2:

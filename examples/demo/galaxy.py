@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stepcache._optional import require
-from stepcache.options import OptionError, unknown
+from stepcache import OptionError
+from stepcache.extend import require, unknown
 
 FILES = {
     "hsc32": "eqx_hsc_ScoreNet32.eqx",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stepcache import EasyCache, Forecast, Method, Static, StepMask, UCache
-from stepcache._optional import require
 from stepcache.bench import Results, Sampled, Subject, bench
+from stepcache.extend import require
 
 from . import networks, zoo
 from .sampling import GUIDANCE, subject

@@ -8,8 +8,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from stepcache._optional import require
 from stepcache.bench import METRICS, KDiffusion
+from stepcache.extend import require
 from stepcache.samplers.k_diffusion import FlowDenoiser
 
 from . import networks

@@ -17,10 +17,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from stepcache._optional import require
 from stepcache.bench import KDiffusion
 from stepcache.bench.metrics import psnr_of_range
-from stepcache.options import unknown
+from stepcache.extend import require, unknown
 from stepcache.samplers.k_diffusion import FlowDenoiser
 
 from . import galaxy, networks, sampling

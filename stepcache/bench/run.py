@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepcache import EasyCache, Forecast, Method, Spectrum, Static, UCache
 from stepcache._optional import require
-from stepcache.methods import EasyCache, Forecast, Method, Spectrum, Static, UCache
 from stepcache.options import OptionError
 
 from .results import Results

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stepcache._optional import require
-from stepcache.methods import Method, Off
+from stepcache.methods import Method
+from stepcache.methods.off import Off
 from stepcache.options import OptionError, unknown
 from stepcache.report import Report
 

@@ -1,18 +1,14 @@
-"""HiCache: one of so many evaluations is computed, the others are predicted by Hermite polynomials."""
+"""HiCache's Hermite series."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from .branch import Branch, CacheEntry
-from .gates import Interval, as_gates
-from .methods import METHODS, Method
-from .options import number
-from .predictors import Baseline, FixedOrder, Terms
-from .published import published
+from ..branch import Branch, CacheEntry
+from ..options import number
+from .base import Baseline, FixedOrder, Terms
 
 
 @dataclass(frozen=True)
@@ -84,34 +80,3 @@ def _differences(entries: Sequence[CacheEntry]) -> list[list[float]]:
         }
         last.append(rows[count - 1])
     return last
-
-
-@published(max_order="order", first_enhance="warmup")
-def HiCache(interval: int = 4, order: int = 1, sigma: float = 0.5, warmup: int = 2, **common: Any) -> Method:
-    """HiCache, with the defaults of hicache-pp 1.3.0: a quarter of the calls, the rest by Hermite polynomials.
-
-    Which evaluations are computed does not depend on the latents; the prediction as a formula is at
-    `stepcache.hicache.Hermite`.
-
-    Args:
-        interval: after the warm-up one of so many evaluations is computed. 1 computes everything.
-        order (max_order): of the series.
-        sigma: the contraction, 0 to 1. Higher trusts the series more; at 0.7071 order 1 is TaylorSeer's.
-        warmup (first_enhance): so many steps are computed first.
-        **common: every option of `Method`: start, end, mask, last_step, max_cached, predictor, ... The source's
-            `end_enhance`, from which step on everything is computed, is `end` as a share of the run.
-
-    Raises `OptionError` for an unknown option (with the nearest name) and for numbers that are not accepted.
-    Source: arXiv 2508.16984. Published is the guided output of the whole network; for samplers with two evaluations a
-    step (Heun, DPM2) `stepcache.gates.Interval` says which ones are computed.
-
-    Example:
-        >>> from stepcache import HiCache, method
-        >>> HiCache(interval=3, last_step=True) == method("hicache", "interval=3,last_step=1")
-        True
-    """
-    gates = (Interval(interval), *as_gates(common.pop("gates", ())))
-    return Method(**{"predictor": Hermite(order, sigma), "warmup": warmup, "gates": gates, "name": "hicache", **common})
-
-
-METHODS["hicache"] = HiCache

@@ -1,4 +1,4 @@
-"""MagCache: skips as long as the ratios of a calibration run say that the residual hardly changes."""
+"""MagCache's rule, and the ratios that it is calibrated with."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .branch import Branch
-from .criteria import Criterion, Verdict, state
-from .deferred import widened
-from .gates import RunInfo
-from .methods import METHODS, Method
-from .options import OptionError, flag, number
-from .published import published
-from .report import Report
+from ..branch import Branch
+from ..deferred import widened
+from ..options import OptionError, flag, number
+from ..plan import Verdict
+from ..report import Report
+from ..run_info import RunInfo
+from .base import Criterion, state
 
 CALIBRATION = "calibration: ratios="
 """How the report's note with the ratios begins; what follows is their text."""
@@ -102,7 +101,7 @@ class MagCacheRule(Criterion):
             return Verdict(False, self.error, self.threshold, "max_skip_steps")
         return Verdict(self.error <= self.threshold, self.error, self.threshold)
 
-    def observe(self, branch: Branch, forced: bool) -> None:
+    def update(self, branch: Branch, forced: bool) -> None:
         self.product, self.error, self.skips = 1.0, 0.0, 0
         if self.calibrate and (place := self._place(branch)) is not None:
             self.measured[place] = self._ratio(branch)
@@ -182,57 +181,3 @@ def calibration(report: Report) -> str:
         if note.startswith(CALIBRATION):
             return note.removeprefix(CALIBRATION)
     raise OptionError(f"the report of {report.method} has no ratios: run MagCache(calibrate=True) once")
-
-
-@published(mag_ratios="ratios", magcache_thresh="threshold", K="max_skip_steps")
-def MagCache(
-    ratios: Any = "",
-    threshold: float = 0.06,
-    max_skip_steps: int = 3,
-    retention_ratio: float = 0.2,
-    calibrate: bool = False,
-    **common: Any,
-) -> Method:
-    """MagCache, with the names and defaults of diffusers' `MagCacheConfig` (0.42.1).
-
-    Skips as long as the ratios of a calibration run say that the residual hardly changes; the rule as a formula is at
-    `stepcache.magcache.MagCacheRule`. A skipped evaluation reuses the residual.
-
-    Args:
-        ratios (mag_ratios): of a calibration run, as text (1/0.98/0.97, also with ; or spaces) or numbers. They belong
-            to one model and one sampler. For another number of steps the nearest are taken.
-        threshold (magcache_thresh): the error that is let accumulate. Higher is faster and worse. 0 never skips.
-        max_skip_steps (K): at most so many skips in a row, then one evaluation is computed. 0 never skips.
-        retention_ratio: the share of the run that is computed first.
-        calibrate: computes everything, whatever else is given, and writes the ratios of the deciding branch into
-            the report's notes, where `stepcache.magcache.calibration` reads them.
-        **common: every option of `Method`: start, end, mask, warmup, last_step, max_cached, predictor, ...
-
-    Raises `OptionError` without ratios, unless it calibrates; for ratios that are no numbers of at least 0, an unknown
-    option (with the nearest name), and numbers that are not accepted.
-    Source: arXiv 2506.09045; diffusers' hooks/mag_cache.py.
-
-    Example:
-        >>> import torch
-        >>> from stepcache.magcache import MagCache, calibration
-        >>> from stepcache.samplers.k_diffusion import CachedDenoiser
-        >>> def sample(method):  # Euler, with your model in the place of x / (1 + sigma^2)
-        ...     sigmas, x = torch.linspace(1, 0, 11), torch.ones(1, 4, 8, 8)
-        ...     model = CachedDenoiser(lambda x, sigma: x / (1 + sigma**2), method, sigmas=sigmas, scalings="eps")
-        ...     for sigma, lower in zip(sigmas, sigmas[1:]):
-        ...         x = x + (x - model(x, sigma[None])) / sigma * (lower - sigma)
-        ...     return model.report
-        >>> ratios = calibration(sample(MagCache(calibrate=True)))
-        >>> ratios.split("/")[:3]
-        ['1', '1.1287', '1.1318']
-        >>> sample(MagCache(ratios, threshold=0.2)).fates("guided")
-        'CCSCSCSCSC'
-    """
-    rule = MagCacheRule(ratios, threshold, max_skip_steps, retention_ratio, calibrate)
-    method = Method(**{"criterion": rule, "name": "magcache", **common})
-    if rule.calibrate:
-        return Method(criterion=rule, evaluations=method.evaluations, name=method.name)
-    return method
-
-
-METHODS["magcache"] = MagCache

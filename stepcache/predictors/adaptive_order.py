@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .clock import near
-from .options import number
-from .parametrization import Parametrization
-from .predictors import Predictor
-
-if TYPE_CHECKING:
-    from .branch import Branch, CacheEntry, History
+from ..branch import Branch, CacheEntry, History
+from ..clock import near
+from ..options import number
+from ..parametrization import Parametrization
+from .base import Predictor
 
 RESPONSE = 0.25, 0.8
 """The share of denoised in the prediction, without noise and under fresh noise."""
@@ -67,7 +64,7 @@ class AdaptiveOrder(Predictor):
 
     order: int = 2
     trust: float = 1.3
-    finite_where_memory_is = True
+    finite_if_cache_is = True
     sampler_aware = True
 
     def __post_init__(self) -> None:

@@ -1,0 +1,27 @@
+"""The criteria that need no look: always skip, never skip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..branch import Branch
+from ..plan import Verdict
+from .base import Criterion
+
+
+@dataclass
+class Always(Criterion):
+    """Skips whatever the gates let through: with a mask, the static policy."""
+
+    def decide(self, branch: Branch) -> Verdict:
+        return Verdict(True)
+
+
+@dataclass
+class Never(Criterion):
+    """Computes everything."""
+
+    never_skips = True
+
+    def decide(self, branch: Branch) -> Verdict:
+        return Verdict(False)

@@ -1,0 +1,62 @@
+"""The relative change of a signal: the rule of First Block Cache and DBCache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..branch import Branch
+from ..deferred import DeferredScalar
+from ..options import number
+from ..plan import Verdict
+from ..probe import Blocks
+from .base import INVALID_STATE, Criterion, state
+
+
+@dataclass
+class RelativeChange(Criterion):
+    """The rule of First Block Cache and DBCache:
+
+        d = mean |s - s'| / mean |s'|;   skip while d < threshold
+
+    with s the signal now and s' the signal of the last computed evaluation inside the window. The first evaluation
+    there is computed. What the signal is: what the first blocks add to their input (`blocks`); of a network without
+    blocks the network's input, for which the threshold is multiplied by `at_input`.
+
+    Sources: chengzeyi/Comfy-WaveSpeed (commit 8253745), diffusers' `FirstBlockCacheConfig` (commit 58eb52c0),
+    vipshop/cache-dit (commit f86744af); of the input, stable-diffusion.cpp (commit 97d29908).
+    Keeps the signal of one call.
+    """
+
+    threshold: float = 0.08
+    blocks: Blocks | None = None
+    at_input: float = 1.0
+
+    kept: Tensor | None = state()
+    size: DeferredScalar | None = state()
+
+    def __post_init__(self) -> None:
+        number("threshold", self.threshold)
+        number("at_input", self.at_input)
+
+    @property
+    def never_skips(self) -> bool:
+        return self.threshold == 0
+
+    def decide(self, branch: Branch) -> Verdict:
+        threshold = self.threshold * (self.at_input if branch.signal is branch.x else 1.0)
+        if self.kept is None:
+            return Verdict(False, threshold=threshold)
+        if branch.signal is None or branch.signal.shape != self.kept.shape:
+            return Verdict(False, threshold=threshold, reason=INVALID_STATE)
+        change, size = branch.signal_change(self.kept), self.size
+        share = float(change) / float(size) if float(size) > 0 else math.inf
+        if not math.isfinite(share):
+            return Verdict(False, threshold=threshold, reason=INVALID_STATE)
+        return Verdict(share < threshold, share, threshold)
+
+    def update(self, branch: Branch, forced: bool) -> None:
+        self.kept = branch.signal
+        self.size = None if branch.signal is None else branch.signal_size

@@ -1,0 +1,139 @@
+"""The names for authors of methods and of hosts; users need `stepcache` alone.
+
+A method from a paper is a function that returns a `Method` (gate, criterion, predictor), decorated with `register`. A
+host writes a `Call` and passes it to an `Engine`.
+"""
+
+from ._optional import require
+from .branch import Branch, CacheEntry, History
+from .call import Call
+from .clock import Clock, Position, near, same_sigma
+from .criteria import (
+    INVALID_STATE,
+    Always,
+    Criterion,
+    EasyCacheRule,
+    MagCacheRule,
+    Never,
+    OutputRate,
+    RelativeChange,
+    UCacheRule,
+    calibration,
+    state,
+)
+from .deferred import DeferredScalar, DeferredScalars, mean_abs, mean_abs_difference, wide, widened
+from .engine import Engine
+from .gates import (
+    Answer,
+    Gate,
+    Interval,
+    LastStep,
+    Mask,
+    MaxCached,
+    MaxConsecutive,
+    SecondOfTwo,
+    SpectrumCadence,
+    Warmup,
+    Window,
+    as_gates,
+)
+from .masks import PRESETS, StepMask
+from .methods import METHODS, CommonOptions, Method, accepted_options, main_number, method, register
+from .methods.registry import OF_THE_HOST
+from .noise import FreshNoise
+from .options import OptionError, flag, number, unknown
+from .parametrization import Parametrization
+from .plan import ComputeReason, Plan, Verdict
+from .predictors import (
+    DMD,
+    AdaptiveOrder,
+    Chebyshev,
+    FiniteDifference,
+    FixedOrder,
+    Hermite,
+    Lagrange,
+    LinearPredictor,
+    Predictor,
+    Reuse,
+    TaylorSeer,
+)
+from .probe import Blocks
+from .report import Event, Report
+from .run_info import RunInfo, SkipCounts
+
+__all__ = [
+    "DMD",
+    "INVALID_STATE",
+    "METHODS",
+    "OF_THE_HOST",
+    "PRESETS",
+    "AdaptiveOrder",
+    "Always",
+    "Answer",
+    "Blocks",
+    "Branch",
+    "CacheEntry",
+    "Call",
+    "Chebyshev",
+    "Clock",
+    "CommonOptions",
+    "ComputeReason",
+    "Criterion",
+    "DeferredScalar",
+    "DeferredScalars",
+    "EasyCacheRule",
+    "Engine",
+    "Event",
+    "FiniteDifference",
+    "FixedOrder",
+    "FreshNoise",
+    "Gate",
+    "Hermite",
+    "History",
+    "Interval",
+    "Lagrange",
+    "LastStep",
+    "LinearPredictor",
+    "MagCacheRule",
+    "Mask",
+    "MaxCached",
+    "MaxConsecutive",
+    "Method",
+    "Never",
+    "OptionError",
+    "OutputRate",
+    "Parametrization",
+    "Plan",
+    "Position",
+    "Predictor",
+    "RelativeChange",
+    "Report",
+    "Reuse",
+    "RunInfo",
+    "SecondOfTwo",
+    "SkipCounts",
+    "SpectrumCadence",
+    "StepMask",
+    "TaylorSeer",
+    "UCacheRule",
+    "Verdict",
+    "Warmup",
+    "Window",
+    "accepted_options",
+    "as_gates",
+    "calibration",
+    "flag",
+    "main_number",
+    "mean_abs",
+    "mean_abs_difference",
+    "method",
+    "near",
+    "number",
+    "register",
+    "require",
+    "same_sigma",
+    "state",
+    "unknown",
+    "wide",
+    "widened",
+]

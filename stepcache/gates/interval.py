@@ -1,0 +1,40 @@
+"""One of so many evaluations is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..clock import Position
+from ..options import number
+from ..plan import ComputeReason
+from ..run_info import RunInfo, SkipCounts
+from .base import Answer, Gate
+
+
+@dataclass(frozen=True)
+class Interval(Gate):
+    """Of `n` evaluations one is computed, after the first `start`, which all are.
+
+    Where a step has two (Heun, DPM2, DPM++ SDE), only second ones are computed: at Heun's first one the sigma is that
+    of the second one before, so that a skip there costs next to nothing. n = 1 computes all.
+    """
+
+    n: int = 2
+    start: int = 1
+
+    def __post_init__(self) -> None:
+        number("n", self.n, low=1, whole=True)
+        number("start", self.start, low=1, whole=True)
+
+    def begin(self, run: RunInfo) -> Answer:
+        hold, second = ComputeReason(f"every {self.n}"), run.stages == 2 and self.n > 1
+
+        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+            due = counts.consecutive >= self.n - 1 or counts.computed < self.start
+            if second and position.stage == 1:
+                due = due or counts.computed < 2
+            elif second:
+                due = counts.consecutive >= self.n  # steps with one evaluation among them
+            return hold if due else None
+
+        return answer

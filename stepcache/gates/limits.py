@@ -1,0 +1,38 @@
+"""Limits on how much is skipped: in a run, and in a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..options import number
+from ..plan import ComputeReason
+from ..run_info import RunInfo
+from .base import Answer, Gate
+
+
+@dataclass(frozen=True)
+class MaxCached(Gate):
+    """At most `limit` skipped evaluations in a run; -1 is no limit, 0 never skips."""
+
+    limit: int
+
+    def __post_init__(self) -> None:
+        number("max_cached", self.limit, low=-1, whole=True)
+
+    def begin(self, run: RunInfo) -> Answer:
+        hold = ComputeReason("max_cached")
+        return lambda position, counts: hold if 0 <= self.limit <= counts.skipped else None
+
+
+@dataclass(frozen=True)
+class MaxConsecutive(Gate):
+    """At most `limit` skipped evaluations in a row, then one is computed; -1 is no limit, 0 never skips."""
+
+    limit: int
+
+    def __post_init__(self) -> None:
+        number("max_consecutive", self.limit, low=-1, whole=True)
+
+    def begin(self, run: RunInfo) -> Answer:
+        hold = ComputeReason("max_consecutive")
+        return lambda position, counts: hold if 0 <= self.limit <= counts.consecutive else None

@@ -1,0 +1,29 @@
+"""The warm-up: the first steps are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..clock import Position
+from ..options import number
+from ..plan import ComputeReason
+from ..run_info import RunInfo, SkipCounts
+from .base import Answer, Gate
+
+
+@dataclass(frozen=True)
+class Warmup(Gate):
+    """Holds the first `steps` steps; where steps are not known, the first `steps` evaluations."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        number("warmup", self.steps, whole=True)
+
+    def begin(self, run: RunInfo) -> Answer:
+        hold = ComputeReason("warm-up")
+
+        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+            return hold if (position.evaluation if position.step is None else position.step) < self.steps else None
+
+        return answer

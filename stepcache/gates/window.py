@@ -1,0 +1,70 @@
+"""The window: skipping is open between two shares of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..clock import Position
+from ..options import unknown, window
+from ..plan import ComputeReason
+from ..run_info import RunInfo, SkipCounts
+from .base import Answer, Gate, share_of
+
+WindowUnit = Literal["steps", "training"]
+
+
+@dataclass(frozen=True)
+class Window(Gate):
+    """Skipping is open while sigma(start) >= sigma > sigma(end).
+
+    unit="steps", UCache's meaning: with n steps, sigma(p) = sigmas[min(floor(p n), n - 1)], the product in float32.
+    With end = 1 the last step is therefore outside.
+    unit="training", EasyCache's meaning: sigma(p) is the training timetable's at (1 - p) (T - 1) with T timesteps;
+    p = 0 means from the start and p = 1 to the end.
+
+    Where the unit's own source is missing (no schedule, or a model without a table), the other is used; with neither,
+    the window is open throughout. The report says which.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    unit: WindowUnit = "steps"
+
+    def __post_init__(self) -> None:
+        window(self.start, self.end)
+        if self.unit not in ("steps", "training"):
+            raise unknown("window unit", str(self.unit), ("steps", "training"))
+
+    def begin(self, run: RunInfo) -> Answer:
+        high, low, source = self.place(run)
+        run.notes.append(
+            f"window {self.start:g} to {self.end:g} {source}"
+            + ("" if source.startswith("open") else f": {high:g} >= sigma > {low:g}")
+        )
+
+        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+            if position.sigma > high:
+                return ComputeReason("before window", observe=False)
+            if not position.sigma > low:
+                return ComputeReason("after window", observe=False)
+            return None
+
+        return answer
+
+    def place(self, run: RunInfo) -> tuple[float, float, str]:
+        """(sigma at the start, sigma at the end, which meaning held)."""
+        units = {"steps": run.schedule, "training": run.training_sigma}
+        unit = self.unit if units[self.unit] is not None else next((u for u in units if units[u] is not None), None)
+        if unit is None:
+            return float("inf"), -1.0, "open throughout: neither a schedule nor a sigma table is known"
+        why = "" if unit == self.unit else {"steps": " (no sigma table)", "training": " (no schedule)"}[unit]
+        if unit == "steps":
+            high, low = sorted((self._step_sigma(run, self.start), self._step_sigma(run, self.end)), reverse=True)
+            return high, low, f"as shares of this run's {run.steps} steps{why}"
+        high = float("inf") if self.start <= 0 else run.training_sigma(self.start)
+        low = 0.0 if self.end >= 1 else run.training_sigma(self.end)
+        return high, low, f"as shares of the training timetable{why}"
+
+    def _step_sigma(self, run: RunInfo, share: float) -> float:
+        return run.schedule[min(share_of(share, run.steps), run.steps - 1)]

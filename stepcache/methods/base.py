@@ -1,0 +1,134 @@
+"""What a method is: gate, criterion and predictor under a published name. A method is data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypedDict
+
+from ..criteria.always import Always
+from ..criteria.base import Criterion
+from ..gates.base import Gate, as_gates
+from ..gates.last_step import LastStep
+from ..gates.limits import MaxCached, MaxConsecutive
+from ..gates.mask import Mask
+from ..gates.second_of_two import SecondOfTwo
+from ..gates.warmup import Warmup
+from ..gates.window import Window, WindowUnit
+from ..masks import StepMask
+from ..options import OptionError, flag, unknown
+from ..predictors.base import Predictor
+from ..predictors.reuse import Reuse
+
+MaskOption = StepMask | str | list[int] | tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Which evaluations are skipped, and what is returned for them.
+
+    Gate, criterion and predictor are independent: any criterion with any predictor under any gate.
+
+    Attributes:
+        criterion: whether an evaluation that may be skipped is skipped. Default `Always`.
+        predictor: what a skipped evaluation returns. Default `Reuse`.
+        start, end: the window, as shares from 0 to 1, default 0 and 1.
+        window: what the shares are of: "steps" (this run's steps) or "training" (the training timetable). None
+            (default): no window, unless start or end is given, which are then shares of this run's steps.
+        mask: a `StepMask`, or anything it takes (text, a list, a preset's name). Default None: no mask.
+        warmup: the first so many steps are computed. Default 0.
+        last_step: the last step is computed. Default False.
+        max_cached: at most so many skipped evaluations in a run. Default -1: no limit.
+        max_consecutive: at most so many in a row. Default -1: no limit.
+        evaluations: "all" (default) or "second": of steps with two evaluations (Heun, DPM2, DPM++ 2S), only the second
+            reads and writes the cache, as stable-diffusion.cpp does it.
+        skip: which branches a skipped evaluation leaves out: "all" (default), or "uncond", all but the reference
+            branch. The reference is then computed at every evaluation, and the others are predicted relative to its
+            output instead of the input, `out = out_reference + ...`. Under fresh noise that difference can be
+            predicted, the output cannot. Needs guidance, and saves half as much. (FasterCache calls it CFG-Cache.)
+        gates: further gates, asked after these.
+        name: how the report calls it.
+    """
+
+    criterion: Criterion = field(default_factory=Always)
+    predictor: Predictor = field(default_factory=Reuse)
+    start: float = 0.0
+    end: float = 1.0
+    window: WindowUnit | None = None
+    mask: MaskOption = None
+    warmup: int = 0
+    last_step: bool = False
+    max_cached: int = -1
+    max_consecutive: int = -1
+    evaluations: Literal["all", "second"] = "all"
+    skip: Literal["all", "uncond"] = "all"
+    gates: tuple[Gate, ...] = ()
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and not isinstance(self.mask, StepMask):
+            object.__setattr__(self, "mask", StepMask(self.mask))
+        if self.evaluations not in ("all", "second"):
+            raise unknown("evaluations", str(self.evaluations), ("all", "second"))
+        if self.skip not in ("all", "uncond"):
+            raise unknown("skip", str(self.skip), ("all", "uncond"))
+        object.__setattr__(self, "last_step", flag("last_step", self.last_step))
+        for name, kind in (("criterion", Criterion), ("predictor", Predictor)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise OptionError(f"{name}={value!r}: accepted is an object of a class made from {kind.__name__}")
+        object.__setattr__(self, "gates", as_gates(self.gates))
+        self.all_gates()
+
+    @property
+    def baseline(self) -> Literal["input", "reference"]:
+        """What the predictor's `baseline="input"` means: the branch's own input, or the reference's output."""
+        return "reference" if self.skip == "uncond" else "input"
+
+    @property
+    def static(self) -> bool:
+        """Whether the mask's zeros are skipped without asking the criterion."""
+        return isinstance(self.mask, StepMask) and self.mask.policy == "static"
+
+    @property
+    def never_skips(self) -> bool:
+        """Whether these options can never skip anything: the model is then called directly."""
+        closed = 0 in (self.max_cached, self.max_consecutive)
+        mask = self.mask.mask if isinstance(self.mask, StepMask) else ()
+        ones = bool(mask) and not isinstance(mask, str) and all(mask)
+        return closed or ones or (self.criterion.never_skips and not self.static)
+
+    def all_gates(self) -> tuple[Gate, ...]:
+        """The gates that these options ask for, in the order in which they are asked."""
+        chosen: list[Gate] = []
+        if self.evaluations == "second":
+            chosen.append(SecondOfTwo())
+        if self.window is not None or (self.start, self.end) != (0.0, 1.0):
+            chosen.append(Window(self.start, self.end, "steps" if self.window is None else self.window))
+        if self.warmup:
+            chosen.append(Warmup(self.warmup))
+        if isinstance(self.mask, StepMask):
+            chosen.append(Mask(self.mask))
+        if self.last_step:
+            chosen.append(LastStep())
+        chosen += [MaxCached(self.max_cached), MaxConsecutive(self.max_consecutive)]
+        return (*chosen, *self.gates)
+
+    def replace(self, **changes: Any) -> Method:
+        """The same method with other options: `UCache().replace(mask="fast", max_consecutive=3)`."""
+        return replace(self, **changes)
+
+
+class CommonOptions(TypedDict, total=False):
+    """The options that every method takes beside its own; `Method` says what they do."""
+
+    predictor: Predictor
+    start: float
+    end: float
+    window: WindowUnit | None
+    mask: MaskOption
+    warmup: int
+    last_step: bool
+    max_cached: int
+    max_consecutive: int
+    evaluations: Literal["all", "second"]
+    skip: Literal["all", "uncond"]
+    gates: tuple[Gate, ...]

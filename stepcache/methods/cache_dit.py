@@ -1,0 +1,39 @@
+"""DBCache with TaylorSeer, as cache-dit combines them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..predictors.taylorseer import TaylorSeer
+from .base import Method
+from .dbcache import OTHER_NAMES, PRESETS, DBCache
+from .registry import register
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .base import CommonOptions
+
+
+NAMES = {**OTHER_NAMES, **dict.fromkeys(("taylorseer_order", "n_derivatives"), "order")}
+
+
+@register("cache-dit", main="threshold", other_names=NAMES, presets=PRESETS)
+def CacheDiT(
+    Fn: int = 8,
+    Bn: int = 0,
+    threshold: float = 0.08,
+    warmup: int = 8,
+    preset: str | None = None,
+    policy: str | None = None,
+    order: int = 1,
+    **common: Unpack[CommonOptions],
+) -> Method:
+    """DBCache's decision with TaylorSeer's prediction, as cache-dit does it with its TaylorSeer calibrator.
+
+    The series is of the residual, which is the calibrator's default, and of the whole network's instead of the blocks'
+    that are left out. Arguments as for `DBCache`; `order` (taylorseer_order) as for `TaylorSeerCache`.
+    """
+    method = DBCache(Fn, Bn, threshold, warmup, policy=policy, **common)
+    given = {key: common[key] for key in ("predictor", "name") if key in common}
+    return method.replace(**{"predictor": TaylorSeer(order, baseline="input"), "name": "cache-dit", **given})

@@ -1,0 +1,50 @@
+"""Spectrum."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..gates.base import as_gates
+from ..gates.spectrum import SpectrumCadence
+from ..predictors.chebyshev import Chebyshev
+from .base import Method
+from .registry import register
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .base import CommonOptions
+
+
+@register("spectrum", main="window_size")
+def Spectrum(
+    w: float = 0.4,
+    m: int = 3,
+    lam: float = 1.0,
+    window_size: float = 2,
+    flex_window: float = 0.5,
+    warmup: int = 4,
+    stop: float = 0.9,
+    steps: int | None = None,
+    **common: Unpack[CommonOptions],
+) -> Method:
+    """Spectrum, with the defaults of stable-diffusion.cpp (commit 97d29908) and the names of the paper's code.
+
+    Computes at growing gaps, whatever the latents do (`stepcache.gates.SpectrumCadence`), and fits Chebyshev
+    polynomials to what was computed (`stepcache.predictors.Chebyshev`); the rules as formulas stand there.
+
+    Args:
+        w: the share of the polynomials in the prediction; the rest is a line.
+        m: their highest degree.
+        lam: the ridge of their fit.
+        window_size, flex_window: every so many evaluations one is computed, and how much that grows with each.
+        warmup: so many evaluations are computed first.
+        stop: from this share of the run on everything is computed; 0 does not stop.
+        steps: the length of the run that the polynomials are scaled to. None: its own; 50 is published for every run.
+        **common: every option of `Method`: mask, last_step, max_cached, max_consecutive, predictor, ...
+
+    Published for the guided denoised: `CachedDenoiser(guided, Spectrum(), scalings="denoised")`.
+    """
+    cadence = SpectrumCadence(window_size, flex_window, warmup, stop)
+    gates = (cadence, *as_gates(common.pop("gates", ())))
+    return Method(**{"predictor": Chebyshev(w, m, lam, steps), "gates": gates, "name": "spectrum", **common})

@@ -1,0 +1,21 @@
+"""A step mask alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..masks import StepMask
+from .base import Method
+from .registry import register
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .base import CommonOptions
+
+
+@register("static")
+def Static(mask: StepMask | str | list[int] | tuple[int, ...], **common: Unpack[CommonOptions]) -> Method:
+    """Skips exactly the zeros of a step mask, whatever the latents do. `mask` as for `StepMask`."""
+    given = mask.mask if isinstance(mask, StepMask) else mask
+    return Method(**{"mask": StepMask(given, "static"), "name": "static", **common})

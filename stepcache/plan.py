@@ -1,0 +1,67 @@
+"""What becomes of an evaluation: computed for a reason or predicted, decided for each branch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Verdict(NamedTuple):
+    """A criterion's answer: skip or not, with the numbers that decided it (None if there were none).
+
+    `reason` is what the report says if there is more to say than that the criterion computes.
+    """
+
+    skip: bool
+    estimate: float | None = None
+    threshold: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class ComputeReason:
+    """Why a branch must be computed.
+
+    `observe`: the criterion may learn from it. `record`: it goes into the branch's cache.
+    """
+
+    reason: str
+    observe: bool = True
+    record: bool = True
+
+
+@dataclass
+class Plan:
+    """Why each branch of a call is computed, or None if it is predicted.
+
+    `verdicts` are the criterion's answers, by branch; `deciding` are the branches that it is asked for.
+    """
+
+    reasons: dict[str, ComputeReason | None]
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    deciding: list[str] = field(default_factory=list)
+
+    @classmethod
+    def compute(
+        cls, names: Iterable[str], reason: ComputeReason, verdicts: Mapping[str, Verdict] | None = None
+    ) -> Plan:
+        """Every branch is computed, for one reason."""
+        return cls(dict.fromkeys(names, reason), verdicts or {})
+
+    @classmethod
+    def predict(cls, names: Iterable[str], verdicts: Mapping[str, Verdict] | None = None) -> Plan:
+        """Every branch is predicted."""
+        return cls(dict.fromkeys(names), verdicts or {})
+
+    def but(self, reason: ComputeReason) -> Plan:
+        """The same plan, but every branch is computed, for this reason."""
+        return Plan(dict.fromkeys(self.reasons, reason), self.verdicts, self.deciding)
+
+    @property
+    def computed(self) -> list[str]:
+        return [name for name, reason in self.reasons.items() if reason is not None]
+
+    @property
+    def predicted(self) -> list[str]:
+        return [name for name, reason in self.reasons.items() if reason is None]
