@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from stepcache import METHODS, Method, OptionError, Report, StepMask
 from stepcache import method as make_method
-from stepcache.extend import PRESETS, Call, Engine, Parametrization, main_number, wide, widened
+from stepcache.extend import PRESETS, Call, Engine, main_number, wide, widened
 
 from .k_diffusion import EVALUATIONS as K_DIFFUSION
+from .parametrization import ScalingsAsFloats
 
 KEY = "stepcache"
 """Under which key our wrappers stand; never the built-in nodes' `easycache`."""
@@ -157,12 +158,13 @@ class _Run:
         if sampler in ADAPTIVE:
             self.notes.append("the sampler chooses its steps by comparing evaluations: all are computed")
             method = make_method("none")
+        meaning = ScalingsAsFloats(partial(scalings, self.sampling, x=torch.ones(1)))
         self.engine = Engine(
             method,
             decide=decide,
             training_sigma=lambda share: float(self.sampling.percent_to_sigma(share)),
-            coordinate=_coordinate(self.sampling),
-            parametrization=lambda sigma: _parametrization(self.sampling, sigma),
+            coordinate=meaning.coordinate(),
+            parametrization=meaning.parametrization,
             lowest_sigma=float(self.sampling.sigma_min),
             network=guider.model_patcher.model,
         )
@@ -335,26 +337,6 @@ def scalings(sampling: Any, sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor, T
     c_skip = sampling.calculate_denoised(sigma, nothing, one)
     c_out = sampling.calculate_denoised(sigma, one, nothing)
     return c_skip, c_out, c_in
-
-
-def _parametrization(sampling: Any, sigma: float) -> Parametrization:
-    """`Run.parametrization`, as the model's `model_sampling` has it."""
-    return Parametrization.of(sigma, *(float(c) for c in scalings(sampling, torch.tensor([sigma]), torch.ones(1))))
-
-
-def _coordinate(sampling: Any) -> Callable[[float], float] | None:
-    """Flow time, in which flow models move: sigma itself, or sigma / (1 + sigma); None for the usual one, log sigma.
-
-    Told by the scalings: a flow network gets x = (1 - t) x0 + t noise and gives noise - x0, with t = sigma, or scaled
-    by 1 / (1 - t) where sigma = t / (1 - t).
-    """
-    c_skip, c_out, c_in = (float(c) for c in scalings(sampling, torch.tensor([0.5]), torch.ones(1)))
-    if (c_skip, c_out, c_in) == (1, -0.5, 1):
-        return float
-    third = 1 / 3
-    if all(abs(c - goal) < 1e-6 for c, goal in ((c_skip, 2 * third), (c_out, -third), (c_in, 2 * third))):
-        return lambda sigma: sigma / (1 + sigma)
-    return None
 
 
 def _active(cond: list[dict[str, Any]], timestep: Tensor) -> tuple:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stepcache import Method, OptionError, Report, method
-from stepcache.extend import Call, Engine, Parametrization, require, same_sigma, unknown, wide, widened
+from stepcache.extend import Call, Engine, require, same_sigma, unknown, wide, widened
 
 from .batching import cut, rows_of
+from .parametrization import SCALINGS, Scalings, ScalingsAsFloats, eps_scalings
 
-Scalings = Callable[[Tensor], tuple[Tensor | None, Tensor, Tensor]]
 BranchNames = Sequence[str] | Callable[..., str | Sequence[str]] | None
 
 EVALUATIONS = {
@@ -39,24 +39,6 @@ EVALUATIONS = {
     "sample_dpmpp_sde": 2,
 }
 """Evaluations of one step in those samplers of k-diffusion 0.1.1 that take a schedule; the last step has one."""
-
-
-def eps_scalings(sigma: Tensor) -> tuple[None, Tensor, Tensor]:
-    """x = x0 + sigma noise, the network predicts the noise: denoised = x - sigma eps(x / sqrt(sigma^2 + 1))."""
-    return None, -sigma, (sigma * sigma + 1).rsqrt()
-
-
-def flow_scalings(sigma: Tensor) -> tuple[None, Tensor, Tensor]:
-    """x = (1 - sigma) x0 + sigma noise, the network predicts noise - x0: denoised = x - sigma v(x)."""
-    return None, -sigma, torch.ones_like(sigma)
-
-
-def denoised_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The network's output stands for denoised itself, whatever it predicts: what Spectrum and others extrapolate."""
-    return torch.zeros_like(sigma), torch.ones_like(sigma), torch.ones_like(sigma)
-
-
-SCALINGS: dict[str, Scalings] = {"eps": eps_scalings, "flow": flow_scalings, "denoised": denoised_scalings}
 
 
 class FlowDenoiser(nn.Module):
@@ -143,8 +125,8 @@ class CachedDenoiser(nn.Module):
             noise), "denoised" (they are taken for one), or a function sigma -> (c_skip, c_out, c_in) with denoised =
             c_skip x + c_out network(c_in x), where c_skip = None stands for 1. None: taken from the `get_scalings` of
             the model or of the model inside it, else "eps".
-        coordinate: sigma -> the coordinate that predictors extrapolate in. None: t where scalings="flow" and for a
-            `FlowDenoiser`, else log sigma.
+        coordinate: sigma -> the coordinate that predictors extrapolate in. None: flow time if the scalings are
+            a flow's, else log sigma.
         noise: how noisy the sampler is, from 0 to 1, if you know; None: Forecast sees it in the run. See `Engine`.
         group: a torch.distributed process group whose ranks share one sample.
 
@@ -175,6 +157,7 @@ class CachedDenoiser(nn.Module):
                 raise unknown("reference", reference, self.branches)
         self._scalings = _scalings(inner, scalings)
         self._dtypes: dict[torch.dtype, torch.dtype] = {}
+        meaning = ScalingsAsFloats(self._scalings)
         assumed = isinstance(self._scalings, ModelScalings) and self._scalings.owner is None
         self.engine = Engine(
             _method(method),
@@ -182,8 +165,8 @@ class CachedDenoiser(nn.Module):
             decide=decide,
             sigmas=sigmas,
             training_sigma=TrainingTable(inner) if _owner(inner, "t_to_sigma") is not None else None,
-            coordinate=coordinate or _coordinate(inner, self._scalings),
-            parametrization=ScalingsAsFloats(self._scalings),
+            coordinate=coordinate or meaning.coordinate(),
+            parametrization=meaning.parametrization,
             lowest_sigma=_lowest_sigma(inner),
             noise=noise,
             group=group,
@@ -430,19 +413,6 @@ class TrainingTable:
         return float(self.owner.t_to_sigma(t if table is None else t.to(table.device)))
 
 
-class ScalingsAsFloats:
-    """`Run.parametrization`: what the network's input and output mean at a sigma, from scalings."""
-
-    def __init__(self, scalings: Scalings, device: torch.device | str = "cpu") -> None:
-        self._scalings, self._device = scalings, device
-
-    @torch.no_grad()
-    def __call__(self, sigma: float) -> Parametrization:
-        scalings = self._scalings(torch.tensor([sigma], dtype=torch.float32, device=self._device))
-        c_skip, c_out, c_in = (1.0 if c is None else float(c) for c in scalings)
-        return Parametrization.of(sigma, c_skip, c_out, c_in)
-
-
 def _scalings(model: Any, given: str | Scalings | None) -> Scalings:
     if given is None:
         return ModelScalings(model)
@@ -451,14 +421,6 @@ def _scalings(model: Any, given: str | Scalings | None) -> Scalings:
     if given not in SCALINGS:
         raise unknown("scalings", str(given), SCALINGS)
     return SCALINGS[given]
-
-
-def _coordinate(model: Any, scalings: Scalings) -> Callable[[float], float] | None:
-    """Flow time, which is sigma itself under `flow_scalings`; None for the usual one, log sigma."""
-    if scalings is flow_scalings:
-        return float
-    owner = _owner(model, "get_scalings")
-    return owner.sigma_to_t if isinstance(owner, FlowDenoiser) else None
 
 
 def _lowest_sigma(model: Any) -> float:

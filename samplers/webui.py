@@ -34,12 +34,9 @@ from .k_diffusion import (
     EVALUATIONS,
     DenoiserCall,
     ModelScalings,
-    Scalings,
-    ScalingsAsFloats,
     TrainingTable,
-    denoised_scalings,
-    flow_scalings,
 )
+from .parametrization import Scalings, ScalingsAsFloats, denoised_scalings, flow_scalings
 
 TITLE = "StepCache"
 SLOT = "model_function_wrapper"
@@ -759,7 +756,7 @@ class Seat(ABC):
 
     def parametrization(self, sigma: float) -> Parametrization:
         """What the network's input and output mean at a sigma."""
-        return ScalingsAsFloats(self.scalings)(sigma)
+        return ScalingsAsFloats(self.scalings).parametrization(sigma)
 
     def unpaired(self) -> str | None:
         """Why one branch cannot be predicted from another, row by row; None where it can."""
@@ -866,9 +863,8 @@ class ForgeSeat(Seat):
         return lambda share: float(sampling.percent_to_sigma(share))
 
     def coordinate(self) -> Callable[[float], float] | None:
-        sampling = self._sampling
-        c_skip, _, c_in = self.scalings(torch.tensor([0.5], device=getattr(sampling, "sigmas", torch.ones(1)).device))
-        return float if float(c_in) == 1 and float(c_skip) == 1 else None
+        device = getattr(self._sampling, "sigmas", torch.ones(1)).device
+        return ScalingsAsFloats(self.scalings, device).coordinate()
 
 
 def one_chunk(arguments: dict[str, Any], kept: slice) -> dict[str, Any]:

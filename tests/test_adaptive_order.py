@@ -12,7 +12,8 @@ from torch import Tensor
 
 from stepcache import Forecast, OptionError
 from stepcache.extend import AdaptiveOrder, Branch, DeferredScalars, Lagrange, Parametrization, Position, RunInfo
-from stepcache.samplers.k_diffusion import CachedDenoiser, ScalingsAsFloats, eps_scalings, flow_scalings, sample
+from stepcache.samplers.k_diffusion import CachedDenoiser, sample
+from stepcache.samplers.parametrization import ScalingsAsFloats, eps_scalings, flow_scalings
 
 
 def predict(
@@ -99,7 +100,7 @@ def test_extrapolation_is_in_the_schedules_step_index():
 
 def test_the_share_of_denoised_by_hand():
     """eps network, sigma 2 then 1, one evaluation: out = 3/4 eps' + 1/4 (x - D') / sigma; x here is 5 in the latent."""
-    run = RunInfo(parametrization=ScalingsAsFloats(eps_scalings))
+    run = RunInfo(parametrization=ScalingsAsFloats(eps_scalings).parametrization)
     x = 4 / math.sqrt(5), 5 / math.sqrt(2)  # latents 4 and 5, as the network gets them
     denoised = 4 - 2 * 0.5
     expected = 0.75 * 0.5 + 0.25 * (5 - denoised) / 1
@@ -124,7 +125,7 @@ def test_parametrization_gives_back_denoised_and_the_derivative(c_skip, c_out, c
 
 
 def test_a_flow_at_any_scaling_is_known_by_its_scalings():
-    assert ScalingsAsFloats(flow_scalings)(0.25).derivative == (0.0, 1.0)
+    assert ScalingsAsFloats(flow_scalings).parametrization(0.25).derivative == (0.0, 1.0)
     assert Parametrization.of(0.0, 1.0, 0.0, 1.0) == Parametrization()
 
 
@@ -172,7 +173,7 @@ def test_forecast_is_exact_on_data_that_is_one_image(image, sampler):
 
 def test_residual_reuse_is_off_by_the_mean_where_forecast_is_exact():
     """Mean 6, sigma from 2 to 1, no noise in x: the residual carries 6 / sqrt(2) - 6 / sqrt(5) into the output."""
-    run = RunInfo(parametrization=ScalingsAsFloats(eps_scalings))
+    run = RunInfo(parametrization=ScalingsAsFloats(eps_scalings).parametrization)
     x = 6 / math.sqrt(5), 6 / math.sqrt(2)
     known = [(2.0, x[0], 0.0)]
     assert predict(AdaptiveOrder(), known, 1.0, x[1], run) == pytest.approx(0, abs=1e-6)

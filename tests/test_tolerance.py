@@ -24,12 +24,9 @@ from stepcache.samplers.k_diffusion import (
     CachedDenoiser,
     FlowDenoiser,
     InTurn,
-    ScalingsAsFloats,
-    denoised_scalings,
-    eps_scalings,
-    flow_scalings,
     sample,
 )
+from stepcache.samplers.parametrization import ScalingsAsFloats, denoised_scalings, eps_scalings, flow_scalings
 
 TEN = tuple(1 - k / 10 for k in range(11))
 """Ten steps of 0.1; with coordinate = sigma and exposure 1, u = 0.1 everywhere."""
@@ -273,11 +270,11 @@ def v_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("parametrization", "expected"),
     [
-        (ScalingsAsFloats(eps_scalings), lambda s: 1 / math.hypot(s, 1)),
-        (ScalingsAsFloats(v_scalings), lambda s: 1 / math.hypot(s, 1) ** 2),
-        (ScalingsAsFloats(denoised_scalings), lambda s: 1 / s / math.hypot(s, 1)),
-        (ScalingsAsFloats(flow_scalings), lambda t: 1 / math.hypot(t, 1 - t)),
-        (ScalingsAsFloats(FlowDenoiser(Toy()).get_scalings), lambda s: 1 / (1 + s) / math.hypot(s, 1)),
+        (ScalingsAsFloats(eps_scalings).parametrization, lambda s: 1 / math.hypot(s, 1)),
+        (ScalingsAsFloats(v_scalings).parametrization, lambda s: 1 / math.hypot(s, 1) ** 2),
+        (ScalingsAsFloats(denoised_scalings).parametrization, lambda s: 1 / s / math.hypot(s, 1)),
+        (ScalingsAsFloats(flow_scalings).parametrization, lambda t: 1 / math.hypot(t, 1 - t)),
+        (ScalingsAsFloats(FlowDenoiser(Toy()).get_scalings).parametrization, lambda s: 1 / (1 + s) / math.hypot(s, 1)),
         (_parametrization(Scheduler()), lambda s: 1 / math.hypot(s, 1)),
         (_parametrization(Scheduler(prediction_type="v_prediction")), lambda s: 1 / (s * s + 1)),
         (_parametrization(Scheduler(prediction_type="sample")), lambda s: 1 / s / math.hypot(s, 1)),
