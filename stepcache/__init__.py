@@ -35,7 +35,7 @@ if (_ROOT / "samplers" / "k_diffusion.py").is_file() and (_ROOT / "pyproject.tom
 def __getattr__(name: str) -> Any:
     """`stepcache.attach`: the cache around a pipeline; its adapter is imported when first asked for."""
     if name == "attach":
-        from .samplers.diffusers import attach
+        from .samplers import attach
 
         return attach
     raise AttributeError(f"module 'stepcache' has no attribute {name!r}")

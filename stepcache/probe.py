@@ -35,7 +35,7 @@ CONTAINERS = (
 """Names under which networks keep their blocks; of one network's several, in the order in which they run."""
 
 BEHIND = (
-    "Bn={}: outside of {} nothing can run its last blocks behind skipped ones. In diffusers, install cache-dit "
+    "Bn={}: outside of {} nothing can run its last blocks behind skipped ones. For a pipeline, install cache-dit "
     "(pip install 'stepcache[cache-dit]') and use attach(pipe, method), which lets its DBCache run inside; else Bn=0"
 )
 

@@ -155,7 +155,7 @@ class Pipeline:
     @torch.no_grad()
     def sample(self, sampler: str, steps: int, method: Method | None, seeds: Sequence[int]) -> Sampled:
         """Every seed has a generator of its own. The pipeline's scheduler is put back afterwards."""
-        from stepcache.samplers.diffusers import attach
+        from stepcache import attach
 
         if sampler not in self.schedulers:
             raise unknown("scheduler", sampler, self.schedulers)
