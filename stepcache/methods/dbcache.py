@@ -15,7 +15,7 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWindow
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def DBCache(
     warmup: int = 8,
     preset: str | None = None,
     policy: str | None = None,
-    **common: Unpack[CommonOptions],
+    **common: Unpack[OptionsWithWindow],
 ) -> Method:
     """DBCache, with the options and defaults of cache-dit (v1.5.0) and of stable-diffusion.cpp's `dbcache`.
 
@@ -89,14 +89,13 @@ def DBCache(
     97d29908), whose decisions it makes with `start=0.15, end=0.95, warmup=0`; there warm-up, mask, policy and limits do
     nothing, here they act.
     """
-    mask = masked(common.pop("mask", None), policy)
-    criterion = dual_block(Fn, Bn, threshold)
-    return Method(**{"criterion": criterion, "warmup": warmup, "mask": mask, "name": "dbcache", **common})
+    chosen = {**common, "mask": masked(common.get("mask"), policy)}
+    return Method.make(chosen, criterion=dual_block(Fn, Bn, threshold), warmup=warmup, name="dbcache")
 
 
 def dual_block(Fn: int, Bn: int, threshold: float) -> RelativeChange | Always:
     """DBCache's criterion; `Always` from a threshold of 1 on, as cache-dit has it."""
-    Fn, Bn = number("Fn", Fn, low=1, whole=True), number("Bn", Bn, whole=True)
+    Fn, Bn = int(number("Fn", Fn, low=1, whole=True)), int(number("Bn", Bn, whole=True))
     threshold = number("threshold", threshold)
     if threshold >= 1 and not Bn:
         return Always()

@@ -12,7 +12,7 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWarmup
 
 
 NAMES = {"threshold": "residual_diff_threshold", "max_consecutive": "max_consecutive_cache_hits"}
@@ -26,7 +26,7 @@ def FBCache(
     max_consecutive_cache_hits: int = -1,
     object_to_patch: str = "diffusion_model",
     block: str | None = None,
-    **common: Unpack[CommonOptions],
+    **common: Unpack[OptionsWithWarmup],
 ) -> Method:
     """First Block Cache, with the options and defaults of the node "Apply First Block Cache" (Comfy-WaveSpeed).
 
@@ -49,7 +49,12 @@ def FBCache(
     which restores it; the report says so.
     """
     rule = RelativeChange(residual_diff_threshold, Blocks(1, block, object_to_patch))
-    options = {"criterion": rule, "start": start, "end": end, "name": "fbcache"}
-    if (start, end) != (0, 1):
-        options["window"] = "training"
-    return Method(**{**options, "max_consecutive": max_consecutive_cache_hits, **common})
+    return Method.make(
+        common,
+        criterion=rule,
+        start=start,
+        end=end,
+        window=None if (start, end) == (0, 1) else "training",
+        max_consecutive=max_consecutive_cache_hits,
+        name="fbcache",
+    )

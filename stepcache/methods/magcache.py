@@ -63,7 +63,7 @@ def MagCache(
         'CCSCSCSCSC'
     """
     rule = MagCacheRule(ratios, threshold, max_skip_steps, retention_ratio, calibrate)
-    method = Method(**{"criterion": rule, "name": "magcache", **common})
+    method = Method.make(common, criterion=rule, name="magcache")
     if rule.calibrate:
         return Method(criterion=rule, evaluations=method.evaluations, name=method.name)
     return method

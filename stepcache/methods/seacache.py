@@ -119,4 +119,4 @@ def SeaCache(threshold: float = 0.3, power: float = 2.0, **common: Unpack[Common
         >>> method("seacache", "threshold=0.6").criterion.threshold
         0.6
     """
-    return Method(**{"criterion": SeaCacheRule(threshold, power), "last_step": True, "name": "seacache", **common})
+    return Method.make(common, criterion=SeaCacheRule(threshold, power), last_step=True, name="seacache")

@@ -11,7 +11,7 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWarmup
 
 
 @register("ucache")
@@ -22,7 +22,7 @@ def UCache(
     decay: float = 1.0,
     relative: bool = True,
     reset: bool = True,
-    **common: Unpack[CommonOptions],
+    **common: Unpack[OptionsWithWarmup],
 ) -> Method:
     """UCache, with the published names and defaults (stable-diffusion.cpp, commit 97d29908); made for U-Nets.
 
@@ -48,4 +48,4 @@ def UCache(
     is in docs/measurements-digits.md.
     """
     rule = UCacheRule(threshold, decay, relative, reset)
-    return Method(**{"criterion": rule, "start": start, "end": end, "window": "steps", "name": "ucache", **common})
+    return Method.make(common, criterion=rule, start=start, end=end, window="steps", name="ucache")

@@ -57,7 +57,8 @@ class AdaptiveOrder(Predictor):
     Source: ours; chosen on the development networks of the zoo (docs/measurements.md).
 
     Example:
-        >>> from stepcache import AdaptiveOrder, Static
+        >>> from stepcache import Static
+        >>> from stepcache.extend import AdaptiveOrder
         >>> Static("medium", predictor=AdaptiveOrder(order=1)).predictor.memory
         2
     """

@@ -27,8 +27,10 @@ Terms = Sequence[tuple[CacheEntry, float | Tensor]]
 class Predictor(ABC):
     """Predicts the network's raw output from the evaluations computed before."""
 
-    memory: int = 1
-    """How many computed evaluations are kept for it, per branch; each costs two latents."""
+    @property
+    def memory(self) -> int:
+        """How many computed evaluations are kept for it, per branch; each costs two latents."""
+        return 1
 
     finite_if_cache_is: bool = False
     """Whether a prediction from finite outputs is sure to be finite; then a branch that follows the reference in a

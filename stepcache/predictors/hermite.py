@@ -35,7 +35,8 @@ class Hermite(FixedOrder):
     Source: arXiv 2508.16984; defaults of hicache-pp 1.3.0.
 
     Example:
-        >>> from stepcache import Hermite, Static
+        >>> from stepcache import Static
+        >>> from stepcache.extend import Hermite
         >>> Static("medium", predictor=Hermite(order=2)).predictor.memory
         3
     """

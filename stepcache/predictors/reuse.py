@@ -20,7 +20,6 @@ class Reuse(Predictor):
     identity plus a constant; of order 0 in sigma.
     """
 
-    memory = 1
     finite_if_cache_is = True
 
     def predict(self, branch: Branch) -> Tensor:
