@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 Pair = tuple[float, float]
-"""(a, b) stands for a x + b out."""
+"""(a, b) means a x + b out."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"mask": "fast", "threshold": 0.30, "warmup": 6, "Fn": 6},
     "ultra": {"mask": "ultra", "threshold": 0.34, "warmup": 4, "Fn": 4},
 }
-"""What stable-diffusion.cpp's `--cache-preset` stood for (commit 298b1106), with the masks of `StepMask`."""
+"""What stable-diffusion.cpp's `--cache-preset` meant (commit 298b1106), with the masks of `StepMask`."""
 
 OTHER_NAMES = {
     "fn": "Fn",
@@ -66,15 +66,15 @@ def DBCache(
 ) -> Method:
     """DBCache, with the options and defaults of cache-dit (v1.5.0) and of stable-diffusion.cpp's `dbcache`.
 
-    Skips where the signal has changed by less than a share `threshold` since the last computed evaluation; the rule as
-    a formula stands at `stepcache.criteria.RelativeChange`. A skipped evaluation reuses the network's residual.
+    Skips if the signal has changed by less than a share `threshold` since the last computed evaluation; the rule as
+    a formula is at `stepcache.criteria.RelativeChange`. A skipped evaluation reuses the network's residual.
 
     Args:
         Fn (Fn_compute_blocks): the first so many blocks are always computed; what they add to their input is the
-            signal. Of a network with no more than Fn blocks all but the last are, and a warning says so.
+            signal. If the network has Fn blocks or fewer, all but the last are used, with a warning.
         Bn (Bn_compute_blocks): the last so many blocks are always computed. A wrapper around the model cannot do that:
-            under diffusers cache-dit, where it is installed, then runs its own DBCache inside (`samplers.inside`), and
-            the wrapper skips the zeros of a static mask.
+            under diffusers cache-dit, if it is installed, then runs its own DBCache inside, and the wrapper skips the
+            zeros of a static mask.
         threshold (residual_diff_threshold): higher is faster and worse. 0 never skips, 1 and more always would.
         warmup (max_warmup_steps): so many steps are computed first.
         preset: "slow", "medium", "fast", "ultra", or the first letter: a mask, a threshold, a warm-up and Fn together,

@@ -21,7 +21,7 @@ def EasyCache(
     """EasyCache, with the names and defaults of stable-diffusion.cpp (commit 97d29908) and ComfyUI.
 
     Skips while an accumulated estimate of the relative change of the network's output stays under `threshold`; the rule
-    as a formula stands at `stepcache.criteria.EasyCacheRule`. A skipped evaluation reuses the residual.
+    as a formula is at `stepcache.criteria.EasyCacheRule`. A skipped evaluation reuses the residual.
 
     Args:
         threshold: the error that is let accumulate. Higher is faster and worse. At 0 nothing is skipped.

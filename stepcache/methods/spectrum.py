@@ -30,7 +30,7 @@ def Spectrum(
     """Spectrum, with the defaults of stable-diffusion.cpp (commit 97d29908) and the names of the paper's code.
 
     Computes at growing gaps, whatever the latents do (`stepcache.gates.SpectrumCadence`), and fits Chebyshev
-    polynomials to what was computed (`stepcache.predictors.Chebyshev`); the rules as formulas stand there.
+    polynomials to what was computed (`stepcache.predictors.Chebyshev`) as well; the formulas are there.
 
     Args:
         w: the share of the polynomials in the prediction; the rest is a line.

@@ -46,7 +46,7 @@ def TaylorSeerCache(
             nor threshold are looked at. That is the paper's rule; 5 with `warmup=3` are diffusers' numbers.
         **common: every option of `Method`.
 
-    Source: arXiv 2503.06923; names and defaults of stable-diffusion.cpp's `taylorseer`, where the series is kept and
+    Source: arXiv 2503.06923; names and defaults of stable-diffusion.cpp's `taylorseer`. There the series is kept and
     never read, so that it reuses as `dbcache` does.
     """
     at_intervals = number("interval", interval, whole=True) > 0

@@ -27,7 +27,7 @@ def UCache(
     """UCache, with the published names and defaults (stable-diffusion.cpp, commit 97d29908); made for U-Nets.
 
     Skips while an accumulated estimate of the relative change of the network's output stays under `threshold`; the rule
-    as a formula stands at `stepcache.criteria.ucache.UCacheRule`. A skipped evaluation reuses the residual.
+    as a formula is at `stepcache.criteria.ucache.UCacheRule`. A skipped evaluation reuses the residual.
 
     Args:
         threshold: the error that is let accumulate. Higher is faster and worse. At 0 nothing is skipped.

@@ -39,7 +39,7 @@ class AdaptiveOrder(Predictor):
     d is the derivative, eps = (x - denoised) / sigma or a flow's velocity, and D the denoised image
     (`Parametrization`); out(...) is the network's output that gives this derivative, or this image, at the input now.
     The derivative is the smooth quantity along a deterministic run, whatever the network predicts and however its data
-    are centred. The share r of the image lets the prediction follow x where x itself has left the smooth path: a little
+    are centred. The share r of the image lets the prediction follow x if x itself has left the smooth path: a little
     (r = 0.25) because earlier predictions have moved it, which otherwise builds up under multistep samplers; mostly
     (r = 0.8) under fresh noise, which the network would see. Between the two r follows the measured noise level
     (`noise.FreshNoise`).

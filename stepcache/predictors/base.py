@@ -44,7 +44,7 @@ class Predictor(ABC):
         """The raw output expected for the input `branch.x`, as a new tensor of its shape and in float32 or wider.
 
         `branch.history` holds 1 to `memory` computed evaluations of the same branch and shape, oldest first. None
-        where nothing can be told: the evaluation is then computed.
+        if it cannot tell: the evaluation is then computed.
         """
 
     def remember(self, history: History, entry: CacheEntry) -> None:
@@ -70,7 +70,7 @@ class LinearPredictor(Predictor):
 
     @abstractmethod
     def weights(self, branch: Branch) -> Terms | None:
-        """Each evaluation used, with its weight; None where nothing can be told."""
+        """Each evaluation used, with its weight; None if nothing can be told."""
 
     def predict(self, branch: Branch) -> Tensor | None:
         terms = self.weights(branch)
