@@ -1,4 +1,4 @@
-"""The entry point for A1111, Forge, reForge, Forge Classic and Forge Neo; everything is in samplers/webui.py."""
+"""The entry point for A1111, Forge, reForge, Forge Classic and Forge Neo; everything is in samplers/webui/."""
 
 from modules import script_callbacks, scripts
 

@@ -22,6 +22,7 @@ from k_diffusion.external import CompVisDenoiser, DiscreteSchedule
 from torch import Tensor, nn
 
 from stepcache.samplers import webui
+from stepcache.samplers.webui.run import on_cfg_denoiser
 
 Scheduled = namedtuple("Scheduled", ["end_at_step", "cond"])
 STEPS = 10
@@ -366,7 +367,7 @@ class Host:
         self.other.calls, self.other.told = self.network.calls, self.network.told
         self.model, self.refiner = self.load(self.network), self.load(self.other)
         self.first = self.model
-        self.callbacks: list[Callable[[Any], None]] = [webui.on_cfg_denoiser]
+        self.callbacks: list[Callable[[Any], None]] = [on_cfg_denoiser]
         self.extensions: list[Callable[[Any], None]] = []
         self.low_memory: Callable[[], bool] = lambda: False
         self.stop_at: int | None = None

@@ -64,7 +64,6 @@ class BatchCall(Call):
         )
 
     @cached_property
-    @torch.no_grad()
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """c_skip, c_out and c_in, as factors for x."""
         return scalings(self._sampling, self.sigma, self._x)
