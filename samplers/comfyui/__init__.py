@@ -1,4 +1,4 @@
-"""ComfyUI: the nodes behind custom_nodes/stepcache, and what stands between ComfyUI's samplers and its models.
+"""ComfyUI: the nodes behind custom_nodes/stepcache, and the cache between ComfyUI's samplers and its models.
 
 A model that went through a node carries one wrapper, at OUTER_SAMPLE, which holds options only. When a sampler
 begins, it makes the run, and the run's own copy of the model's options gets two more wrappers: PREDICT_NOISE counts
@@ -6,7 +6,7 @@ evaluations, CALC_COND_BATCH answers them. When the sampler ends, however it end
 it.
 
 CALC_COND_BATCH gets the latent in sigma space and gives denoised for every branch. It covers every architecture and
-lies outside of ControlNets (not run where an evaluation is skipped) and of compiled graphs.
+is outside of ControlNets (not run if an evaluation is skipped) and of compiled graphs.
 
 Nothing of ComfyUI is imported before ComfyUI calls.
 """

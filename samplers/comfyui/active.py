@@ -10,7 +10,7 @@ from torch import Tensor
 def active_parts(cond: list[dict[str, Any]], timestep: Tensor) -> tuple:
     """What of a branch acts at this sigma: prompts, ControlNets and weight keyframes may have a time of their own.
 
-    Sigma is read, which waits for an accelerator, only where something has.
+    Sigma is read, which waits for an accelerator, only if something has.
     """
     sigma: float | None = None
 

@@ -18,12 +18,12 @@ log = logging.getLogger("stepcache")
 
 
 class Cache:
-    """What a node leaves on a model: options, and the report of the last run. It stands at OUTER_SAMPLE.
+    """What a node leaves on a model: options, and the report of the last run. It is the wrapper at OUTER_SAMPLE.
 
     Args:
         method: what to skip and how to predict it.
         decide:"reference": the positive branch's change decides, over all images of a batch. "each": every branch
-            of every image decides for itself, and an evaluation is skipped where all of them would.
+            of every image decides for itself, and an evaluation is skipped if all of them would.
 
     Copies of a model share it: it holds nothing of a run.
     """

@@ -41,7 +41,7 @@ class BatchCall(Call):
         names = [places[place] for place in self._places]
         rows = range(1, self._rows + 1)
         self.names = tuple(f"{name} of image {row}" for name in names for row in rows) if self._rows > 1 else (*names,)
-        self.latent = x.expand(len(self.names), *x.shape)  # one latent stands for every branch
+        self.latent = x.expand(len(self.names), *x.shape)  # one latent for every branch
         self.requires_grad = x.requires_grad
 
     def run_model(self) -> list[Tensor]:

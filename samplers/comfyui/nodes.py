@@ -193,7 +193,7 @@ class ReportNode:
     def read(self, latent: Any, model: Any, table: bool = False) -> tuple[Any, str]:
         cache = cache_of(model)
         if cache is None:
-            return latent, "StepCache: no cache stands on this model; connect the model that the sampler got"
+            return latent, "StepCache: no cache is on this model; connect the model that the sampler got"
         return latent, f"{cache.report}\n\n{cache.report.table()}" if table else str(cache.report)
 
 

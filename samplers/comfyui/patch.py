@@ -20,6 +20,6 @@ def patched(model: Any, method: Method, decide: str = "reference") -> Any:
 
 
 def cache_of(model: Any) -> Cache | None:
-    """The cache that stands on a model patcher, if one does."""
+    """The cache on a model patcher, if there is one."""
     found = model.get_wrappers(wrapper_kinds().OUTER_SAMPLE, KEY)
     return found[-1].__self__ if found else None

@@ -22,7 +22,7 @@ ROLES = {"positive": "cond", "negative": "uncond"}
 
 
 class Run:
-    """One sampling loop: which evaluation and which branches a call of CALC_COND_BATCH stands for."""
+    """One sampling loop: which evaluation and which branches a call of CALC_COND_BATCH is."""
 
     def __init__(self, guider: Any, method: Method, decide: str, sampler: str) -> None:
         self.guider = guider
@@ -83,7 +83,7 @@ class Run:
         )
 
     def _names(self, conds: Sequence[Any], timestep: Tensor, window: Any) -> dict[int, str] | None:
-        """The branches of a call, by their place in it; None where the call is not the guider's own.
+        """The branches of a call, by their place in it; None if the call is not the guider's own.
 
         Guidance that evaluates a branch once more, changed from outside (PAG, SAG, skipped layers), asks in the same
         evaluation for a name that has been seen, or for a branch that is not the guider's. Windows of a long video
@@ -114,7 +114,7 @@ class Run:
         return names or None
 
     def _role(self, cond: list[dict[str, Any]]) -> str | None:
-        """Under which name the guider has these branches; None where it has not."""
+        """Under which name the guider has these branches; None if it has none."""
         asked = {entry["uuid"] for entry in cond}
         for name, own in getattr(self.guider, "conds", {}).items():
             if own is cond or (asked and asked <= {entry["uuid"] for entry in own or ()}):

@@ -1,4 +1,4 @@
-"""ComfyUI's samplers, by the name of their function: how many evaluations a step has, and where."""
+"""ComfyUI's samplers, by the name of their function: how many evaluations a step has, and at which sigmas."""
 
 from __future__ import annotations
 

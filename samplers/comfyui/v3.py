@@ -9,7 +9,7 @@ from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 
 def exports() -> dict[str, Any]:
-    """What custom_nodes/stepcache/__init__.py defines: the entry point (V3) where the host has one, else the mappings.
+    """What custom_nodes/stepcache/__init__.py defines: the entry point (V3) if the host has one, else the mappings.
 
     One of the two, never both: of a module with both, ComfyUI takes the mappings and leaves the entry point uncalled.
     """

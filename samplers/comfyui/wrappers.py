@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 KEY = "stepcache"
-"""Under which key our wrappers stand; never the built-in nodes' `easycache`."""
+"""The key of our wrappers; never the built-in nodes' `easycache`."""
 
 
 def with_wrappers(options: dict[str, Any], **wrappers: Callable[..., Any]) -> dict[str, Any]:
