@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Real:
-    """The methods of `tests.comfyui_double.Double`, on the checkout."""
+    """The methods of `comfyui_double.Double`, on the checkout."""
 
     samplers = (
         "euler",

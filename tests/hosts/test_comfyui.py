@@ -1,4 +1,4 @@
-"""The situations of tests/comfyui_situations.py on a real ComfyUI, and the host's own nodes beside ours.
+"""The situations of tests/helpers/comfyui_situations.py on a real ComfyUI, and the host's own nodes beside ours.
 
 Skipped unless STEPCACHE_COMFYUI is the folder of a checkout; how to prepare one stands in docs/hosts.md.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ if not CHECKOUT:
     pytest.skip("STEPCACHE_COMFYUI is not set", allow_module_level=True)
 
 pytest.register_assert_rewrite("comfyui_situations")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from comfyui_real import Real
 from comfyui_situations import *  # noqa: F403

@@ -422,7 +422,7 @@ def test_the_trained_networks_draw_their_digits_under_every_scheduler(network, s
 
 @pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
 def test_the_examples_run_on_tiny_random_weights(tmp_path, name):
-    script = Path(__file__).parents[1] / "examples" / f"diffusers_{name}.py"
+    script = Path(__file__).parents[3] / "examples" / f"diffusers_{name}.py"
     out = tmp_path / "image.png"
     command = [sys.executable, str(script), "--tiny", "--compare", "--method=static", "--mask=fast", f"--out={out}"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

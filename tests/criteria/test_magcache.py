@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import types
 
 import pytest
@@ -293,9 +292,3 @@ def test_nearest_is_diffusers_interpolation():
         ratios = tuple(float(i) for i in range(length))
         for count in (1, 2, 5, 20, 28, 100):
             assert nearest(ratios, count) == tuple(hooks.nearest_interp(torch.tensor(ratios), count).tolist())
-
-
-def test_the_example_runs():
-    [example] = doctest.DocTestFinder(recurse=False).find(MagCache, "MagCache", globs={})
-    assert doctest.DocTestRunner().run(example).failed == 0
-    assert len(example.examples) > 5

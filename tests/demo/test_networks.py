@@ -139,7 +139,7 @@ def test_a_batch_decides_as_a_whole_and_a_repeat_is_bit_identical(name):
 
 def test_training_can_be_stopped_and_resumed_with_the_same_result(tmp_path):
     """Six steps at once, and three and three more, on the smallest network."""
-    script = Path(__file__).parents[1] / "examples" / "train_classifier.py"
+    script = Path(__file__).parents[2] / "examples" / "train_classifier.py"
 
     def train(name: str, *more: str) -> Path:
         options = [
@@ -169,7 +169,7 @@ def test_the_colour_networks_training_reads_the_packages_images(tmp_path):
         Image.new("RGBA", (64, 64), (20 * k, 0, 0, 128)).save(images / f"{k}.png")
         entries.append({"subcategory": subcategory, "has_img_google": True, "image": f"{k}.png"})
     (tmp_path / "package" / "emoji.json").write_text(json.dumps(entries), encoding="utf-8")
-    script = Path(__file__).parents[1] / "examples" / "train_emoji.py"
+    script = Path(__file__).parents[2] / "examples" / "train_emoji.py"
     options = ["--steps=1", "--batch=2", "--threads=1", f"--images={tmp_path / 'package'}"]
     folders = [f"--checkpoint={tmp_path}", f"--out={tmp_path}"]
     subprocess.run([sys.executable, str(script), *options, *folders], check=True, capture_output=True)
@@ -180,7 +180,7 @@ def test_the_colour_networks_training_reads_the_packages_images(tmp_path):
     "options", [["--sampler=euler"], ["--sampler=heun", "--method=easycache", "--mask=fast", "--policy=static"]]
 )
 def test_the_stable_diffusion_example_runs_on_a_tiny_random_checkpoint(tmp_path, options):
-    script = Path(__file__).parents[1] / "examples" / "k_diffusion_sd.py"
+    script = Path(__file__).parents[2] / "examples" / "k_diffusion_sd.py"
     out = tmp_path / "image.png"
     command = [
         sys.executable,
@@ -199,7 +199,7 @@ def test_the_stable_diffusion_example_runs_on_a_tiny_random_checkpoint(tmp_path,
 
 
 def test_a_wheel_holds_the_adapters_the_demo_and_its_weights(tmp_path):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     copy = tmp_path / "source"
     ignore = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".venv")
     shutil.copytree(root, copy, ignore=ignore)

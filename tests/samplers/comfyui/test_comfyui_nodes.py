@@ -209,7 +209,7 @@ def test_one_interface_is_exported_never_both(monkeypatch: Any) -> None:
 
 
 def test_the_example_workflow_names_every_input_of_our_nodes() -> None:
-    workflow = json.loads((Path(__file__).parents[1] / "examples" / "comfyui" / "text_to_image.json").read_text())
+    workflow = json.loads((Path(__file__).parents[3] / "examples" / "comfyui" / "text_to_image.json").read_text())
     ours = [node for node in workflow.values() if node["class_type"] in NODE_CLASS_MAPPINGS]
     assert [node["class_type"] for node in ours] == ["StepCache", "StepCacheReport"]
     for node in ours:

@@ -12,7 +12,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 if not hasattr(diffusers.hooks, "MagCacheConfig"):
     pytest.skip("this diffusers has fewer caches", allow_module_level=True)
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import peers  # noqa: E402
 from peers import CacheDiT, FirstBlock, Inside, Mag, Setting, Taylor, lite  # noqa: E402

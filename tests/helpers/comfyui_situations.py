@@ -1,6 +1,6 @@
-"""What must hold in ComfyUI, on any host that offers `tests.comfyui_double.Double`'s few methods.
+"""What must hold in ComfyUI, on any host that offers `comfyui_double.Double`'s few methods.
 
-Collected twice: on the double (tests/test_comfyui_nodes.py), and on a real checkout (tests/hosts/test_comfyui.py), each
+Collected twice: on the double (tests/samplers/comfyui), and on a real checkout (tests/hosts), each
 with the samplers that it has as the fixture `sampler`.
 Each failure of ComfyUI's own EasyCache and LazyCache that was seen there has a test.
 """

@@ -27,7 +27,7 @@ from stepcache import DBCache, EasyCache, Method, OptionError, Report, UCache
 from stepcache.extend import Gate, Position, RunInfo, SkipCounts, Window, mean_abs
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
-COMPACT = json.loads((Path(__file__).parent / "data" / "golden.json").read_text(encoding="utf-8"))
+COMPACT = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text(encoding="utf-8"))
 TABLES = COMPACT["tables"]
 METHODS = {"ucache": UCache, "easycache": EasyCache, "cache-dit": DBCache, "taylorseer": DBCache}
 """In stable-diffusion.cpp all of `dbcache`, `taylorseer` and `cache-dit` decide and reuse as its `dbcache` does."""

@@ -879,7 +879,7 @@ def test_install_writes_an_entry_point_once_that_loads(folder, capsys, host_modu
     metadata = configparser.ConfigParser()
     metadata.read(folder / "extensions" / "stepcache" / "metadata.ini")
     ours = configparser.ConfigParser()
-    ours.read(Path(__file__).parents[1] / "metadata.ini")
+    ours.read(Path(__file__).parents[3] / "metadata.ini")
     assert metadata == ours
     main(["install", "webui", str(folder)])
     assert "nothing to do" in capsys.readouterr().out
@@ -928,7 +928,7 @@ def test_install_refuses_a_second_panel_beside_a_checkout(name, folder, capsys):
     checkout = folder / "extensions" / name
     (checkout / "scripts").mkdir(parents=True)
     for part in ("install.py", "scripts/stepcache_webui.py"):
-        (checkout / part).write_bytes((Path(__file__).parents[1] / part).read_bytes())
+        (checkout / part).write_bytes((Path(__file__).parents[3] / part).read_bytes())
     with pytest.raises(SystemExit):
         main(["install", "webui", str(folder)])
     assert f"there already, from its repository: {checkout}" in capsys.readouterr().err
@@ -945,7 +945,7 @@ def test_install_says_where_the_web_ui_has_a_python_of_its_own(own, folder, caps
 @pytest.mark.parametrize("with_launch", [False, True])
 def test_install_installs_this_checkout_once_without_dependencies(with_launch, tmp_path):
     """install.py in an interpreter where pip, and `launch.run_pip`, only write down what they are asked."""
-    here = Path(__file__).parents[1]
+    here = Path(__file__).parents[3]
     asked = tmp_path / "asked"
     (tmp_path / "pip.py").write_text(f"import sys; open({str(asked)!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
     if with_launch:
