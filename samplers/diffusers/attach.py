@@ -27,14 +27,14 @@ COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "decoder", "model
 @contextmanager
 def attach(
     pipe: Any,
-    method: Method | str = "ucache",
+    method: Method | str = "forecast",
     *,
     mask: StepMask | str | Sequence[int] | None = None,
     components: Sequence[str] | None = None,
     controlnet: bool = True,
     **options: Any,
 ) -> Iterator[Attachment]:
-    """Caches a pipeline's denoiser inside the block: `with attach(pipe, UCache()) as cache: pipe(prompt)`.
+    """Caches a pipeline's denoiser inside the block: `with attach(pipe) as cache: pipe(prompt)`.
 
     Args:
         pipe: a pipeline with a `scheduler` and a denoiser.

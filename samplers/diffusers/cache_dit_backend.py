@@ -25,8 +25,8 @@ def asks_for_blocks_behind(method: Method) -> bool:
 
 
 class CacheDiTInside:
-    """One pipeline's DBCache between `install` and `remove`: threshold, Fn, Bn, warm-up, limits
-    and series are cache-dit's.
+    """One pipeline's DBCache between `install` and `remove`: cache-dit decides, with its own threshold, Fn, Bn,
+    warm-up, limits and series.
 
     The outside skips the zeros of a static mask, whole steps; cache-dit counts the calls that are left. A dynamic mask
     of digits is cache-dit's too. Needs cache-dit: pip install 'stepcache[cache-dit]'.

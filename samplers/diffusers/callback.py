@@ -12,7 +12,7 @@ from .guidance import Guidance
 
 
 class StepCacheCallback:
-    """The cache as a pipeline's callback: `pipe(prompt, callback_on_step_end=StepCacheCallback("easycache"))`.
+    """The cache as a pipeline's callback: `pipe(prompt, callback_on_step_end=StepCacheCallback())`.
 
     It attaches when the first step is over (the first step is always computed anyway) and detaches at the last. An
     exception or interrupt in between leaves it attached until the pipeline's next run, whose first call removes it. One
@@ -27,7 +27,7 @@ class StepCacheCallback:
 
     def __init__(
         self,
-        method: Method | str = "ucache",
+        method: Method | str = "forecast",
         *,
         mask: StepMask | str | Sequence[int] | None = None,
         also: Callable[..., dict[str, Any]] | None = None,

@@ -420,6 +420,21 @@ def test_the_trained_networks_draw_their_digits_under_every_scheduler(network, s
     assert statistics.fmean(METRICS["PSNR"](cached.images, full.images, seeds)) > 28
 
 
+def test_forecast_is_the_default_method(sd):
+    pipe, tiny, _ = sd
+    with attach(pipe) as cache:
+        image(pipe, tiny)
+    assert cache.report.method == StepCacheCallback().report.method == "forecast"
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
+def test_the_examples_use_forecast_by_default(tmp_path, name):
+    script = Path(__file__).parents[1] / "examples" / f"diffusers_{name}.py"
+    command = [sys.executable, str(script), "--tiny", "--device=cpu", "--steps=6", f"--out={tmp_path / 'image.png'}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "forecast" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
 def test_the_examples_run_on_tiny_random_weights(tmp_path, name):
     script = Path(__file__).parents[3] / "examples" / f"diffusers_{name}.py"
