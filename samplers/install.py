@@ -70,7 +70,7 @@ def webui(path: Path) -> list[str]:
     folder = path / "extensions" / "stepcache"
     for file in sorted(path.glob(f"extensions/*/{PANEL}")):
         there = file.parents[1]
-        if there != folder or (there / "install.py").exists():
+        if there != folder or (there / "pyproject.toml").exists():
             raise OptionError(
                 f"the extension is there already, from its repository: {there}. Update that one, or delete it and "
                 "install again; with both the panel would be there twice"

@@ -6,6 +6,7 @@ import configparser
 import inspect
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -927,7 +928,7 @@ def test_install_refuses_what_is_no_web_ui_or_not_ours(folder, capsys):
 def test_install_refuses_a_second_panel_beside_a_checkout(name, folder, capsys):
     checkout = folder / "extensions" / name
     (checkout / "scripts").mkdir(parents=True)
-    for part in ("install.py", "scripts/stepcache_webui.py"):
+    for part in ("pyproject.toml", "scripts/stepcache_webui.py"):
         (checkout / part).write_bytes((Path(__file__).parents[3] / part).read_bytes())
     with pytest.raises(SystemExit):
         main(["install", "webui", str(folder)])
@@ -942,27 +943,93 @@ def test_install_says_where_the_web_ui_has_a_python_of_its_own(own, folder, caps
     assert f"the web UI seems to run on the Python in {(folder / own).resolve()}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("with_launch", [False, True])
-def test_install_installs_this_checkout_once_without_dependencies(with_launch, tmp_path):
-    """install.py in an interpreter where pip, and `launch.run_pip`, only write down what they are asked."""
-    here = Path(__file__).parents[3]
-    asked = tmp_path / "asked"
-    (tmp_path / "pip.py").write_text(f"import sys; open({str(asked)!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
-    if with_launch:
-        (tmp_path / "launch.py").write_text(
-            f"def run_pip(command, name): open({str(asked)!r}, 'a').write(command + '\\n')\n"
-        )
-    command = [sys.executable, "-S", str(here / "install.py")]
-    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
-    subprocess.run(command, env=environment, check=True)
-    (written,) = asked.read_text().splitlines()
-    assert written.replace('"', "") == f"install --no-deps --editable {here}"
-    info = tmp_path / "stepcache-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stepcache\nVersion: 0.1.0\n")
-    (info / "direct_url.json").write_text(json.dumps({"url": here.as_uri(), "dir_info": {"editable": True}}))
-    subprocess.run(command, env=environment, check=True)
-    assert len(asked.read_text().splitlines()) == 1
+BARE = """
+import importlib.util, json, sys, types
+
+clone, packages = sys.argv[1:3]
+sys.path.append(packages)
+installed = importlib.util.find_spec("stepcache") is not None
+sys.path[1:1] = sys.argv[3:]
+if sys.argv[3:]:
+    import stepcache
+before = list(sys.path)
+modules, callbacks = types.ModuleType("modules"), []
+modules.script_callbacks = types.SimpleNamespace(on_cfg_denoiser=callbacks.append, on_before_ui=callbacks.append)
+modules.scripts = types.SimpleNamespace(Script=object)
+sys.modules["modules"] = modules
+spec = importlib.util.spec_from_file_location("stepcache_webui.py", clone + "/scripts/stepcache_webui.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+p = types.SimpleNamespace(extra_generation_params={})
+module.StepCache().process(p, True, "ucache", 0.5)
+found = {
+    "installed": installed,
+    "from": [sys.modules[name].__file__ for name in ("stepcache", "stepcache.samplers.webui")],
+    "callbacks": len(callbacks),
+    "threshold": p.stepcache_job.method.criterion.threshold,
+    "path unchanged": sys.path == before,
+    "others found": [name for name in ("samplers", "tests") if importlib.util.find_spec(name)],
+}
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone of the repository among a web UI's extensions."""
+    here, folder = Path(__file__).parents[3], tmp_path / "webui" / "extensions" / "step-cache-main"
+    for part in ("stepcache", "samplers", "scripts"):
+        shutil.copytree(here / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "metadata.ini"):
+        shutil.copy(here / part, folder / part)
+    return folder
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """A folder with every installed package, torch among them, but without stepcache."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    for place in map(Path, sys.path):
+        for entry in place.iterdir() if place.name in ("site-packages", "dist-packages") and place.is_dir() else ():
+            if "stepcache" not in entry.name and not (folder / entry.name).exists():
+                (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def load_in_a_bare_interpreter(*arguments):
+    """Runs BARE without environment, site-packages and .pth files. Returns what it prints, then what it found."""
+    command = [sys.executable, "-I", "-S", "-c", BARE, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    printed, _, found = done.stdout.partition("FOUND ")
+    return printed, json.loads(found)
+
+
+def test_a_clone_among_the_extensions_runs_without_being_installed(clone, packages):
+    printed, found = load_in_a_bare_interpreter(clone, packages)
+    assert found == {
+        "installed": False,
+        "from": [str(clone / "stepcache" / "__init__.py"), str(clone / "samplers" / "webui" / "__init__.py")],
+        "callbacks": 2,
+        "threshold": 0.5,
+        "path unchanged": True,
+        "others found": [],
+    }
+    assert printed == ""
+
+
+def test_a_copy_that_was_loaded_before_the_clone_is_used_and_named(clone, packages, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(clone, other)
+    printed, found = load_in_a_bare_interpreter(clone, packages, other)
+    assert printed == f"StepCache: another copy was loaded first. {other} is in use, not {clone}\n"
+    assert found["from"][1] == str(other / "samplers" / "webui" / "__init__.py")
+    assert found["threshold"] == 0.5
+
+
+def test_no_host_runs_an_installer_of_ours():
+    """Web UIs and ComfyUI-Manager run a folder's install.py at every start or update, if there is one."""
+    assert not (Path(__file__).parents[3] / "install.py").exists()
 
 
 def test_the_schedule_of_a_followed_sampler_is_still_its_own(runs):
