@@ -69,6 +69,8 @@ class Options:
         name = as_text(self.method).lower()
         if name not in METHODS:
             raise unknown("method", name, METHODS)
+        for option in ("hires", "table"):
+            flag(option, getattr(self, option))
         chosen: dict[str, Any] = {}
         if as_text(self.number):
             main = main_number(name)

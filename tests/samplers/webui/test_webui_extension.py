@@ -35,6 +35,7 @@ from stepcache import METHODS, OptionError, StepMask
 from stepcache.cli import main
 from stepcache.extend import Engine, main_number
 from stepcache.samplers import webui
+from stepcache.samplers.install import MARK
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 from stepcache.samplers.webui import Options, infotext
 from stepcache.samplers.webui import run as run_module
@@ -93,7 +94,7 @@ def host_modules(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The runs that are begun, each with where it stands."""
+    """The runs that are begun."""
     begun = []
     begin = Run.__init__
 
@@ -110,7 +111,7 @@ def same(p, q):
 
 
 def left(host, runs):
-    """What of ours is still in the host."""
+    """What is still patched in the host."""
     found = list(run_module._running)
     for run in runs:
         found += [run for inner in [run.denoiser.inner_model] if "forward" in vars(inner)]
@@ -160,8 +161,8 @@ def test_a_static_mask_skips_exactly_its_steps(name, sampler, runs):
 
 
 @pytest.mark.parametrize("name", ["a1111-1.10", "forge"])
-def test_steps_are_told_from_evaluations(name, runs):
-    """DDIM runs one step fewer than asked for, as its hosts have it; PLMS evaluates the first of them twice."""
+def test_steps_are_not_evaluations(name, runs):
+    """DDIM runs one step fewer than asked for, as in its hosts; PLMS evaluates the first of them twice."""
     host, nine = Host(name), [True, "static", "", "", "100101001"]
     host.job(nine, sampler_name="DDIM")
     host.job(nine, sampler_name="PLMS")
@@ -203,7 +204,7 @@ def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, ru
     cached = CachedDenoiser(inner, Options.of([True, *method]).as_method(), branches=names)
 
     def guided(x, sigma):
-        answers = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), told=torch.tensor(texts)).chunk(2)
+        answers = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), text=torch.tensor(texts)).chunk(2)
         parts = dict(zip(names, answers, strict=True))
         return parts["uncond"] + (parts["cond"] - parts["uncond"]) * 4.0
 
@@ -234,11 +235,11 @@ def close(p, q):
 def test_with_the_negative_prompt_only_the_prompt_alone_is_what_the_network_sees(name, sampler, runs):
     host, mask = Host(name), "1001010011"
     if sampler == "DDIM":
-        mask = mask[:9]  # see test_steps_are_told_from_evaluations
+        mask = mask[:9]  # see test_steps_are_not_evaluations
     bare = host.job(None, sampler_name=sampler)
     p = host.job(negative_only(True, "static", "", "", mask), sampler_name=sampler)
     both = [-0.2, 0.3] if host.forge else [0.3, -0.2]
-    assert host.network.told == [both if one == "1" else [0.3] for one in mask]
+    assert host.network.texts == [both if one == "1" else [0.3] for one in mask]
     assert fates(runs[0]) == "C" * len(mask)
     assert fates(runs[0], "uncond") == mask.replace("1", "C").replace("0", "S")
     assert close(p, bare)
@@ -282,7 +283,7 @@ def test_the_negative_prompt_is_predicted_from_the_prompt_whatever_the_situation
     ],
 )
 def test_what_forge_hands_to_the_slot_is_cut_by_chunks(prompt, extensions, runs):
-    """ControlNet's lists, patches that look at the labels, another wrapper behind ours; calls by told prompts."""
+    """ControlNet's lists, patches that look at the labels, another wrapper behind ours."""
     host = Host("forge")
     host.extensions = [one(host, until=99) if one is controlnet else one(host) for one in extensions]
     bare = host.job(None, prompt=prompt)
@@ -292,7 +293,7 @@ def test_what_forge_hands_to_the_slot_is_cut_by_chunks(prompt, extensions, runs)
     rows = [images * (branches if one == "1" else 1) for one in "1001010011" for _ in range(each)]
     assert host.network.calls == rows
     reference = prompt[0][-1][1][0][1]  # the last of several comes first
-    assert host.network.told[each] == [reference] * images
+    assert host.network.texts[each] == [reference] * images
     assert close(p, bare)
     assert p.comments == []
 
@@ -346,7 +347,7 @@ def test_conditioning_that_is_not_ordered_by_rows_on_a1111_is_computed_whole_and
     assert p.comments[0] == f"StepCache: negative prompt only: {why}"
 
 
-def test_where_there_is_no_negative_prompt_it_says_so():
+def test_without_a_negative_prompt_it_says_so():
     p = Host("forge").job(negative_only(*ON), cfg_scale=1.0)
     assert "where cond is the only branch nothing is skipped" in p.comments[0]
     assert p.extra_generation_params["StepCache skipped"] == "0/10"
@@ -354,7 +355,7 @@ def test_where_there_is_no_negative_prompt_it_says_so():
 
 @pytest.mark.parametrize("name", ["a1111-1.10", "forge"])
 def test_out_of_memory_in_a_call_for_the_prompt_alone(name, runs):
-    """Once, it is computed whole from there on; for good, it is the host's error, and the next job is untouched."""
+    """Once, it is computed whole from there on; for good, the host gets the error, and the next job is untouched."""
     host = Host(name)
     bare = host.job(None)
     host.network.fails_at = lambda call: call == 2
@@ -416,7 +417,7 @@ def test_every_batch_is_a_run_of_its_own(name, runs):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_prompts_joined_by_and_have_a_memory_each(name, runs):
+def test_prompts_joined_by_and_have_a_cache_each(name, runs):
     host = Host(name)
     host.job(MASKED, prompt=[TWO])
     assert runs[0].engine.report.branches in (["cond", "cond 2", "uncond"], ["uncond", "cond", "cond 2"])
@@ -463,7 +464,7 @@ def test_heun_without_uncond_at_some_evaluations_keeps_two_of_one_sigma_apart(na
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_edited_prompt_is_computed_where_it_changes(name, runs):
+def test_an_edited_prompt_is_computed_when_it_changes(name, runs):
     host = Host(name)
     host.job([True, "static", "", "", "1000000001"], prompt=[EDITED])
     assert fates(runs[0]) == "CSSSSCSSSC"
@@ -506,9 +507,9 @@ def test_further_calls_on_a1111_pass_through_and_are_never_stored(runs, monkeypa
     """An extension that asks the inner model once more, after the evaluation's own rows."""
     once = Denoiser.a1111
 
-    def again(self, x, sigma, told, *arguments):
-        answer = once(self, x, sigma, told, *arguments)
-        return answer + 0.1 * self.inner_model(x, sigma, cond=self.dictionary(told * 0.5))
+    def again(self, x, sigma, text, *arguments):
+        answer = once(self, x, sigma, text, *arguments)
+        return answer + 0.1 * self.inner_model(x, sigma, cond=self.dictionary(text * 0.5))
 
     monkeypatch.setattr(Denoiser, "a1111", again)
     host = Host("a1111-1.10")
@@ -532,7 +533,7 @@ def test_multidiffusion_is_kept_called_and_skipped_whole(late, runs):
     assert isinstance(host.first.forge_objects.unet.model_options["model_function_wrapper"], Tiles)
 
 
-def test_a_controlnet_that_ends_in_the_run_is_computed_where_it_does(runs):
+def test_a_controlnet_that_ends_in_the_run_is_computed_when_it_does(runs):
     host = Host("forge")
     host.extensions = [controlnet(host, until=4)]
     host.job([True, "static", "", "", "1000000001"])
@@ -611,6 +612,7 @@ def test_an_error_of_our_own_costs_the_speed_and_not_the_image(name, runs, monke
         ([True, "ucache", "", "", "", "dynamic", True, 0, -1, "decays=1"], "Did you mean 'decay'?"),
         ([*ON, *[None] * 10, 1], "13 arguments: accepted are 12"),
         ([*ON, *[None] * 9, "yes please"], "negative_only='yes please'"),
+        ([*ON, *[None] * 4, "no"], "hires='no': accepted is 0 or 1"),
     ],
 )
 def test_wrong_options_are_said_and_the_job_runs_without_the_cache(name, arguments, said, capsys):
@@ -620,6 +622,17 @@ def test_wrong_options_are_said_and_the_job_runs_without_the_cache(name, argumen
     assert said in p.comments[0]
     assert said in capsys.readouterr().out
     assert p.extra_generation_params == {}
+
+
+def test_an_error_while_the_options_are_read_costs_the_cache_and_not_the_image(monkeypatch):
+    def broken(self):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Options, "as_method", broken)
+    host = Host("forge")
+    bare, p = host.job(None), host.job(ON)
+    assert same(p, bare)
+    assert p.comments == ["StepCache: RuntimeError: a bug; this job runs without the cache"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -895,7 +908,7 @@ def test_install_writes_an_entry_point_once_that_loads(folder, capsys, host_modu
     assert callbacks.on_cfg_denoiser.__self__ == [on_cfg_denoiser]
 
 
-def test_the_entry_point_says_where_the_package_is_missing(folder, host_modules, monkeypatch):
+def test_the_entry_point_says_that_the_package_is_missing(folder, host_modules, monkeypatch):
     main(["install", "webui", str(folder)])
     host_modules.script_callbacks = None
     monkeypatch.setitem(sys.modules, "stepcache.samplers", None)
@@ -924,6 +937,32 @@ def test_install_refuses_what_is_no_web_ui_or_not_ours(folder, capsys):
     assert not (other / "scripts").exists()
 
 
+def test_install_never_writes_through_a_link(folder, capsys, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "extensions" / "stepcache").symlink_to(elsewhere)
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert f"is a link to {elsewhere}: remove the link" in capsys.readouterr().err
+    assert list(elsewhere.iterdir()) == []
+    elsewhere.rmdir()  # now the link is dangling
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert "is a link to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("in_the_way", ["extensions/stepcache", "extensions/stepcache/scripts"])
+def test_install_says_if_a_file_is_in_the_way(in_the_way, folder, capsys):
+    (folder / in_the_way).parent.mkdir(exist_ok=True)
+    (folder / in_the_way).touch()
+    if in_the_way.endswith("scripts"):
+        (folder / "extensions/stepcache/metadata.ini").write_text(MARK)
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert f"{folder / in_the_way}" in (error := capsys.readouterr().err)
+    assert "Nothing can be installed there" in error
+
+
 @pytest.mark.parametrize("name", ["stepcache", "step-cache-main"])
 def test_install_refuses_a_second_panel_beside_a_checkout(name, folder, capsys):
     checkout = folder / "extensions" / name
@@ -932,12 +971,12 @@ def test_install_refuses_a_second_panel_beside_a_checkout(name, folder, capsys):
         (checkout / part).write_bytes((Path(__file__).parents[3] / part).read_bytes())
     with pytest.raises(SystemExit):
         main(["install", "webui", str(folder)])
-    assert f"there already, from its repository: {checkout}" in capsys.readouterr().err
+    assert f"there already, as a clone of its repository: {checkout}" in capsys.readouterr().err
     assert [one.name for one in (folder / "extensions").iterdir()] == [name]
 
 
 @pytest.mark.parametrize("own", ["venv", "../system/python"])
-def test_install_says_where_the_web_ui_has_a_python_of_its_own(own, folder, capsys):
+def test_install_says_if_the_web_ui_has_a_python_of_its_own(own, folder, capsys):
     (folder / own).mkdir(parents=True)
     main(["install", "webui", str(folder)])
     assert f"the web UI seems to run on the Python in {(folder / own).resolve()}" in capsys.readouterr().out
