@@ -1,6 +1,6 @@
 """Samples FLUX.1 with diffusers, its transformer cached by stepcache: the cache as the pipeline's callback.
 
-python examples/diffusers_flux.py --prompt "a lighthouse at dusk" --cpu-offload --method ucache --compare
+python examples/diffusers_flux.py --prompt "a lighthouse at dusk" --cpu-offload --method forecast --compare
 python examples/diffusers_flux.py --tiny --device cpu --compare  # random weights, offline, seconds
 """
 

@@ -1,6 +1,6 @@
 """Samples Stable Diffusion XL with diffusers, its U-Net cached by stepcache: the cache as the pipeline's callback.
 
-python examples/diffusers_sdxl.py --prompt "a lighthouse at dusk" --method ucache --compare
+python examples/diffusers_sdxl.py --prompt "a lighthouse at dusk" --method forecast --compare
 python examples/diffusers_sdxl.py --tiny --device cpu --compare  # random weights, offline, seconds
 """
 

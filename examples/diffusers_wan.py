@@ -1,6 +1,6 @@
 """Samples a video from Wan 2.1 with diffusers, its transformer cached by stepcache inside a `with`.
 
-python examples/diffusers_wan.py --prompt "waves roll against a lighthouse" --method ucache --compare
+python examples/diffusers_wan.py --prompt "waves roll against a lighthouse" --method forecast --compare
 python examples/diffusers_wan.py --tiny --device cpu --compare  # random weights, offline, seconds
 """
 

@@ -51,7 +51,7 @@ def arguments(
     parser.add_argument("--height", type=int, help=f"pixels (default {size[1]}; {tiny_size[1]} with --tiny)")
     if frames is not None:
         parser.add_argument("--frames", type=int, help=f"4n + 1 (default {frames}; 5 with --tiny)")
-    parser.add_argument("--method", default="ucache", choices=["ucache", "easycache", "static", "none"])
+    parser.add_argument("--method", default="forecast", choices=[*stepcache.METHODS], help="(default %(default)s)")
     parser.add_argument("--options", default="", help='the method\'s options, as in "threshold=0.5,start=0.2"')
     parser.add_argument("--mask", help='steps that must compute: "1,1,0,..." or slow, medium, fast, ultra')
     parser.add_argument("--device", default=device, help="(default here: %(default)s)")

@@ -1,9 +1,10 @@
-"""`stepcache install HOST PATH`: puts a thin entry point into a host's folder; all logic stays in this package."""
+"""`stepcache install HOST PATH`: writes a short entry point into a host's folder. All code stays in this package."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stepcache import OptionError, __version__
@@ -52,44 +53,59 @@ METADATA = f"{MARK}\n[Extension]\nName = stepcache\n"
 PANEL = "scripts/stepcache_webui.py"
 
 
+@contextmanager
+def _os_errors_explained() -> Iterator[None]:
+    """Raises OptionError for errors of the file system: no permission, or a file in place of a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"{error.filename}: {error.strerror}. Nothing can be installed there") from error
+
+
+@_os_errors_explained()
 def comfyui(path: Path) -> list[str]:
-    """Creates custom_nodes/stepcache in a ComfyUI folder. Returns what it did; OptionError where it is none."""
+    """Creates custom_nodes/stepcache in a ComfyUI folder.
+
+    Returns sentences about what it did. Raises OptionError if `path` is no ComfyUI folder, if custom_nodes/stepcache
+    is not ours, or if it cannot be written.
+    """
     _check(path, "ComfyUI", COMFYUI_HAS, "ComfyUI's main.py", "ComfyUI")
-    said = [_write(path / "custom_nodes" / "stepcache", {"__init__.py": COMFYUI})]
-    said.extend(_other_python("ComfyUI", path / "venv", path / ".venv", path.parent / "python_embeded"))
-    said.append("Restart ComfyUI; the nodes are under model_patches/stepcache.")
-    return said
+    sentences = [_write(path / "custom_nodes" / "stepcache", {"__init__.py": COMFYUI})]
+    sentences.extend(_other_python("ComfyUI", path / "venv", path / ".venv", path.parent / "python_embeded"))
+    sentences.append("Restart ComfyUI; the nodes are under model_patches/stepcache.")
+    return sentences
 
 
+@_os_errors_explained()
 def webui(path: Path) -> list[str]:
     """Creates extensions/stepcache in the folder of a web UI (A1111 or one of the Forge family), as `comfyui` does.
 
-    OptionError also where a checkout of this repository lies among the extensions: it is the whole extension already.
+    Raises OptionError also if the extensions already include a clone of this repository: it is the whole extension.
     """
     _check(path, "web UI", WEBUI_HAS, "webui-user.bat", "webui")
     folder = path / "extensions" / "stepcache"
     for file in sorted(path.glob(f"extensions/*/{PANEL}")):
         there = file.parents[1]
-        if there != folder or (there / "install.py").exists():
+        if there != folder or (there / "pyproject.toml").exists():
             raise OptionError(
-                f"the extension is there already, from its repository: {there}. Update that one, or delete it and "
-                "install again; with both the panel would be there twice"
+                f"the extension is there already, as a clone of its repository: {there}. Update it, or delete it "
+                "and install again. With both, the panel would be there twice"
             )
-    said = [_write(folder, {PANEL: WEBUI, "metadata.ini": METADATA})]
-    said.extend(_other_python("the web UI", path / "venv", path / ".venv", path.parent / "system" / "python"))
-    said.append("Restart the web UI; the panel StepCache is in txt2img and img2img.")
-    return said
+    sentences = [_write(folder, {PANEL: WEBUI, "metadata.ini": METADATA})]
+    sentences.extend(_other_python("the web UI", path / "venv", path / ".venv", path.parent / "system" / "python"))
+    sentences.append("Restart the web UI; the panel StepCache is in txt2img and img2img.")
+    return sentences
 
 
 HOSTS: dict[str, Callable[[Path], list[str]]] = {"comfyui": comfyui, "webui": webui}
-"""What `stepcache install` knows, by the name that is written there."""
+"""What `stepcache install` accepts as HOST."""
 
 COMFYUI_HAS = ("nodes.py", "comfy/samplers.py", "custom_nodes")
 WEBUI_HAS = ("modules/scripts.py", "modules/processing.py", "extensions")
 
 
 def _check(path: Path, host: str, has: tuple[str, ...], start: str, usual: str) -> None:
-    """Refuses a folder that lacks what the host `has`. `usual` is how the right one is often called inside of it."""
+    """Raises OptionError if the folder lacks what the host `has`. `usual`: a subfolder that is often meant instead."""
     lacks = [part for part in has if not (path / part).exists()]
     if not lacks:
         return
@@ -99,9 +115,19 @@ def _check(path: Path, host: str, has: tuple[str, ...], start: str, usual: str) 
 
 
 def _write(folder: Path, files: dict[str, str]) -> str:
-    """Writes an entry point, its main file first, once; never over a folder that is not ours."""
+    """Writes the files of an entry point, the main one first. Returns what it did.
+
+    Raises OptionError if the folder is not ours, or cannot be written.
+    """
     main = folder / next(iter(files))
-    there = {name: (folder / name).read_text(encoding="utf-8") for name in files if (folder / name).exists()}
+    for written in (folder, *((folder / name).parent for name in files), *(folder / name for name in files)):
+        if written.is_symlink():
+            raise OptionError(f"{written} is a link to {written.readlink()}: remove the link, then install again")
+    there = {
+        name: (folder / name).read_text(encoding="utf-8", errors="replace")
+        for name in files
+        if (folder / name).exists()
+    }
     if there == files:
         return f"{main} is there already, nothing to do."
     for name, text in there.items():
@@ -116,7 +142,7 @@ def _write(folder: Path, files: dict[str, str]) -> str:
 
 
 def _other_python(host: str, *own: Path) -> list[str]:
-    """A sentence where the host keeps a Python of its own that is not the one running."""
+    """A sentence if the host has a Python of its own that is not the running one."""
     found = next((folder for folder in own if folder.is_dir()), None)
     if found is None or Path(sys.prefix).resolve() == found.resolve():
         return []

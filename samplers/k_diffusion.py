@@ -9,7 +9,6 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -305,24 +304,24 @@ class DenoiserCall(Call):
     ) -> None:
         self.model, self.names, self.latent, self.sigma, self.keywords = model, names, x, sigma, extra
         self._scalings = scalings
+        self._known_factors: tuple[Tensor | None, Tensor, Tensor] | None = None
         self._dtypes = {} if dtypes is None else dtypes  # of the latents' dtype that of the model's last answer
 
     @property
     def requires_grad(self) -> bool:
         return any(one.requires_grad for one in tree_leaves((self.latent, self.keywords)) if isinstance(one, Tensor))
 
-    @cached_property
-    @torch.no_grad()
     def _factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """c_skip, c_out and c_in, as factors for x."""
-        x = self.latent
-        scalings = self._scalings(self.sigma.to(x.device, wide(x.dtype)))
-        c_skip, c_out, c_in = (None if c is None else _spread(c, x) for c in scalings)
-        return c_skip, c_out, c_in
+        if self._known_factors is None:
+            x = self.latent
+            c_skip, c_out, c_in = self._scalings(self.sigma.to(x.device, wide(x.dtype)))
+            self._known_factors = None if c_skip is None else _spread(c_skip, x), _spread(c_out, x), _spread(c_in, x)
+        return self._known_factors
 
     @torch.no_grad()
     def inputs(self) -> tuple[Tensor, ...]:
-        return (self.latent * self._factors[2]).chunk(len(self.names))
+        return (self.latent * self._factors()[2]).chunk(len(self.names))
 
     def run_model(self) -> Tensor:
         return self.model(self.latent, self.sigma, **self.keywords)
@@ -330,14 +329,14 @@ class DenoiserCall(Call):
     @torch.no_grad()
     def outputs(self, answer: Tensor) -> tuple[Tensor, ...]:
         self._dtypes[self.latent.dtype] = answer.dtype
-        c_skip, c_out, _ = self._factors
+        c_skip, c_out, _ = self._factors()
         skipped = self.latent if c_skip is None else self.latent * c_skip
         return (widened(answer) - skipped).div_(c_out).chunk(len(self.names))
 
     @torch.no_grad()
     def rebuild(self, outputs: tuple[Tensor, ...]) -> Tensor:
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        c_skip, c_out, _ = self._factors
+        c_skip, c_out, _ = self._factors()
         skipped = self.latent if c_skip is None else self.latent * c_skip
         dtype = self._dtypes.get(self.latent.dtype, self.latent.dtype)
         return torch.addcmul(skipped, out, c_out).to(dtype)

@@ -1,7 +1,7 @@
 """What a host's model means by its input and output, asked of its own scalings: once for all hosts.
 
 Scalings are a function sigma -> (c_skip, c_out, c_in) with denoised = c_skip x + c_out network(c_in x); c_skip = None
-stands for 1. Everything else follows from them: whether the model is a flow, which coordinate predictors extrapolate
+means 1. Everything else follows from them: whether the model is a flow, which coordinate predictors extrapolate
 in, and what the network's output is (`stepcache.extend.Parametrization`).
 """
 
@@ -37,7 +37,7 @@ SCALINGS: dict[str, Scalings] = {"eps": eps_scalings, "flow": flow_scalings, "de
 
 
 class ScalingsAsFloats:
-    """Scalings at a sigma as numbers, and what follows from them; `device` is where the scalings can be asked."""
+    """Scalings at a sigma as numbers, and what follows from them; `device` is the one that the scalings accept."""
 
     def __init__(self, scalings: Scalings, device: torch.device | str = "cpu") -> None:
         self._scalings, self._device = scalings, device

@@ -1,4 +1,4 @@
-"""`python -m stepcache`: the command where its folder is not on the path, as in a portable ComfyUI."""
+"""`python -m stepcache`: the command if its folder is not on the path, as in a portable ComfyUI."""
 
 import sys
 

@@ -58,6 +58,7 @@ class Branch:
             when a criterion or a predictor is asked.
         out: the network's raw output, once it has been computed.
         rebased: whether x is another branch's output.
+        has_baseline: whether it is known what a prediction is relative to.
         noise: how noisy the sampler is, (B,) from 0 to 1 (`noise.FreshNoise`); None if not known or not asked for.
         checked: whether `prediction_error` and `size` are measured for the report.
         signal: what the criterion compares from one evaluation to the next: what the probed blocks add to their input
@@ -80,15 +81,15 @@ class Branch:
         self.history = history
         self.out: Tensor | None = None
         self.rebased = False
+        self.has_baseline = True
         self.noise: Tensor | None = None
         self.signal: Tensor | None = x
         self.checked = False
         self.prediction_error: DeferredScalar | None = None
-        self._shape, self._device = x.shape, x.device
+        self._input = x
         self._predict = predictor
         self._deferred = deferred
         self._parametrized = parametrized
-        self._baseline_missing = False
 
     def coordinate(self, position: Position) -> float | None:
         """The place of an evaluation in `RunInfo.coordinate`; None if that is not a finite number, as log 0."""
@@ -117,22 +118,17 @@ class Branch:
         """Replaces the input: the host has learnt from its model's answer which part of it the latents are."""
         if self.signal is self.x:
             self.signal = x
-        self.x, self._shape, self._device = x, x.shape, x.device
+        self.x = self._input = x
 
     def rebase(self, baseline: Tensor | None) -> None:
         """Predicts relative to `baseline`, the reference branch's output, instead of x. None if it is not known yet.
 
         A baseline of another shape or on another device cannot be used: there is then no prediction.
         """
-        self.rebased = True
-        self._baseline_missing = baseline is None or baseline.shape != self._shape or baseline.device != self._device
-        if baseline is not None and not self._baseline_missing:
+        known = baseline is not None and baseline.shape == self._input.shape and baseline.device == self._input.device
+        self.rebased, self.has_baseline = True, known
+        if known:
             self.x = baseline
-
-    @property
-    def has_baseline(self) -> bool:
-        """Whether it is known what a prediction is relative to."""
-        return not self._baseline_missing
 
     @property
     def predictable(self) -> bool:

@@ -1,7 +1,7 @@
 """Numbers measured on the device, brought to the host together.
 
-Reading a number off a GPU makes the host wait for everything queued before it. Measurements are therefore kept where
-they were made until one of them is needed; then all of them come over in one transfer.
+Reading a number off a GPU makes the host wait for everything queued before it. Measurements therefore stay on
+their device until one of them is needed; then all of them come over in one transfer.
 """
 
 from __future__ import annotations

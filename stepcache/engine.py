@@ -32,6 +32,7 @@ NOT_FINITE = ComputeReason("prediction not finite")
 CRITERION = ComputeReason("criterion")
 PENDING = ComputeReason("decided during the forward pass")
 INDIVISIBLE = ComputeReason("cannot be taken apart")
+ALWAYS = Verdict(True)
 UNRELATED = ComputeReason("output not related to the input", observe=False, record=False)
 
 SKIP_LAYERS = ("skip_layer_mask", "skip_layers", "perturbation_mask", "spatio_temporal_guidance_blocks")
@@ -345,11 +346,9 @@ class Engine:
         predicted = [branch for branch in branches.values() if branch.has_baseline]
         for branch in predicted:
             branch.request("total")
-        for name in deciding if not self.method.static else ():
+        for name in deciding if not run.static else ():
             branches[name].request("input_change")
-        verdicts = {
-            name: Verdict(True) if self.method.static else run.rules[name].decide(branches[name]) for name in deciding
-        }
+        verdicts = {name: ALWAYS if run.static else run.rules[name].decide(branches[name]) for name in deciding}
         finite = all(branch.finite for branch in predicted)
         if self._agree(finite and all(verdict.skip for verdict in verdicts.values()), branches):
             return Plan.predict(branches, verdicts)
@@ -359,9 +358,10 @@ class Engine:
 
     def _keep_reference(self, evaluation: Evaluation, plan: Plan) -> Plan:
         """If the others are predicted from the reference, it is computed at evaluations that are skipped too."""
-        run, names = evaluation.run, list(plan.reasons)
-        if self.method.baseline != "reference" or plan.computed or run.reference not in names:
+        run = evaluation.run
+        if not run.relative or plan.computed or run.reference not in plan.reasons:
             return plan
+        names = list(plan.reasons)
         if names == [run.reference]:
             if evaluation.expected == {run.reference}:
                 self._obstacle(f"where {run.reference} is the only branch nothing is skipped")

@@ -33,7 +33,7 @@ def ForecastTolerance(tolerance: float = 0.02, guidance: float = 7.5, **common: 
     Args:
         tolerance: the error that all skips together may leave in the result, as a share of the latent's scale. 0 never
             skips.
-        guidance: the scale of guidance, uncond + guidance (cond - uncond), where the two are seen apart.
+        guidance: the scale of guidance, uncond + guidance (cond - uncond), if the two are seen apart.
         **common: every option of `Method` but skip="uncond".
     """
     if common.get("skip") == "uncond":
@@ -47,7 +47,7 @@ def ForecastTolerance(tolerance: float = 0.02, guidance: float = 7.5, **common: 
 
 
 class _Miss(NamedTuple):
-    """A computed evaluation: where it stood, where the last two computed before it did, and how far a prediction was
+    """A computed evaluation: its place, those of the last two computed before it, and how far a prediction was
     off. `path` holds (place, coordinate), the newest first."""
 
     path: tuple[tuple[int | None, float | None], ...]
@@ -66,7 +66,7 @@ class ToleranceRule(Criterion):
 
     u_k the change of the scaled latent by one unit of output over the step (`error_gain`):
     |d sigma| / sqrt(sigma^2 + 1) for a network that predicts noise, |dt| / sqrt(t^2 + (1 - t)^2) for a flow. Errors of
-    one gap add up, those of different gaps in squares. 0.4 stands for what the rest of the run damps, and for what
+    one gap add up, those of different gaps in squares. 0.4 is what the rest of the run damps, and for what
     errors of different gaps undo of each other. After every computed evaluation n, with a and b the two before it,
 
         e_k = r |(s_k - s_a) (s_k - s_b)|,   r = e_n / |(s_n - s_a) (s_n - s_b)|
@@ -148,7 +148,7 @@ class ToleranceRule(Criterion):
         self._residuals.clear()
 
     def _guided(self, parts: dict[str, Tensor], branch: Branch) -> Tensor:
-        """rms of uncond + guidance (cond - uncond) where both are there; else of the one there is, or the first.
+        """rms of uncond + guidance (cond - uncond) if both are there; else of the one there is, or the first.
 
         Of batches of different sizes, which cannot be subtracted, the most that it can be.
         """
@@ -240,7 +240,7 @@ class ToleranceRule(Criterion):
 
 
 SHARE, MARGIN, LARGEST = 0.4, 1.5, 1 / 3
-"""`ToleranceRule`'s constants: the same for every model; how they were found stands in docs/tolerance.md."""
+"""`ToleranceRule`'s constants: the same for every model; how they were found is in docs/tolerance.md."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class _Places:
 
     @classmethod
     def of(cls, run: RunInfo) -> _Places | None:
-        """None where the schedule or the parametrization is not known, or a coordinate is not finite."""
+        """None if the schedule or the parametrization is not known, or a coordinate is not finite."""
         if run.schedule is None or run.parametrization is None or len(run.schedule) < 2:
             return None
         stages = 2 if run.stages == 2 else 1
@@ -274,7 +274,7 @@ class _Places:
         return len(self.coordinates) - 1
 
     def index(self, position: Position) -> int | None:
-        """The place of an evaluation in these lists; None where it is not one of them."""
+        """The place of an evaluation in these lists; None if it is not one of them."""
         if position.step is None or position.step < 0 or position.stage >= self.stages:
             return None
         index = position.step * self.stages + position.stage

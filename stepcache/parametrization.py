@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 Pair = tuple[float, float]
-"""(a, b) stands for a x + b out."""
+"""(a, b) means a x + b out."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,11 @@ class Parametrization:
         """From k-diffusion's scalings: denoised = c_skip x + c_out network(c_in x), with x the sampler's latent.
 
         If denoised is the network's input plus a multiple of its output, the network is a flow and its output the
-        derivative. Example: `Parametrization.of(2.0, 1.0, -2.0, 5**-0.5)` for an eps network.
+        derivative.
+
+        Example, of a network that predicts noise:
+            >>> Parametrization.of(2.0, c_skip=1.0, c_out=-2.0, c_in=5**-0.5).denoised
+            (2.23606797749979, -2.0)
         """
         if not (sigma > 0 and c_in and c_out and math.isfinite(c_skip / c_in)):
             return cls()
@@ -37,3 +41,13 @@ class Parametrization:
         if abs(denoised[0] - 1) < 1e-5:
             return cls((0.0, 1.0), denoised)
         return cls(((1 / c_in - denoised[0]) / sigma, -c_out / sigma), denoised)
+
+    @classmethod
+    def flow(cls, t: float) -> Parametrization:
+        """Of a flow network v = network(x_t, t) = noise - x0 at x_t = (1 - t) x0 + t noise, which samplers call as is.
+
+        Example:
+            >>> Parametrization.flow(0.25).denoised
+            (1.0, -0.25)
+        """
+        return cls((0.0, 1.0), (1.0, -t)) if t > 0 else cls()

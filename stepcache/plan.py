@@ -35,12 +35,19 @@ class ComputeReason:
 class Plan:
     """Why each branch of a call is computed, or None if it is predicted.
 
-    `verdicts` are the criterion's answers, by branch; `deciding` are the branches that it is asked for.
+    `verdicts` are the criterion's answers, by branch; `deciding` are the branches that it is asked for. `computed` and
+    `predicted` are the branches of either kind.
     """
 
     reasons: dict[str, ComputeReason | None]
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     deciding: list[str] = field(default_factory=list)
+    computed: list[str] = field(init=False)
+    predicted: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.computed = [name for name, reason in self.reasons.items() if reason is not None]
+        self.predicted = [name for name, reason in self.reasons.items() if reason is None]
 
     @classmethod
     def compute(
@@ -57,11 +64,3 @@ class Plan:
     def but(self, reason: ComputeReason) -> Plan:
         """The same plan, but every branch is computed, for this reason."""
         return Plan(dict.fromkeys(self.reasons, reason), self.verdicts, self.deciding)
-
-    @property
-    def computed(self) -> list[str]:
-        return [name for name, reason in self.reasons.items() if reason is not None]
-
-    @property
-    def predicted(self) -> list[str]:
-        return [name for name, reason in self.reasons.items() if reason is None]

@@ -1,8 +1,8 @@
 """Looking inside a network: what its first blocks add to their input, observed while the forward goes on.
 
-One forward hook stands on one block for the length of one call, and a second one, where the signal spans several
-blocks, before the first of them. No block is replaced and nothing is left behind. Where the evaluation is to be
-skipped, the forward is left at that point by an exception of our own; otherwise it simply goes on.
+One forward hook is put on one block for the length of one call. If the signal spans several blocks, a second hook is
+put before the first of them. No block is replaced and nothing is left behind. If the evaluation is skipped, an
+exception of our own ends the forward pass at that point; otherwise it simply goes on.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Blocks:
     Attributes:
         count: so many blocks, at least 1; of a network with fewer, all but its last.
         name: the path of one block instead, "transformer_blocks.0", as `named_modules` gives it or its end.
-        within: the part of the model that has the blocks, where it has a part of that name.
+        within: the part of the model that has the blocks, if it has a part of that name.
         required: a model without blocks is an error; else its input is the signal.
         after: so many of the last blocks should run on skipped evaluations too, which is refused here: nothing outside
             of a model can leave out blocks in its middle.
 
-    Where the last of these blocks returns another shape than the first takes (the down blocks of a U-Net), the signal
+    If the last of these blocks returns another shape than the first takes (the down blocks of a U-Net), the signal
     is what it returns. `input_blocks` begin with the input convolution, which is not counted.
     """
 
@@ -73,7 +73,7 @@ class Blocks:
         number("count", self.count, low=1, whole=True)
 
     def find(self, model: Any) -> Probe | None:
-        """The probe of these blocks of `model`; None where it has none and they are not required."""
+        """The probe of these blocks of `model`; None if it has none and they are not required."""
         root = _module(model)
         if root is None:
             if self.required or self.name is not None:
@@ -139,7 +139,7 @@ class Probe:
         """`compute()`, during which `look(signal)` is called when the block is done; True ends the forward pass
         there, and the call gives None.
 
-        The signal is None where the block returns no tensor. A block that runs more than once in a call is looked at
+        The signal is None if the block returns no tensor. A block that runs more than once in a call is looked at
         the first time; a block that is never reached is not looked at.
         """
         thread, seen, before = threading.get_ident(), False, None

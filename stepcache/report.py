@@ -38,7 +38,7 @@ class Event:
 
     @property
     def error_share(self) -> float | None:
-        """`prediction_error` as a share of `size`; None where the prediction was not checked, or not finite."""
+        """`prediction_error` as a share of `size`; None if the prediction was not checked, or not finite."""
         if self.prediction_error is None or self.size is None:
             return None
         error, size = float(self.prediction_error), float(self.size)
@@ -95,7 +95,7 @@ class Report:
 
     @property
     def steps(self) -> int | None:
-        """Steps that the run has got to; None where steps are not known."""
+        """Steps that the run has got to; None if steps are not known."""
         steps = {event.position.step for event in self.events} - {None}
         return len(steps) if steps else None
 
@@ -223,7 +223,7 @@ class Report:
             (event.position.evaluation, event.error_share) for event in deciding if event.error_share is not None
         ]
         if checked:
-            upper.plot(*zip(*checked, strict=True), "x", color="C3", label="off by, where computed")
+            upper.plot(*zip(*checked, strict=True), "x", color="C3", label="off by, if computed")
         upper.set_ylabel("error")
         upper.legend(loc="upper left")
         upper.xaxis.get_major_locator().set_params(integer=True)

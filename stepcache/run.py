@@ -64,6 +64,8 @@ class Run:
         counts: evaluations so far, of the reference (None) or of each branch that decides for itself.
         cache_keys: what must not change for a branch's cache to stay valid.
         indivisible: a batched call could not be split; no further one is tried.
+        static: the mask's zeros are skipped without asking the criterion.
+        relative: the other branches are predicted relative to the reference's output.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Run:
     ) -> None:
         self.method, self.info, self.number, self.each = method, info, number, each
         self._named_reference = reference
+        self.static, self.relative = method.static, method.baseline == "reference"
         self.deferred = DeferredScalars()
         self.gates: list[Answer] = [] if method.never_skips else [gate.begin(info) for gate in method.all_gates()]
         self.counts: defaultdict[str | None, SkipCounts] = defaultdict(SkipCounts)
@@ -137,7 +140,7 @@ class Run:
     def rebase(self, branches: dict[str, Branch], outputs: dict[str, Tensor] | None = None) -> None:
         """If the method's baseline is the reference, predicts relative to its output as soon as that is known."""
         evaluation = self.evaluation
-        if self.method.baseline != "reference" or evaluation is None:
+        if not self.relative or evaluation is None:
             return
         if (reference := self.choose_reference(branches)) in branches:
             evaluation.baseline = (outputs or {}).get(reference)
@@ -187,7 +190,7 @@ class Run:
 
     def _remember_answers(self, branches: dict[str, Branch], outputs: dict[str, Tensor]) -> None:
         """What the sampler is answered, from which the next evaluation's noise level is measured."""
-        if self._noise is not None and self._known_noise is None and self.method.baseline == "input" and outputs:
+        if self._noise is not None and self._known_noise is None and not self.relative and outputs:
             first = next(iter(branches.values()))
             self._noise.give(first.position.evaluation, first.x, outputs.values())
 

@@ -19,7 +19,7 @@ from stepcache.bench import METRICS
 from stepcache.demo import networks, sampling
 from stepcache.experimental import ForecastTolerance, ToleranceRule, error_gain
 from stepcache.extend import DeferredScalars, Parametrization, Position, RunInfo
-from stepcache.samplers.diffusers import _parametrization, attach
+from stepcache.samplers.diffusers import attach, parametrization
 from stepcache.samplers.k_diffusion import (
     CachedDenoiser,
     FlowDenoiser,
@@ -275,10 +275,10 @@ def v_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (ScalingsAsFloats(denoised_scalings).parametrization, lambda s: 1 / s / math.hypot(s, 1)),
         (ScalingsAsFloats(flow_scalings).parametrization, lambda t: 1 / math.hypot(t, 1 - t)),
         (ScalingsAsFloats(FlowDenoiser(Toy()).get_scalings).parametrization, lambda s: 1 / (1 + s) / math.hypot(s, 1)),
-        (_parametrization(Scheduler()), lambda s: 1 / math.hypot(s, 1)),
-        (_parametrization(Scheduler(prediction_type="v_prediction")), lambda s: 1 / (s * s + 1)),
-        (_parametrization(Scheduler(prediction_type="sample")), lambda s: 1 / s / math.hypot(s, 1)),
-        (_parametrization(FlowScheduler()), lambda t: 1 / math.hypot(t, 1 - t)),
+        (parametrization(Scheduler()), lambda s: 1 / math.hypot(s, 1)),
+        (parametrization(Scheduler(prediction_type="v_prediction")), lambda s: 1 / (s * s + 1)),
+        (parametrization(Scheduler(prediction_type="sample")), lambda s: 1 / s / math.hypot(s, 1)),
+        (parametrization(FlowScheduler()), lambda t: 1 / math.hypot(t, 1 - t)),
     ],
     ids=["eps", "v", "denoised", "flow", "FlowDenoiser", "diffusers eps", "diffusers v", "sample", "diffusers flow"],
 )

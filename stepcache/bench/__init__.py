@@ -5,7 +5,7 @@
     subject = KDiffusion("sd15", model, shape=(4, 64, 64), sigmas=my_sigmas, extra_args=my_conditioning, decode=my_vae)
     results = bench(subject, samplers=["euler", "dpmpp_2m"], steps=[20, 30], out="bench-output")
 
-What a subject is stands at `subjects`, what a row is at `results`, how samples are marked at `metrics`.
+`subjects` says what is sampled, `results` what a row of a table is, and `metrics` how samples are compared.
 """
 
 from .metrics import METRICS, Metric

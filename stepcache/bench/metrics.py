@@ -12,7 +12,7 @@ Metric = Callable[[Tensor, Tensor, Sequence[int]], Sequence[float]]
 """metric(images, reference, seeds) gives a number for every sample. `reference` is the full run of the same seeds."""
 
 CAP = 100.0
-"""In dB: what an identical sample counts, whose PSNR would be infinite. Float32 rounding lies at 120 to 140."""
+"""In dB: what an identical sample counts, whose PSNR would be infinite. Float32 rounding is at 120 to 140."""
 
 
 def psnr(images: Tensor, reference: Tensor, seeds: Sequence[int]) -> list[float]:

@@ -58,7 +58,7 @@ class Row:
         same: whether every image is bit-identical to the full run's.
         scores: of every metric the mean over samples, against the full run of the same seeds.
         limit: the first metric against the subject's limit instead.
-        fewer, other: the same sampler in fewer steps, and the best other one, with as many calls; None where the
+        fewer, other: the same sampler in fewer steps, and the best other one, with as many calls; None if the
             method made as many calls as the full run. Best is nearest to the limit, or, without one, to the full run.
     """
 
@@ -249,7 +249,7 @@ class Results:
 
 
 def _rank(rival: Rival, metric: str) -> float:
-    """Nearness to the limit where there is one: another sampler's way there is not the full run's."""
+    """Nearness to the limit if there is one: another sampler's way there is not the full run's."""
     return rival.scores[metric] if rival.limit is None else rival.limit
 
 

@@ -240,7 +240,7 @@ def spacing(subject: Subject, sampler: str, seed: int) -> tuple[float, float]:
 
 
 def within(spacing: tuple[float, float], budget: float) -> int | None:
-    """The most steps that a sampler makes with so many calls; None where it cannot make any."""
+    """The most steps that a sampler makes with so many calls; None if it cannot make any."""
     at_two, more = spacing
     steps = 2 + int((budget - at_two) // more)
     return steps if steps >= 1 else None

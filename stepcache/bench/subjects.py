@@ -123,7 +123,7 @@ class Pipeline:
     Args:
         name: how tables and records call it; a pipeline of the same name in the same folder must be the same.
         pipe: the pipeline.
-        schedulers: what stands for a sampler: by name, what makes a new scheduler. The pipeline's own one if empty.
+        schedulers: samplers by name, what makes a new scheduler. The pipeline's own one if empty.
         call: `call(pipe, steps, seeds)` gives images in [-1, 1]. By default `pipe` is called with `arguments`,
             `num_inference_steps`, `output_type="pt"`, a generator a seed and, for several seeds, as many images.
         arguments: of that call: prompt, guidance_scale, ...

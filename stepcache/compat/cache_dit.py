@@ -66,7 +66,7 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     Args:
         source: the path of a YAML or JSON file (.json), or a mapping; its fields flat or under `cache_config`.
 
-    Returns "method" (a `Method`) and, where given, the options of the host: `enable_separate_cfg`, `cfg_compute_first`,
+    Returns "method" (a `Method`) and, if given, the options of the host: `enable_separate_cfg`, `cfg_compute_first`,
     `cfg_diff_compute_separate`; with `enable_separate_cfg: true` the others have cache-dit's defaults, false and true,
     with false they mean nothing, there as here. Under k-diffusion take "method" alone.
 
@@ -161,7 +161,7 @@ def _predictor(given: dict[str, Any]) -> TaylorSeer | DMD | None:
 
 
 def _check_length(given: dict[str, Any]) -> None:
-    """`num_inference_steps` is not needed here; where it is given, a mask must fit it."""
+    """`num_inference_steps` is not needed here; if it is given, a mask must fit it."""
     steps = given.pop("num_inference_steps", None)
     if steps is not None and "steps_computation_mask" in given:
         StepMask(given["steps_computation_mask"]).for_steps(steps)

@@ -35,7 +35,7 @@ def parse(command: str | Sequence[str]) -> Method:
 
     Options are `--cache-mode` (a method's name, or "disabled"), `--cache-option` (key=value,...), `--cache-preset`,
     `--scm-mask` and `--scm-policy`; the last of several counts, a mask or policy given wins over a preset's. Without a
-    mode it is cache-dit where a preset, mask or policy is given, whose options these are there; else nothing is cached.
+    mode it is cache-dit if a preset, mask or policy is given, whose options these are there; else nothing is cached.
 
     Raises `OptionError` for an unknown option that begins with --cache or --scm (with the nearest name), one without a
     value, and whatever `method` does not accept.

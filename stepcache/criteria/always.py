@@ -21,7 +21,9 @@ class Always(Criterion):
 class Never(Criterion):
     """Computes everything."""
 
-    never_skips = True
+    @property
+    def never_skips(self) -> bool:
+        return True
 
     def decide(self, branch: Branch) -> Verdict:
         return Verdict(False)

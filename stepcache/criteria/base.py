@@ -10,12 +10,15 @@ import sys
 from abc import ABC, abstractmethod
 from copy import deepcopy
 from dataclasses import field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..branch import Branch
 from ..plan import Verdict
 from ..probe import Blocks
 from ..run_info import RunInfo
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 INVALID_STATE = "invalid cache state"
 """Why an evaluation is computed if its signal cannot be compared with the one that was kept."""
@@ -40,13 +43,15 @@ def caller_level() -> int:
 class Criterion(ABC):
     """Decides for one branch, the reference, through one run."""
 
-    never_skips: bool = False
-    """True where these options can never skip: then the model is called directly, without any bookkeeping."""
+    @property
+    def never_skips(self) -> bool:
+        """Whether these options can never skip: the model is then called directly, without any bookkeeping."""
+        return False
 
     blocks: Blocks | None = None
     """The blocks of the model that it looks at: it is then asked when the forward has passed them."""
 
-    def begin(self, run: RunInfo) -> Criterion:
+    def begin(self, run: RunInfo) -> Self:
         """A fresh copy for one run: nothing learned in one run reaches another."""
         return deepcopy(self)
 

@@ -29,7 +29,7 @@ class MagCacheRule(Criterion):
         g_n = mean over the batch of |r_n| / (|r_(n-1)| + 1e-8),   r = out - x,   g_0 = 1,   of a calibration run
 
     The first floor(retention_ratio N + 1/2) evaluations are computed. Ratios of a run of other length are taken from
-    the nearest place, g_round(n (len - 1) / (N - 1)). Where N is not known it is the number of ratios; evaluations past
+    the nearest place, g_round(n (len - 1) / (N - 1)). If N is not known it is the number of ratios; evaluations past
     them are computed. The latents are not looked at: the calls are known before the run.
 
     |r| is the root of the sum of squares over a sample. Published is the ratio at each token and its mean over them, of
@@ -108,7 +108,7 @@ class MagCacheRule(Criterion):
             self._write()
 
     def _place(self, branch: Branch) -> int | None:
-        """Which of the run's evaluations this is; None where the schedule, or the number of stages, does not tell."""
+        """Which of the run's evaluations this is; None if the schedule, or the number of stages, does not tell."""
         position, run = branch.position, branch.run
         if run.schedule is None:
             return position.evaluation
@@ -153,7 +153,7 @@ def nearest(ratios: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 
 def as_ratios(given: Any) -> tuple[float, ...]:
-    """Ratios from text, or from numbers in a list, a tuple or a tensor. OptionError where they are none."""
+    """Ratios from text, or from numbers in a list, a tuple or a tensor. OptionError if they are none."""
     try:
         if isinstance(given, str):
             numbers = [_as_float(word) for word in re.split(r"[\s/;,\[\]]+", given) if word]

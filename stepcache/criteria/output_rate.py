@@ -13,7 +13,7 @@ from ..deferred import DeferredScalar
 class OutputRate:
     """How strongly the network's output answers to its input, from the computed evaluations c inside the window.
 
-    rate k   = mean |out_c - out_c'| / mean |x_c - x_c'|     (kept where either is 0 or not finite)
+    rate k   = mean |out_c - out_c'| / mean |x_c - x_c'|     (kept if either is 0 or not finite)
     norm     = mean |out_c|
     average  = 0.8 average + 0.2 mean |out_c - out_c'|        (begins with the first change)
     """
@@ -32,7 +32,7 @@ class OutputRate:
         self._begun = True
 
     def expect(self, branch: Branch) -> float | None:
-        """k mean |x - x_c|, the change of output expected since c; None where it cannot be told."""
+        """k mean |x - x_c|, the change of output expected since c; None if it is not known."""
         change = branch.input_change if self._begun else None
         self._read()
         if change is None or self.rate is None:

@@ -25,7 +25,7 @@ class UCacheRule(Criterion):
         E <- decay E + a (1 + m / 2);   skip while E < f threshold, else compute, and E <- 0 if reset
         f = 0.5 while fewer than 0.2 n evaluations were computed inside the window, 1.5 above 0.8 n, else 1
 
-    Without a known schedule f = 1. The published n is the number of steps even where there are two evaluations a step,
+    Without a known schedule f = 1. The published n is the number of steps even if there are two evaluations a step,
     of which it then sees the second only; `evaluations="second"` does the same.
     """
 

@@ -28,7 +28,7 @@ class Gate(ABC):
 
 
 def as_gates(given: Any) -> tuple[Gate, ...]:
-    """Gates given as an option. OptionError where that is not a tuple or a list of them."""
+    """Gates given as an option. OptionError if that is not a tuple or a list of them."""
     if not isinstance(given, (tuple, list)) or not all(isinstance(gate, Gate) for gate in given):
         raise OptionError(f"gates={given!r}: accepted are objects of classes made from Gate, in a tuple or a list")
     return tuple(given)

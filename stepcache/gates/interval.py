@@ -15,7 +15,7 @@ from .base import Answer, Gate
 class Interval(Gate):
     """Of `n` evaluations one is computed, after the first `start`, which all are.
 
-    Where a step has two (Heun, DPM2, DPM++ SDE), only second ones are computed: at Heun's first one the sigma is that
+    If a step has two (Heun, DPM2, DPM++ SDE), only second ones are computed: at Heun's first one the sigma is that
     of the second one before, so that a skip there costs next to nothing. n = 1 computes all.
     """
 

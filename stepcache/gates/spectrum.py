@@ -17,7 +17,7 @@ class SpectrumCadence(Gate):
     """Spectrum's timetable: the gap between computed evaluations grows.
 
     Computed are the first `warmup` evaluations, at least two, and those from the floor(stop N)-th on, with N the
-    evaluations of the run. In between, after r skipped ones in a row, the next is computed where
+    evaluations of the run. In between, after r skipped ones in a row, the next is computed if
 
         (r + 1) mod max(1, floor(W)) = 0,   W = window_size + flex_window * (computed evaluations since the warm-up)
 

@@ -13,7 +13,7 @@ from .base import Answer, Gate
 
 @dataclass(frozen=True)
 class Warmup(Gate):
-    """Holds the first `steps` steps; where steps are not known, the first `steps` evaluations."""
+    """Holds the first `steps` steps; if steps are not known, the first `steps` evaluations."""
 
     steps: int
 

@@ -23,7 +23,7 @@ class Window(Gate):
     unit="training", EasyCache's meaning: sigma(p) is the training timetable's at (1 - p) (T - 1) with T timesteps;
     p = 0 means from the start and p = 1 to the end.
 
-    Where the unit's own source is missing (no schedule, or a model without a table), the other is used; with neither,
+    If the unit's own source is missing (no schedule, or a model without a table), the other is used; with neither,
     the window is open throughout. The report says which.
     """
 

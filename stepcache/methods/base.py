@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
@@ -116,19 +117,42 @@ class Method:
         """The same method with other options: `UCache().replace(mask="fast", max_consecutive=3)`."""
         return replace(self, **changes)
 
+    @classmethod
+    def make(cls, common: Mapping[str, Any], **own: Any) -> Method:
+        """A method with its own options, of which the common ones that a user gave replace any of the same name.
 
-class CommonOptions(TypedDict, total=False):
+        `gates` of both are asked, the method's own first.
+        """
+        gates = (*own.pop("gates", ()), *as_gates(common.get("gates", ())))
+        return cls(**{**own, **common, "gates": gates})
+
+
+class BaseOptions(TypedDict, total=False):
     """The options that every method takes beside its own; `Method` says what they do."""
 
     predictor: Predictor
-    start: float
-    end: float
     window: WindowUnit | None
     mask: MaskOption
-    warmup: int
     last_step: bool
     max_cached: int
     max_consecutive: int
     evaluations: Literal["all", "second"]
     skip: Literal["all", "uncond"]
     gates: tuple[Gate, ...]
+
+
+class OptionsWithWindow(BaseOptions, total=False):
+    """For methods with a warm-up of their own."""
+
+    start: float
+    end: float
+
+
+class OptionsWithWarmup(BaseOptions, total=False):
+    """For methods with a window of their own."""
+
+    warmup: int
+
+
+class CommonOptions(OptionsWithWindow, OptionsWithWarmup, total=False):
+    """For methods with neither."""

@@ -12,7 +12,7 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWindow
 
 
 NAMES = {**OTHER_NAMES, **dict.fromkeys(("taylorseer_order", "n_derivatives"), "order")}
@@ -27,13 +27,13 @@ def CacheDiT(
     preset: str | None = None,
     policy: str | None = None,
     order: int = 1,
-    **common: Unpack[CommonOptions],
+    **common: Unpack[OptionsWithWindow],
 ) -> Method:
     """DBCache's decision with TaylorSeer's prediction, as cache-dit does it with its TaylorSeer calibrator.
 
     The series is of the residual, which is the calibrator's default, and of the whole network's instead of the blocks'
     that are left out. Arguments as for `DBCache`; `order` (taylorseer_order) as for `TaylorSeerCache`.
     """
+    predictor = common.pop("predictor", TaylorSeer(order, baseline="input"))
     method = DBCache(Fn, Bn, threshold, warmup, policy=policy, **common)
-    given = {key: common[key] for key in ("predictor", "name") if key in common}
-    return method.replace(**{"predictor": TaylorSeer(order, baseline="input"), "name": "cache-dit", **given})
+    return method.replace(predictor=predictor, name="cache-dit")

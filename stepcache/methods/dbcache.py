@@ -15,7 +15,7 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWindow
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"mask": "fast", "threshold": 0.30, "warmup": 6, "Fn": 6},
     "ultra": {"mask": "ultra", "threshold": 0.34, "warmup": 4, "Fn": 4},
 }
-"""What stable-diffusion.cpp's `--cache-preset` stood for (commit 298b1106), with the masks of `StepMask`."""
+"""What stable-diffusion.cpp's `--cache-preset` meant (commit 298b1106), with the masks of `StepMask`."""
 
 OTHER_NAMES = {
     "fn": "Fn",
@@ -62,19 +62,19 @@ def DBCache(
     warmup: int = 8,
     preset: str | None = None,
     policy: str | None = None,
-    **common: Unpack[CommonOptions],
+    **common: Unpack[OptionsWithWindow],
 ) -> Method:
     """DBCache, with the options and defaults of cache-dit (v1.5.0) and of stable-diffusion.cpp's `dbcache`.
 
-    Skips where the signal has changed by less than a share `threshold` since the last computed evaluation; the rule as
-    a formula stands at `stepcache.criteria.RelativeChange`. A skipped evaluation reuses the network's residual.
+    Skips if the signal has changed by less than a share `threshold` since the last computed evaluation; the rule as
+    a formula is at `stepcache.criteria.RelativeChange`. A skipped evaluation reuses the network's residual.
 
     Args:
         Fn (Fn_compute_blocks): the first so many blocks are always computed; what they add to their input is the
-            signal. Of a network with no more than Fn blocks all but the last are, and a warning says so.
+            signal. If the network has Fn blocks or fewer, all but the last are used, with a warning.
         Bn (Bn_compute_blocks): the last so many blocks are always computed. A wrapper around the model cannot do that:
-            under diffusers cache-dit, where it is installed, then runs its own DBCache inside (`samplers.inside`), and
-            the wrapper skips the zeros of a static mask.
+            under diffusers cache-dit, if it is installed, then runs its own DBCache inside, and the wrapper skips the
+            zeros of a static mask.
         threshold (residual_diff_threshold): higher is faster and worse. 0 never skips, 1 and more always would.
         warmup (max_warmup_steps): so many steps are computed first.
         preset: "slow", "medium", "fast", "ultra", or the first letter: a mask, a threshold, a warm-up and Fn together,
@@ -89,14 +89,13 @@ def DBCache(
     97d29908), whose decisions it makes with `start=0.15, end=0.95, warmup=0`; there warm-up, mask, policy and limits do
     nothing, here they act.
     """
-    mask = masked(common.pop("mask", None), policy)
-    criterion = dual_block(Fn, Bn, threshold)
-    return Method(**{"criterion": criterion, "warmup": warmup, "mask": mask, "name": "dbcache", **common})
+    chosen = {**common, "mask": masked(common.get("mask"), policy)}
+    return Method.make(chosen, criterion=dual_block(Fn, Bn, threshold), warmup=warmup, name="dbcache")
 
 
 def dual_block(Fn: int, Bn: int, threshold: float) -> RelativeChange | Always:
     """DBCache's criterion; `Always` from a threshold of 1 on, as cache-dit has it."""
-    Fn, Bn = number("Fn", Fn, low=1, whole=True), number("Bn", Bn, whole=True)
+    Fn, Bn = int(number("Fn", Fn, low=1, whole=True)), int(number("Bn", Bn, whole=True))
     threshold = number("threshold", threshold)
     if threshold >= 1 and not Bn:
         return Always()

@@ -11,17 +11,17 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWarmup
 
 
 @register("easycache")
 def EasyCache(
-    threshold: float = 0.2, start: float = 0.15, end: float = 0.95, **common: Unpack[CommonOptions]
+    threshold: float = 0.2, start: float = 0.15, end: float = 0.95, **common: Unpack[OptionsWithWarmup]
 ) -> Method:
     """EasyCache, with the names and defaults of stable-diffusion.cpp (commit 97d29908) and ComfyUI.
 
     Skips while an accumulated estimate of the relative change of the network's output stays under `threshold`; the rule
-    as a formula stands at `stepcache.criteria.EasyCacheRule`. A skipped evaluation reuses the residual.
+    as a formula is at `stepcache.criteria.EasyCacheRule`. A skipped evaluation reuses the residual.
 
     Args:
         threshold: the error that is let accumulate. Higher is faster and worse. At 0 nothing is skipped.
@@ -35,6 +35,4 @@ def EasyCache(
     On ancestral and SDE samplers it rarely skips: fresh noise changes the input more than any skip could repay.
     """
     rule = EasyCacheRule(threshold)
-    return Method(
-        **{"criterion": rule, "start": start, "end": end, "window": "training", "name": "easycache", **common}
-    )
+    return Method.make(common, criterion=rule, start=start, end=end, window="training", name="easycache")

@@ -12,7 +12,7 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWarmup
 
 
 NAMES = {"threshold": "residual_diff_threshold", "max_consecutive": "max_consecutive_cache_hits"}
@@ -26,12 +26,12 @@ def FBCache(
     max_consecutive_cache_hits: int = -1,
     object_to_patch: str = "diffusion_model",
     block: str | None = None,
-    **common: Unpack[CommonOptions],
+    **common: Unpack[OptionsWithWarmup],
 ) -> Method:
     """First Block Cache, with the options and defaults of the node "Apply First Block Cache" (Comfy-WaveSpeed).
 
-    Skips where what the first block adds to its input has changed by less than a share `residual_diff_threshold` since
-    the last computed evaluation; the rule as a formula stands at `stepcache.criteria.RelativeChange`. The first block
+    Skips if what the first block adds to its input has changed by less than a share `residual_diff_threshold` since
+    the last computed evaluation; the rule as a formula is at `stepcache.criteria.RelativeChange`. The first block
     is run for that; the forward then goes on, or is left and the network's residual of that evaluation is reused. In
     the original it is the blocks' residual, and the layers behind the blocks are run.
 
@@ -40,16 +40,21 @@ def FBCache(
             faster and worse. 0, the default, disables it.
         start, end: the window, as shares of the training timetable. `window="steps"` makes it this run's steps.
         max_consecutive_cache_hits: at most so many skips in a row, then one full call; -1 no limit, 0 disables it.
-        object_to_patch: the part of the model that has the blocks, where it has one of that name; not patched.
+        object_to_patch: the part of the model that has the blocks if it has one of that name; not patched.
         block: the path of the block to look at. None: the first of the lists named in `stepcache.blocks.CONTAINERS`.
         **common: every option of `Method`: mask, warmup, last_step, max_cached, predictor, ...
 
-    Errors: "Unsupported model" where no block is found, at once; "STG is not supported" where the deciding branch is
+    Errors: "Unsupported model" if no block is found, at once; "STG is not supported" if the deciding branch is
     called with blocks left out. An invalid cache state (another shape, a block that was not reached, NaN) is computed,
     which restores it; the report says so.
     """
     rule = RelativeChange(residual_diff_threshold, Blocks(1, block, object_to_patch))
-    options = {"criterion": rule, "start": start, "end": end, "name": "fbcache"}
-    if (start, end) != (0, 1):
-        options["window"] = "training"
-    return Method(**{**options, "max_consecutive": max_consecutive_cache_hits, **common})
+    return Method.make(
+        common,
+        criterion=rule,
+        start=start,
+        end=end,
+        window=None if (start, end) == (0, 1) else "training",
+        max_consecutive=max_consecutive_cache_hits,
+        name="fbcache",
+    )

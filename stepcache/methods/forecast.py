@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..gates.base import as_gates
 from ..gates.interval import Interval
 from ..predictors.adaptive_order import AdaptiveOrder
 from ..predictors.lagrange import Lagrange
@@ -41,7 +40,7 @@ def Forecast(interval: int = 2, **common: Unpack[CommonOptions]) -> Method:
         >>> Forecast(3).name
         'forecast'
     """
-    followers = common.get("skip") == "uncond"
-    gates = (Interval(interval, start=1 if followers else 2), *as_gates(common.pop("gates", ())))
-    predictor = Lagrange(1) if followers else AdaptiveOrder()
-    return Method(**{"predictor": predictor, "last_step": True, "gates": gates, "name": "forecast", **common})
+    relative = common.get("skip") == "uncond"
+    gates = (Interval(interval, start=1 if relative else 2),)
+    predictor = Lagrange(1) if relative else AdaptiveOrder()
+    return Method.make(common, predictor=predictor, last_step=True, gates=gates, name="forecast")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..gates.base import as_gates
 from ..gates.interval import Interval
 from ..predictors.hermite import Hermite
 from .base import Method
@@ -13,12 +12,12 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWindow
 
 
 @register("hicache", other_names={"max_order": "order", "first_enhance": "warmup"})
 def HiCache(
-    interval: int = 4, order: int = 1, sigma: float = 0.5, warmup: int = 2, **common: Unpack[CommonOptions]
+    interval: int = 4, order: int = 1, sigma: float = 0.5, warmup: int = 2, **common: Unpack[OptionsWithWindow]
 ) -> Method:
     """HiCache, with the defaults of hicache-pp 1.3.0: a quarter of the calls, the rest by Hermite polynomials.
 
@@ -42,5 +41,5 @@ def HiCache(
         >>> HiCache(interval=3, last_step=True) == method("hicache", "interval=3,last_step=1")
         True
     """
-    gates = (Interval(interval), *as_gates(common.pop("gates", ())))
-    return Method(**{"predictor": Hermite(order, sigma), "warmup": warmup, "gates": gates, "name": "hicache", **common})
+    gates = (Interval(interval),)
+    return Method.make(common, predictor=Hermite(order, sigma), warmup=warmup, gates=gates, name="hicache")

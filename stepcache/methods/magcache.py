@@ -38,7 +38,7 @@ def MagCache(
         max_skip_steps (K): at most so many skips in a row, then one evaluation is computed. 0 never skips.
         retention_ratio: the share of the run that is computed first.
         calibrate: computes everything, whatever else is given, and writes the ratios of the deciding branch into
-            the report's notes, where `stepcache.criteria.calibration` reads them.
+            the report's notes; `stepcache.extend.calibration` reads them.
         **common: every option of `Method`: start, end, mask, warmup, last_step, max_cached, predictor, ...
 
     Raises `OptionError` without ratios, unless it calibrates; for ratios that are no numbers of at least 0, an unknown
@@ -63,7 +63,7 @@ def MagCache(
         'CCSCSCSCSC'
     """
     rule = MagCacheRule(ratios, threshold, max_skip_steps, retention_ratio, calibrate)
-    method = Method(**{"criterion": rule, "name": "magcache", **common})
+    method = Method.make(common, criterion=rule, name="magcache")
     if rule.calibrate:
         return Method(criterion=rule, evaluations=method.evaluations, name=method.name)
     return method

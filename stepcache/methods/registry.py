@@ -57,7 +57,7 @@ def register(
         >>> from stepcache.extend import Method, register
         >>> @register("rare")
         ... def Rare(**common) -> Method:
-        ...     return Method(**{"max_cached": 1, "name": "rare", **common})
+        ...     return Method.make(common, max_cached=1, name="rare")
         >>> import stepcache
         >>> stepcache.method("rare", "max_cached=2").max_cached
         2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..gates.base import as_gates
 from ..gates.spectrum import SpectrumCadence
 from ..predictors.chebyshev import Chebyshev
 from .base import Method
@@ -13,7 +12,7 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWindow
 
 
 @register("spectrum", main="window_size")
@@ -26,12 +25,12 @@ def Spectrum(
     warmup: int = 4,
     stop: float = 0.9,
     steps: int | None = None,
-    **common: Unpack[CommonOptions],
+    **common: Unpack[OptionsWithWindow],
 ) -> Method:
     """Spectrum, with the defaults of stable-diffusion.cpp (commit 97d29908) and the names of the paper's code.
 
     Computes at growing gaps, whatever the latents do (`stepcache.gates.SpectrumCadence`), and fits Chebyshev
-    polynomials to what was computed (`stepcache.predictors.Chebyshev`); the rules as formulas stand there.
+    polynomials to what was computed (`stepcache.predictors.Chebyshev`) as well; the formulas are there.
 
     Args:
         w: the share of the polynomials in the prediction; the rest is a line.
@@ -46,5 +45,4 @@ def Spectrum(
     Published for the guided denoised: `CachedDenoiser(guided, Spectrum(), scalings="denoised")`.
     """
     cadence = SpectrumCadence(window_size, flex_window, warmup, stop)
-    gates = (cadence, *as_gates(common.pop("gates", ())))
-    return Method(**{"predictor": Chebyshev(w, m, lam, steps), "gates": gates, "name": "spectrum", **common})
+    return Method.make(common, predictor=Chebyshev(w, m, lam, steps), gates=(cadence,), name="spectrum")

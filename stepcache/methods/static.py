@@ -18,4 +18,4 @@ if TYPE_CHECKING:
 def Static(mask: StepMask | str | list[int] | tuple[int, ...], **common: Unpack[CommonOptions]) -> Method:
     """Skips exactly the zeros of a step mask, whatever the latents do. `mask` as for `StepMask`."""
     given = mask.mask if isinstance(mask, StepMask) else mask
-    return Method(**{"mask": StepMask(given, "static"), "name": "static", **common})
+    return Method.make(common, mask=StepMask(given, "static"), name="static")

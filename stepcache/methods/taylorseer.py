@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..criteria.always import Always
-from ..gates.base import as_gates
 from ..gates.interval import Interval
 from ..options import number
 from ..predictors.taylorseer import TaylorSeer
@@ -16,7 +15,7 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWindow
 
 
 NAMES = {
@@ -36,7 +35,7 @@ def TaylorSeerCache(
     policy: str | None = None,
     order: int = 1,
     interval: int = 0,
-    **common: Unpack[CommonOptions],
+    **common: Unpack[OptionsWithWindow],
 ) -> Method:
     """TaylorSeer: a skipped evaluation continues the network's output as a Taylor series (`predictors.TaylorSeer`).
 
@@ -47,13 +46,15 @@ def TaylorSeerCache(
             nor threshold are looked at. That is the paper's rule; 5 with `warmup=3` are diffusers' numbers.
         **common: every option of `Method`.
 
-    Source: arXiv 2503.06923; names and defaults of stable-diffusion.cpp's `taylorseer`, where the series is kept and
+    Source: arXiv 2503.06923; names and defaults of stable-diffusion.cpp's `taylorseer`. There the series is kept and
     never read, so that it reuses as `dbcache` does.
     """
-    mask = masked(common.pop("mask", None), policy)
-    criterion = dual_block(Fn, Bn, threshold)
-    if number("interval", interval, whole=True):
-        criterion, common["gates"] = Always(), (Interval(interval), *as_gates(common.get("gates", ())))
-    predictor = TaylorSeer(order, baseline="zero")
-    options = {"criterion": criterion, "predictor": predictor, "warmup": warmup, "mask": mask, "name": "taylorseer"}
-    return Method(**{**options, **common})
+    at_intervals = number("interval", interval, whole=True) > 0
+    return Method.make(
+        {**common, "mask": masked(common.get("mask"), policy)},
+        criterion=Always() if at_intervals else dual_block(Fn, Bn, threshold),
+        predictor=TaylorSeer(order, baseline="zero"),
+        warmup=warmup,
+        gates=(Interval(interval),) if at_intervals else (),
+        name="taylorseer",
+    )

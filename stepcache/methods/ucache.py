@@ -11,7 +11,7 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithWarmup
 
 
 @register("ucache")
@@ -22,12 +22,12 @@ def UCache(
     decay: float = 1.0,
     relative: bool = True,
     reset: bool = True,
-    **common: Unpack[CommonOptions],
+    **common: Unpack[OptionsWithWarmup],
 ) -> Method:
     """UCache, with the published names and defaults (stable-diffusion.cpp, commit 97d29908); made for U-Nets.
 
     Skips while an accumulated estimate of the relative change of the network's output stays under `threshold`; the rule
-    as a formula stands at `stepcache.criteria.ucache.UCacheRule`. A skipped evaluation reuses the residual.
+    as a formula is at `stepcache.criteria.ucache.UCacheRule`. A skipped evaluation reuses the residual.
 
     Args:
         threshold: the error that is let accumulate. Higher is faster and worse. At 0 nothing is skipped.
@@ -48,4 +48,4 @@ def UCache(
     is in docs/measurements-digits.md.
     """
     rule = UCacheRule(threshold, decay, relative, reset)
-    return Method(**{"criterion": rule, "start": start, "end": end, "window": "steps", "name": "ucache", **common})
+    return Method.make(common, criterion=rule, start=start, end=end, window="steps", name="ucache")

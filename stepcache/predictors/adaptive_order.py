@@ -39,7 +39,7 @@ class AdaptiveOrder(Predictor):
     d is the derivative, eps = (x - denoised) / sigma or a flow's velocity, and D the denoised image
     (`Parametrization`); out(...) is the network's output that gives this derivative, or this image, at the input now.
     The derivative is the smooth quantity along a deterministic run, whatever the network predicts and however its data
-    are centred. The share r of the image lets the prediction follow x where x itself has left the smooth path: a little
+    are centred. The share r of the image lets the prediction follow x if x itself has left the smooth path: a little
     (r = 0.25) because earlier predictions have moved it, which otherwise builds up under multistep samplers; mostly
     (r = 0.8) under fresh noise, which the network would see. Between the two r follows the measured noise level
     (`noise.FreshNoise`).
@@ -57,7 +57,8 @@ class AdaptiveOrder(Predictor):
     Source: ours; chosen on the development networks of the zoo (docs/measurements.md).
 
     Example:
-        >>> from stepcache import AdaptiveOrder, Static
+        >>> from stepcache import Static
+        >>> from stepcache.extend import AdaptiveOrder
         >>> Static("medium", predictor=AdaptiveOrder(order=1)).predictor.memory
         2
     """

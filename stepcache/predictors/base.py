@@ -27,8 +27,10 @@ Terms = Sequence[tuple[CacheEntry, float | Tensor]]
 class Predictor(ABC):
     """Predicts the network's raw output from the evaluations computed before."""
 
-    memory: int = 1
-    """How many computed evaluations are kept for it, per branch; each costs two latents."""
+    @property
+    def memory(self) -> int:
+        """How many computed evaluations are kept for it, per branch; each costs two latents."""
+        return 1
 
     finite_if_cache_is: bool = False
     """Whether a prediction from finite outputs is sure to be finite; then a branch that follows the reference in a
@@ -42,7 +44,7 @@ class Predictor(ABC):
         """The raw output expected for the input `branch.x`, as a new tensor of its shape and in float32 or wider.
 
         `branch.history` holds 1 to `memory` computed evaluations of the same branch and shape, oldest first. None
-        where nothing can be told: the evaluation is then computed.
+        if it cannot tell: the evaluation is then computed.
         """
 
     def remember(self, history: History, entry: CacheEntry) -> None:
@@ -68,7 +70,7 @@ class LinearPredictor(Predictor):
 
     @abstractmethod
     def weights(self, branch: Branch) -> Terms | None:
-        """Each evaluation used, with its weight; None where nothing can be told."""
+        """Each evaluation used, with its weight; None if nothing can be told."""
 
     def predict(self, branch: Branch) -> Tensor | None:
         terms = self.weights(branch)

@@ -25,14 +25,14 @@ class Chebyshev(LinearPredictor):
         w: the share of the polynomials, 0 to 1.
         m: their highest degree.
         lam: the ridge. It also pulls a constant output toward 0: at lam = 1 by some per cent.
-        steps: N. None: the evaluations of the run (50 where they are not known). 50 is what both sources take for all.
+        steps: N. None: the evaluations of the run (50 if they are not known). 50 is what both sources take for all.
         baseline: what is fitted. Published is the last block's output in the paper and the guided denoised in
-            stable-diffusion.cpp; for that, stand outside guidance with `scalings="denoised"`.
+            stable-diffusion.cpp; for that, put the cache outside guidance with `scalings="denoised"`.
 
     Keeps max(m + 1, 6) evaluations, 12 latents a branch at the defaults.
     Source: stable-diffusion.cpp, commit 97d29908, and its defaults. The paper's code (hanjq17/Spectrum, f7b7841) has
     w = 1, m = 4, lam = 0.1 and keeps every computed evaluation. At lam = 0 the fit is done here in float64, with the
-    pseudoinverse where there are few evaluations; the reference's depends on how float32 rounds.
+    pseudoinverse if there are few evaluations; the reference's depends on how float32 rounds.
     """
 
     w: float = 0.4

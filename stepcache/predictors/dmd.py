@@ -24,9 +24,9 @@ class DMD(Predictor):
     the indices of this evaluation and of those. With X = [y_1 ... y''] = U S V^T, cut at 1e-4 of the largest singular
     value, and Y = [y_2 ... y']: A is U^T Y V (S + ridge)^-1 on the columns of U, lambda its eigenvalues and W their
     vectors, phi the columns of Y V (S + ridge)^-1 W, b their least-squares fit to y'. Every row of the batch has its
-    own. Exact where a row follows a linear map with no more modes than there are pairs.
+    own. Exact if a row follows a linear map with no more modes than there are pairs.
 
-    With fewer than four such evaluations, or where the decomposition fails, it is `TaylorSeer(order)`.
+    With fewer than four such evaluations, or if the decomposition fails, it is `TaylorSeer(order)`.
 
     Args:
         history: how many evaluations are looked at.
@@ -76,7 +76,7 @@ class DMD(Predictor):
         return entries[first:]
 
     def _weights(self, branch: Branch, entries: list[CacheEntry]) -> Tensor | None:
-        """A weight for each row and evaluation (B, len(nodes)); None where there is no decomposition."""
+        """A weight for each row and evaluation (B, len(nodes)); None if there is no decomposition."""
         rows = [self._values(entry).reshape(len(branch.x), -1) for entry in entries]
         stacked = torch.stack(rows, dim=1)
         products = (stacked @ stacked.mT).cpu()

@@ -18,7 +18,7 @@ class FiniteDifference(LinearPredictor):
 
     with e_1 of the last computed evaluation, and e = denoised - x in the sampler's space. That is -sigma out for
     networks that predict noise or a velocity, so that here out = sum_j w_j (sigma_j / sigma) out_j. Even a constant
-    output is reproduced only where sigma falls evenly, with every evaluation but this one computed. Published so.
+    output is reproduced only if sigma falls evenly, with every evaluation but this one computed. Published so.
 
     Args:
         order: 1 to 3; lower while fewer evaluations were computed, and nothing from a single one.

@@ -17,7 +17,7 @@ class Lagrange(FixedOrder):
 
         w_j = product over i != j of (s - s_i) / (s_j - s_i)
 
-    with s the coordinate of `RunInfo`: log sigma, or t for flow models. Exact where the residual (or the output) is a
+    with s the coordinate of `RunInfo`: log sigma, or t for flow models. Exact if the residual (or the output) is a
     polynomial in s of that degree. Through fewer evaluations the degree is lower; degree 0 is `Reuse`.
 
     Args:

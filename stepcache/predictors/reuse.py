@@ -16,11 +16,10 @@ class Reuse(Predictor):
 
         out = out' + (x - x')
 
-    with x', out' the network input and raw output of the last computed evaluation. Exact where the network is the
+    with x', out' the network input and raw output of the last computed evaluation. Exact if the network is the
     identity plus a constant; of order 0 in sigma.
     """
 
-    memory = 1
     finite_if_cache_is = True
 
     def predict(self, branch: Branch) -> Tensor:

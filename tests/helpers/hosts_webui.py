@@ -22,6 +22,7 @@ from k_diffusion.external import CompVisDenoiser, DiscreteSchedule
 from torch import Tensor, nn
 
 from stepcache.samplers import webui
+from stepcache.samplers.webui.run import on_cfg_denoiser
 
 Scheduled = namedtuple("Scheduled", ["end_at_step", "cond"])
 STEPS = 10
@@ -32,20 +33,20 @@ class Interrupted(BaseException):
 
 
 class Network(nn.Module):
-    """out = tanh(W x) + prompt + time, row by row; counts its rows and can be told to fail at a call."""
+    """out = tanh(W x) + prompt + time, row by row; counts its rows, and fails at a call if asked to."""
 
     def __init__(self, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = torch.randn(4, 4, generator=torch.Generator().manual_seed(5)) * 0.3
-        self.offset, self.calls, self.told, self.fails_at = offset, [], [], None
+        self.offset, self.calls, self.texts, self.fails_at = offset, [], [], None
 
-    def forward(self, x: Tensor, t: Tensor, told: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         self.calls.append(len(x))
-        self.told.append([round(one, 4) for one in told.tolist()])
+        self.texts.append([round(one, 4) for one in text.tolist()])
         if self.fails_at is not None and self.fails_at(len(self.calls)):
             raise torch.OutOfMemoryError("pretended")
         mixed = (self.weight @ x.flatten(2)).view(x.shape)
-        return torch.tanh(mixed) + told[:, None, None, None] + torch.sin(t / 200)[:, None, None, None] + self.offset
+        return torch.tanh(mixed) + text[:, None, None, None] + torch.sin(t / 200)[:, None, None, None] + self.offset
 
 
 def products() -> Tensor:
@@ -81,16 +82,16 @@ class ForgeModel:
         self.network, self.predictor = network, Predictor()
 
     def apply_model(
-        self, x: Tensor, t: Tensor, told: Tensor, control: Any = None, transformer_options: Any = None, **objects: Any
+        self, x: Tensor, t: Tensor, text: Tensor, control: Any = None, transformer_options: Any = None, **objects: Any
     ) -> Tensor:
         """Patches are asked with the options; a ControlNet's lists are emptied, as the U-Net does it."""
         labels, images = transformer_options["cond_or_uncond"], len(transformer_options["sigmas"])
         assert [label for label in labels for _ in range(images)] == transformer_options["cond_mark"].tolist()
-        assert len(x) == len(t) == len(told) == images * len(labels)
+        assert len(x) == len(t) == len(text) == images * len(labels)
         marks = {"cond_indices": 0, "uncond_indices": 1}
         for key, label in marks.items():
             assert transformer_options[key] == [k for k in range(len(x)) if labels[k // images] == label]
-        out = self.network(self.predictor.calculate_input(t, x), self.predictor.timestep(t), told)
+        out = self.network(self.predictor.calculate_input(t, x), self.predictor.timestep(t), text)
         for patch in transformer_options.get("patches", {}).get("output", []):
             out = patch(out, transformer_options)
         for place in ("middle", "output") if control is not None else ():
@@ -125,8 +126,8 @@ class A1111Model:
 
     def apply_model(self, x: Tensor, t: Tensor, cond: dict[str, list[Tensor]]) -> Tensor:
         assert [len(one) for one in cond["c_concat"]] == [len(x)]
-        (told,) = cond["c_crossattn"]
-        return self.network(x, t, told)
+        (text,) = cond["c_crossattn"]
+        return self.network(x, t, text)
 
 
 class Timesteps(nn.Module):
@@ -251,13 +252,13 @@ class Denoiser(nn.Module):
         if p.refiner_at is not None and self.step == p.refiner_at:
             host.model, self.kept = host.refiner, None
         weights = [[weight for weight, _ in prompt] for prompt in p.prompt]
-        told = [self.now(one.schedules) for prompt in cond.batch for one in prompt]
-        untold = [self.now(schedule) for schedule in uncond]
+        text = [self.now(one.schedules) for prompt in cond.batch for one in prompt]
+        negative = [self.now(schedule) for schedule in uncond]
         level = self.sigma_at(sigma)
         self.sampler.p.saw.append(float(level[0]))
         drop = bool(self.step % 2 and level[0] < s_min_uncond) or cond_scale == 1
         answer = (self.forge if host.forge else self.a1111)(
-            x, sigma, torch.stack(told), torch.stack(untold), weights, cond_scale, drop
+            x, sigma, torch.stack(text), torch.stack(negative), weights, cond_scale, drop
         )
         self.step += 1
         return answer
@@ -268,9 +269,9 @@ class Denoiser(nn.Module):
     def sigma_at(self, sigma: Tensor) -> Tensor:
         return SIGMAS[sigma.round().long()] if self.sampler.timesteps else sigma
 
-    def announce(self, x: Tensor, sigma: Tensor, told: Tensor, untold: Tensor) -> Any:
+    def announce(self, x: Tensor, sigma: Tensor, text: Tensor, negative: Tensor) -> Any:
         host = self.sampler.host
-        params = types.SimpleNamespace(x=x, sigma=sigma, text_cond=told, text_uncond=untold)
+        params = types.SimpleNamespace(x=x, sigma=sigma, text_cond=text, text_uncond=negative)
         if host.version != "1.6":
             params.denoiser = self
         for callback in host.callbacks:
@@ -278,17 +279,17 @@ class Denoiser(nn.Module):
         return params
 
     def a1111(
-        self, x: Tensor, sigma: Tensor, told: Tensor, untold: Tensor, weights: Any, scale: float, drop: bool
+        self, x: Tensor, sigma: Tensor, text: Tensor, negative: Tensor, weights: Any, scale: float, drop: bool
     ) -> Tensor:
         """Rows: the branches of image 0, of image 1, ..., then uncond of every image; split in slices of a batch."""
         host = self.sampler.host
         owners = [image for image, own in enumerate(weights) for _ in own]
         rows, level = torch.cat([x[owners], x]), torch.cat([sigma[owners], sigma])
-        self.announce(rows, level, told, untold)
-        texts = torch.cat([told, untold])
+        self.announce(rows, level, text, negative)
+        texts = torch.cat([text, negative])
         drop = drop and scale != 1  # at CFG 1 A1111 computes both
         if drop:
-            rows, level, texts = rows[: -len(x)], level[: -len(x)], told
+            rows, level, texts = rows[: -len(x)], level[: -len(x)], text
         size = len(x) if host.low_memory() else len(rows)
         parts = [slice(at, at + size) for at in range(0, len(rows), size)]
         out = torch.cat([self.inner_model(rows[at], level[at], cond=self.dictionary(texts[at])) for at in parts])
@@ -306,7 +307,7 @@ class Denoiser(nn.Module):
         return {"c_crossattn": [texts], "c_concat": [texts.new_zeros(len(texts), 5, 1, 1)]}
 
     def forge(
-        self, x: Tensor, sigma: Tensor, told: Tensor, untold: Tensor, weights: Any, scale: float, drop: bool
+        self, x: Tensor, sigma: Tensor, text: Tensor, negative: Tensor, weights: Any, scale: float, drop: bool
     ) -> Tensor:
         """One branch a chunk, by labels; timesteps are translated to sigma first, and denoised back to eps."""
         host, given = self.sampler.host, x
@@ -316,18 +317,18 @@ class Denoiser(nn.Module):
         unet = host.model.forge_objects.unet
         if host.inpainting:
             x = x + 0.01 * torch.randn(x.shape, generator=host.generator)
-        self.announce(x, level, told, untold)
+        self.announce(x, level, text, negative)
         unet = host.model.forge_objects.unet
         images, each = len(x), min(len(one) for one in weights)
         firsts = [sum(len(one) for one in weights[:image]) for image in range(images)]
-        conds = [torch.stack([told[first + k] for first in firsts]) for k in range(each)]
+        conds = [torch.stack([text[first + k] for first in firsts]) for k in range(each)]
         cond, uncond = host.calculate(
-            unet, x, level, conds, None if drop and not unet.model_options.get("sag") else untold
+            unet, x, level, conds, None if drop and not unet.model_options.get("sag") else negative
         )
         uncond = cond[0] if uncond is None else uncond
         denoised = uncond + sum((one - uncond) * weights[0][k] * (1 if drop else scale) for k, one in enumerate(cond))
         for extra in unet.model_options.get("post_cfg", []):
-            denoised = extra(denoised, unet, x, level, conds, untold, cond)
+            denoised = extra(denoised, unet, x, level, conds, negative, cond)
         if self.sampler.timesteps:
             return (x - denoised) / level[:, None, None, None]
         return denoised if given is x else denoised.to(given.dtype)
@@ -363,10 +364,10 @@ class Host:
         self.name = name
         self.forge, self.version = name == "forge", name.partition("-")[2]
         self.network, self.other = Network(), Network(offset=0.1)
-        self.other.calls, self.other.told = self.network.calls, self.network.told
+        self.other.calls, self.other.texts = self.network.calls, self.network.texts
         self.model, self.refiner = self.load(self.network), self.load(self.other)
         self.first = self.model
-        self.callbacks: list[Callable[[Any], None]] = [webui.on_cfg_denoiser]
+        self.callbacks: list[Callable[[Any], None]] = [on_cfg_denoiser]
         self.extensions: list[Callable[[Any], None]] = []
         self.low_memory: Callable[[], bool] = lambda: False
         self.stop_at: int | None = None
@@ -388,13 +389,13 @@ class Host:
     def calculate(
         self, unet: Unet, x: Tensor, level: Tensor, conds: list[Tensor], uncond: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Forge's batching: uncond, then the last branch first; in one call, or one each where memory is short."""
+        """Forge's batching: uncond, then the last branch first; in one call, or one each if memory is short."""
         waiting = [(1, 0, uncond)] if uncond is not None else []
         waiting += [(0, k, cond) for k, cond in reversed(list(enumerate(conds)))]
         groups = [[one] for one in waiting] if self.low_memory() else [waiting]
         answers: dict[tuple[int, int], Tensor] = {}
         for group in groups:
-            labels, told = [label for label, _, _ in group], torch.cat([text for _, _, text in group])
+            labels, text = [label for label, _, _ in group], torch.cat([text for _, _, text in group])
             marks = [label for label in labels for _ in range(len(x))]
             options = {
                 **unet.model_options.get("transformer_options", {}),
@@ -404,9 +405,9 @@ class Host:
                 "cond_indices": [k for k, mark in enumerate(marks) if not mark],
                 "uncond_indices": [k for k, mark in enumerate(marks) if mark],
             }
-            c = {"told": told, "transformer_options": options}
+            c = {"text": text, "transformer_options": options}
             if unet.control is not None:
-                c["control"], c["control_model"] = unet.control(told), unet
+                c["control"], c["control_model"] = unet.control(text), unet
             arguments = {
                 "input": torch.cat([x] * len(group)),
                 "timestep": torch.cat([level] * len(group)),
@@ -426,11 +427,11 @@ class Host:
         """One press of Generate. `arguments` are our script's; None: the script is not there at all."""
         p = Processing(self.model, fields)
         self.network.calls.clear()
-        self.network.told.clear()
+        self.network.texts.clear()
         self.generator = torch.Generator().manual_seed(11)
         scheduled = [
             [
-                types.SimpleNamespace(schedules=[Scheduled(end, torch.tensor(told)) for end, told in plan])
+                types.SimpleNamespace(schedules=[Scheduled(end, torch.tensor(text)) for end, text in plan])
                 for _, plan in one
             ]
             for one in p.prompt
@@ -497,7 +498,9 @@ def pag(host: Host) -> Callable[[Any], None]:
     def extension(p: Any) -> None:
         unet = host.model.forge_objects.unet.clone()
 
-        def after(denoised: Tensor, unet: Unet, x: Tensor, level: Tensor, conds: Any, untold: Any, cond: Any) -> Tensor:
+        def after(
+            denoised: Tensor, unet: Unet, x: Tensor, level: Tensor, conds: Any, negative: Any, cond: Any
+        ) -> Tensor:
             worse, _ = host.calculate(unet, x, level, [one * 0.5 for one in conds], None)
             return denoised + (cond[0] - worse[0]) * 0.5
 
@@ -513,9 +516,11 @@ def sag(host: Host) -> Callable[[Any], None]:
     def extension(p: Any) -> None:
         unet = host.model.forge_objects.unet.clone()
 
-        def after(denoised: Tensor, unet: Unet, x: Tensor, level: Tensor, conds: Any, untold: Any, cond: Any) -> Tensor:
+        def after(
+            denoised: Tensor, unet: Unet, x: Tensor, level: Tensor, conds: Any, negative: Any, cond: Any
+        ) -> Tensor:
             blurred = nn.functional.avg_pool2d(x, 3, 1, 1)
-            worse, _ = host.calculate(unet, blurred, level, [untold], None)
+            worse, _ = host.calculate(unet, blurred, level, [negative], None)
             return denoised + (denoised - worse[0]) * 0.2
 
         unet.model_options["post_cfg"], unet.model_options["sag"] = [after], True
@@ -548,10 +553,10 @@ def controlnet(host: Host, until: int) -> Callable[[Any], None]:
     """A ControlNet that is there for the first `until` evaluations; it adds something else in every row."""
 
     def extension(p: Any) -> None:
-        def control(told: Tensor) -> Any:
+        def control(text: Tensor) -> Any:
             if p.sampler.model_wrap_cfg.step >= until:
                 return None
-            added = 0.5 * told.view(-1, 1, 1, 1).expand(-1, 4, 6, 6)
+            added = 0.5 * text.view(-1, 1, 1, 1).expand(-1, 4, 6, 6)
             return {"input": [], "middle": [0.1 * added[:1] + 0.2], "output": [None, added]}
 
         unet = host.model.forge_objects.unet.clone()

@@ -152,19 +152,19 @@ def run(host: Host, fields: dict[str, Any], arguments: list[Any] | None, **more:
 
 def left(host: Host, objects: list[Any]) -> list[str]:
     """What of ours is left in the host after a run; nothing should be."""
-    from stepcache.samplers import webui
+    from stepcache.samplers.webui import run as run_module
 
-    found = [f"{type(run).__name__} running" for run in webui._running]
+    found = [f"{type(run).__name__} running" for run in run_module._running]
     for denoiser in objects:
         if "forward" in vars(denoiser.inner_model):
             found.append("forward of the inner model")
-        if hasattr(getattr(denoiser.sampler, "func", None), "stepcache_follows"):
+        if hasattr(getattr(denoiser.sampler, "func", None), "stepcache_wrapper"):
             found.append("func of the sampler")
     if host.family == "forge":
         engine = host.model
         for which in ("forge_objects", "forge_objects_original", "forge_objects_after_applying_lora"):
             wrapper = getattr(engine, which).unet.model_options.get("model_function_wrapper")
-            if hasattr(wrapper, "stepcache_run"):
+            if hasattr(wrapper, "stepcache_patch"):
                 found.append(f"wrapper in {which}")
     return found
 
@@ -188,7 +188,7 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
     from modules import rng, sd_samplers_common
 
     from stepcache.samplers import k_diffusion as adapter
-    from stepcache.samplers import webui
+    from stepcache.samplers.webui import Options
 
     caught: dict[str, Any] = {}
     seen["spy"] = caught.update
@@ -200,7 +200,7 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
     extra = keywords.pop("extra_args")
     cond = extra["cond"].batch[0][0].schedules[0].cond[None]
     uncond = extra["uncond"][0][0].cond[None]
-    chosen = webui.Options.of([True, *method]).as_method()
+    chosen = Options.of([True, *method]).as_method()
     if host.family == "forge":
         kmodel = host.model.forge_objects.unet.model
         order, more = ("uncond", "cond"), {"c_crossattn": torch.cat([uncond, cond])}
@@ -258,17 +258,19 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
 
     (plot,) = [*checkout.glob("scripts/xyz_grid.py"), *checkout.glob("extensions-builtin/*/scripts/xyz_grid.py")]
     host.load(REPOSITORY / "scripts" / "stepcache_webui.py", plot)
-    from stepcache.samplers import webui
+    from stepcache.samplers.webui import sampler as sampler_module
+    from stepcache.samplers.webui.axes import add_axes
+    from stepcache.samplers.webui.run import Run
 
     seen: dict[str, Any] = {"runs": [], "spy": None}
-    begin = webui.Run.__init__
+    begin = Run.__init__
 
     def noted(self: Any, *arguments: Any, **keywords: Any) -> None:
         begin(self, *arguments, **keywords)
         seen["runs"].append(self)
 
-    webui.Run.__init__ = noted
-    running = webui.running
+    Run.__init__ = noted
+    running = sampler_module.running
     from modules import sd_samplers_common as sampling
 
     def launched(self: Any, steps: int, func: Any, launch: Any = sampling.Sampler.launch_sampling) -> Any:
@@ -286,7 +288,7 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
             seen["spy"]({"func": func, "x": frame.f_locals["x"].clone(), "keywords": dict(keywords), "noise": noise})
         return running(p, job, func, denoiser, keywords, hires)
 
-    webui.running = spied
+    sampler_module.running = spied
     again = dict(jobs(host))  # the host's scripts have new places among the arguments
     for situation, fields in ((situation, again[situation]) for situation, _ in chosen):
         entry = found["situations"][situation]
@@ -296,7 +298,7 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
         entry["mask"] = summary(run(host, fields, [True, "static", "", "", "medium"]))
         entry["negative only"] = summary(run(host, fields, NEGATIVE_ONLY))
         entry["left"] = left(host, [one.denoiser for one in seen["runs"]])
-        entry["auxiliary"] = sum(one.auxiliary for one in seen["runs"])
+        entry["auxiliary"] = sum(one.patch.auxiliary for one in seen["runs"])
         entry["notes"] = sorted({note for one in seen["runs"] for note in one.engine.report.notes})
         entry["off"] = [summary(run(host, fields, [False]))["digest"] for _ in range(2)]
 
@@ -334,7 +336,7 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
         found["broken off"][what] = {
             **summary(result),
             "left": left(host, [one.denoiser for one in seen["runs"]]),
-            "memory": [len(one.engine._state.histories) for one in seen["runs"] if one.engine._state is not None],
+            "memory": [len(one.engine._run.caches) for one in seen["runs"] if one.engine._run is not None],
             "then off": summary(run(host, {}, [False]))["digest"] == plain,
         }
 
@@ -344,8 +346,8 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
     }
     found["wrong options"]["plain"] = plain
     found["hires off"] = summary(run(host, dict(jobs(host))["hires"], [True, "forecast", "", "", "", "dynamic", False]))
-    webui.add_axes(host.scripts)
-    webui.add_axes(host.scripts)
+    add_axes(host.scripts)
+    add_axes(host.scripts)
     (plot,) = [one.module for one in host.scripts.scripts_data if one.script_class.__module__ == "xyz_grid.py"]
     axes = {one.label: one for one in plot.axis_options if one.label.startswith("[StepCache]")}
     found["axes"] = [one.label for one in plot.axis_options if one.label.startswith("[StepCache]")]

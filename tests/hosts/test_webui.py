@@ -4,8 +4,7 @@
 
 STEPCACHE_A1111, STEPCACHE_FORGE, STEPCACHE_REFORGE, STEPCACHE_CLASSIC and STEPCACHE_NEO each name a checkout; without
 it the tests are skipped. The interpreter is that of the checkout's `venv`, or what STEPCACHE_A1111_PYTHON and so on
-name; stepcache must be installed there (`python install.py`). docs/webui.md says how to prepare a checkout without a
-GPU, and what was run.
+name; nothing needs to be installed there. docs/webui.md says how to prepare a checkout without a GPU, and what was run.
 """
 
 from __future__ import annotations

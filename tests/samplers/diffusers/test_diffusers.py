@@ -23,7 +23,7 @@ from stepcache import EasyCache, Forecast, Off, OptionError, Static, StepMask, U
 from stepcache.bench import METRICS
 from stepcache.demo import pipelines, sampling
 from stepcache.extend import Engine
-from stepcache.samplers.diffusers import SLOT, StepCacheCallback, _training_sigma, attach, plan
+from stepcache.samplers.diffusers import SLOT, StepCacheCallback, attach, plan, training_sigma
 
 MASK = StepMask("fast", "static")
 
@@ -51,18 +51,18 @@ class Counted:
 
 
 @contextmanager
-def requests():
-    """Collects the requests that engines answer."""
+def calls_asked():
+    """Collects the calls that engines answer."""
     seen: list = []
-    answer = Engine.answer
+    answer = Engine.__call__
 
-    def noting(self, request):
-        if not any(request is other for other in seen):
-            seen.append(request)
-        return answer(self, request)
+    def noting(self, call):
+        if not any(call is other for other in seen):
+            seen.append(call)
+        return answer(self, call)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "answer", noting)
+        patch.setattr(Engine, "__call__", noting)
         yield seen
 
 
@@ -80,7 +80,7 @@ def test_never_skipping_is_bit_identical_and_a_static_mask_skips_exactly_the_nam
 
     with attach(pipe, Static(MASK), components=tiny.denoisers) as cache:
         first, first_calls = counted.of(lambda: run(pipe, tiny))
-        with requests() as asked:
+        with calls_asked() as asked:
             again, again_calls = counted.of(lambda: run(pipe, tiny))
     assert torch.equal(first, again)
     assert torch.isfinite(first).all()
@@ -90,7 +90,7 @@ def test_never_skipping_is_bit_identical_and_a_static_mask_skips_exactly_the_nam
     for event in cache.report.events:
         assert event.computed or digits[event.position.step] == 0
     if "long" not in name:
-        computed = [request.names for request in asked if request.computed is not None]
+        computed = [call.names for call in asked if call.computed is not None]
         assert len(computed) == again_calls
         assert sum(map(len, computed)) == cache.report.calls
 
@@ -131,8 +131,8 @@ def test_nothing_is_remembered_after_the_run_while_still_attached(name):
     pipe = tiny.build()
     with attach(pipe, Forecast()) as cache:
         run(pipe, tiny)
-        states = [slot.engine._run for slot in cache._slots]
-        assert [state.histories for state in states if state is not None and state.histories] == []
+        runs = [denoiser.engine._run for denoiser in cache._denoisers]
+        assert [run.caches for run in runs if run is not None and run.caches] == []
         assert cache.report.evaluations == 6
 
 
@@ -359,7 +359,7 @@ def test_the_training_timetable_is_the_schedulers(scheduler, config, expected):
     """The reference's own figures for shares 0.2 and 0.9 (golden tables, flow3 and compvis)."""
     import diffusers
 
-    sigma = _training_sigma(getattr(diffusers, f"{scheduler}Scheduler")(**config))
+    sigma = training_sigma(getattr(diffusers, f"{scheduler}Scheduler")(**config))
     high, low = sigma(0.2), sigma(0.9)
     assert f"{high:.6g} >= sigma > {low:.6g}" == expected
 
@@ -418,6 +418,21 @@ def test_the_trained_networks_draw_their_digits_under_every_scheduler(network, s
     assert 9 <= cached.calls <= 12
     assert statistics.fmean(sampling.right(cached.images, full.images, seeds)) >= 0.9
     assert statistics.fmean(METRICS["PSNR"](cached.images, full.images, seeds)) > 28
+
+
+def test_forecast_is_the_default_method(sd):
+    pipe, tiny, _ = sd
+    with attach(pipe) as cache:
+        image(pipe, tiny)
+    assert cache.report.method == StepCacheCallback().report.method == "forecast"
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
+def test_the_examples_use_forecast_by_default(tmp_path, name):
+    script = Path(__file__).parents[1] / "examples" / f"diffusers_{name}.py"
+    command = [sys.executable, str(script), "--tiny", "--device=cpu", "--steps=6", f"--out={tmp_path / 'image.png'}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "forecast" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])

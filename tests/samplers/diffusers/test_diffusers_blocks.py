@@ -262,7 +262,7 @@ def test_an_attachment_that_fails_leaves_cache_dit_outside_too(monkeypatch):
     pytest.importorskip("cache_dit")
     tiny, pipe = deeper("flux")
     full, before = run(pipe, tiny), {id(m): m.__dict__.keys() for m in pipe.transformer.modules()}
-    monkeypatch.setattr("stepcache.samplers.diffusers.slot_is_called", lambda: False)
+    monkeypatch.setattr("stepcache.samplers.diffusers.patch.slot_is_called", lambda: False)
     with pytest.raises(RuntimeError, match="does not call"), attach(pipe, DBCache(1, 1, threshold=0.9, warmup=2)):
         pass
     assert {id(m): m.__dict__.keys() for m in pipe.transformer.modules()} == before

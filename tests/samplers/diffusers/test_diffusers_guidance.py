@@ -9,8 +9,7 @@ import torch
 from tiny_pipelines import PIPELINES, run
 
 from stepcache import Forecast, Off, OptionError, Static, UCache
-from stepcache.samplers import diffusers
-from stepcache.samplers.diffusers import StepCacheCallback, attach
+from stepcache.samplers.diffusers import StepCacheCallback, attach, patch
 
 MASK = Static([1, 1, 0, 1, 0, 1])
 
@@ -172,7 +171,7 @@ def test_the_bar_shows_what_was_skipped_under_the_callback_too():
 
 
 def test_a_torch_that_does_not_call_the_slot_is_refused_with_a_sentence(monkeypatch):
-    assert diffusers.slot_is_called()
-    monkeypatch.setattr(diffusers, "slot_is_called", lambda: False)
+    assert patch.slot_is_called()
+    monkeypatch.setattr(patch, "slot_is_called", lambda: False)
     with pytest.raises(RuntimeError, match=r"use torch 2\.4 or newer"), attach(PIPELINES["sd"].build(), MASK):
         pass

@@ -6,6 +6,7 @@ import configparser
 import inspect
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -30,10 +31,20 @@ from hosts_webui import (
 from k_diffusion import sampling
 from k_diffusion.external import CompVisDenoiser
 
-from stepcache import OptionError, StepMask
+from stepcache import METHODS, OptionError, StepMask
 from stepcache.cli import main
+from stepcache.extend import Engine, main_number
 from stepcache.samplers import webui
+from stepcache.samplers.install import MARK
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
+from stepcache.samplers.webui import Options, infotext
+from stepcache.samplers.webui import run as run_module
+from stepcache.samplers.webui.a1111 import A1111Patch
+from stepcache.samplers.webui.axes import add_axes
+from stepcache.samplers.webui.call import WebuiCall
+from stepcache.samplers.webui.forge import ForgePatch
+from stepcache.samplers.webui.run import Run, on_cfg_denoiser
+from stepcache.samplers.webui.schedule import unipc_times
 
 pytestmark = pytest.mark.filterwarnings("ignore:the last step cannot be protected")  # DPM fast
 
@@ -43,7 +54,7 @@ MASKED = [True, "static", "", "", "1001010011"]
 """Five of ten steps are computed."""
 
 
-def followers(*given):
+def negative_only(*given):
     """The same with the last argument, "Skip the negative prompt only", set."""
     return [*given, *[None] * (11 - len(given)), True]
 
@@ -83,15 +94,15 @@ def host_modules(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The runs that are begun, each with where it stands."""
+    """The runs that are begun."""
     begun = []
-    begin = webui.Run.__init__
+    begin = Run.__init__
 
-    def noted(self, *arguments):
-        begin(self, *arguments)
+    def noted(self, *arguments, **keywords):
+        begin(self, *arguments, **keywords)
         begun.append(self)
 
-    monkeypatch.setattr(webui.Run, "__init__", noted)
+    monkeypatch.setattr(Run, "__init__", noted)
     return begun
 
 
@@ -100,14 +111,14 @@ def same(p, q):
 
 
 def left(host, runs):
-    """What of ours is still in the host."""
-    found = list(webui._running)
+    """What is still patched in the host."""
+    found = list(run_module._running)
     for run in runs:
         found += [run for inner in [run.denoiser.inner_model] if "forward" in vars(inner)]
-        found += [run for func in [run.denoiser.sampler.func] if hasattr(func, "stepcache_follows")]
+        found += [run for func in [run.denoiser.sampler.func] if hasattr(func, "stepcache_wrapper")]
         found += [run for state in [run.engine._run] if state is not None]
     for model in (host.first, host.refiner) if host.forge else ():
-        found += [one for one in model.forge_objects.unet.model_options.values() if hasattr(one, "stepcache_run")]
+        found += [one for one in model.forge_objects.unet.model_options.values() if hasattr(one, "stepcache_patch")]
     found += list(host.original.model_options) if host.forge else []
     return found
 
@@ -150,8 +161,8 @@ def test_a_static_mask_skips_exactly_its_steps(name, sampler, runs):
 
 
 @pytest.mark.parametrize("name", ["a1111-1.10", "forge"])
-def test_steps_are_told_from_evaluations(name, runs):
-    """DDIM runs one step fewer than asked for, as its hosts have it; PLMS evaluates the first of them twice."""
+def test_steps_are_not_evaluations(name, runs):
+    """DDIM runs one step fewer than asked for, as in its hosts; PLMS evaluates the first of them twice."""
     host, nine = Host(name), [True, "static", "", "", "100101001"]
     host.job(nine, sampler_name="DDIM")
     host.job(nine, sampler_name="PLMS")
@@ -164,7 +175,13 @@ def test_steps_are_told_from_evaluations(name, runs):
 @pytest.mark.parametrize("sampler", ["Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "Heun", "DPM2", "DPM++ SDE"])
 @pytest.mark.parametrize(
     "method",
-    [["forecast"], ["ucache", 0.3], ["easycache", 0.8], ["static", "", "", "fast"], followers(True, "forecast")[1:]],
+    [
+        ["forecast"],
+        ["ucache", 0.3],
+        ["easycache", 0.8],
+        ["static", "", "", "fast"],
+        negative_only(True, "forecast")[1:],
+    ],
 )
 def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, runs):
     host = Host(name)
@@ -184,10 +201,10 @@ def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, ru
     network = Network()
     inner = CompVisDenoiser(types.SimpleNamespace(apply_model=network, alphas_cumprod=products_of(host)))
     names, texts = (("uncond", "cond"), (-0.2, 0.3)) if host.forge else (("cond", "uncond"), (0.3, -0.2))
-    cached = CachedDenoiser(inner, webui.Options.of([True, *method]).as_method(), branches=names)
+    cached = CachedDenoiser(inner, Options.of([True, *method]).as_method(), branches=names)
 
     def guided(x, sigma):
-        answers = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), told=torch.tensor(texts)).chunk(2)
+        answers = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), text=torch.tensor(texts)).chunk(2)
         parts = dict(zip(names, answers, strict=True))
         return parts["uncond"] + (parts["cond"] - parts["uncond"]) * 4.0
 
@@ -218,11 +235,11 @@ def close(p, q):
 def test_with_the_negative_prompt_only_the_prompt_alone_is_what_the_network_sees(name, sampler, runs):
     host, mask = Host(name), "1001010011"
     if sampler == "DDIM":
-        mask = mask[:9]  # see test_steps_are_told_from_evaluations
+        mask = mask[:9]  # see test_steps_are_not_evaluations
     bare = host.job(None, sampler_name=sampler)
-    p = host.job(followers(True, "static", "", "", mask), sampler_name=sampler)
+    p = host.job(negative_only(True, "static", "", "", mask), sampler_name=sampler)
     both = [-0.2, 0.3] if host.forge else [0.3, -0.2]
-    assert host.network.told == [both if one == "1" else [0.3] for one in mask]
+    assert host.network.texts == [both if one == "1" else [0.3] for one in mask]
     assert fates(runs[0]) == "C" * len(mask)
     assert fates(runs[0], "uncond") == mask.replace("1", "C").replace("0", "S")
     assert close(p, bare)
@@ -244,7 +261,7 @@ def test_the_negative_prompt_is_predicted_from_the_prompt_whatever_the_situation
     host.low_memory = lambda: low
     bare = host.job(None, **fields)
     calls = sum(host.network.calls)
-    p = host.job(followers(True, "forecast"), **fields)
+    p = host.job(negative_only(True, "forecast"), **fields)
     assert close(p, bare)
     if (situation, host.forge) in (("CFG 1", True), ("AND, unequal", False), ("AND, batch of 2", False)):
         assert sum(host.network.calls) == calls
@@ -266,17 +283,17 @@ def test_the_negative_prompt_is_predicted_from_the_prompt_whatever_the_situation
     ],
 )
 def test_what_forge_hands_to_the_slot_is_cut_by_chunks(prompt, extensions, runs):
-    """ControlNet's lists, patches that look at the labels, another wrapper behind ours; calls by told prompts."""
+    """ControlNet's lists, patches that look at the labels, another wrapper behind ours."""
     host = Host("forge")
     host.extensions = [one(host, until=99) if one is controlnet else one(host) for one in extensions]
     bare = host.job(None, prompt=prompt)
     each = len(host.network.calls) // 10
-    p = host.job(followers(*MASKED), prompt=prompt)
+    p = host.job(negative_only(*MASKED), prompt=prompt)
     images, branches = len(prompt), len(prompt[0]) + 1
     rows = [images * (branches if one == "1" else 1) for one in "1001010011" for _ in range(each)]
     assert host.network.calls == rows
     reference = prompt[0][-1][1][0][1]  # the last of several comes first
-    assert host.network.told[each] == [reference] * images
+    assert host.network.texts[each] == [reference] * images
     assert close(p, bare)
     assert p.comments == []
 
@@ -286,9 +303,9 @@ def test_pag_and_sag_still_pass_through_beside_the_negative_prompt_only(extensio
     host = Host("forge")
     host.extensions = [extension(host)]
     bare = host.job(None)
-    assert close(host.job(followers(*MASKED)), bare)
+    assert close(host.job(negative_only(*MASKED)), bare)
     assert host.network.calls == [n for one in "1001010011" for n in (2 if one == "1" else 1, 1)]
-    assert (runs[0].auxiliary, fates(runs[0], "uncond")) == (10, "CSSCSCSSCC")
+    assert (runs[0].patch.auxiliary, fates(runs[0], "uncond")) == (10, "CSSCSCSSCC")
 
 
 @pytest.mark.parametrize(
@@ -299,14 +316,14 @@ def test_pag_and_sag_still_pass_through_beside_the_negative_prompt_only(extensio
             "the transformer option 'weights' may be ordered by rows",
         ),
         ([lambda host: patched(host, words=["a", "b"])], "the transformer option 'words' may be ordered by rows"),
-        ([lambda host: controlnet(host, 99), occupied], "another extension is in front of the model"),
+        ([lambda host: controlnet(host, 99), occupied], "another extension wraps the model"),
     ],
 )
 def test_what_forge_may_order_by_rows_unknown_to_us_is_computed_whole_and_said(extensions, why, runs):
     host = Host("forge")
     host.extensions = [extension(host) for extension in extensions]
     bare = host.job(None)
-    p = host.job(followers(*MASKED))
+    p = host.job(negative_only(*MASKED))
     assert same(p, bare)
     assert fates(runs[0], "uncond") == "C" * 10
     assert p.comments[0].startswith(f"StepCache: negative prompt only: {why}")
@@ -325,44 +342,44 @@ def test_conditioning_that_is_not_ordered_by_rows_on_a1111_is_computed_whole_and
     monkeypatch.setattr(Denoiser, "dictionary", lambda self, texts: {**usual(self, texts), **more})
     host = Host("a1111-1.10")
     bare = host.job(None)
-    p = host.job(followers(*MASKED))
+    p = host.job(negative_only(*MASKED))
     assert same(p, bare)
     assert p.comments[0] == f"StepCache: negative prompt only: {why}"
 
 
-def test_where_there_is_no_negative_prompt_it_says_so():
-    p = Host("forge").job(followers(*ON), cfg_scale=1.0)
+def test_without_a_negative_prompt_it_says_so():
+    p = Host("forge").job(negative_only(*ON), cfg_scale=1.0)
     assert "where cond is the only branch nothing is skipped" in p.comments[0]
     assert p.extra_generation_params["StepCache skipped"] == "0/10"
 
 
 @pytest.mark.parametrize("name", ["a1111-1.10", "forge"])
 def test_out_of_memory_in_a_call_for_the_prompt_alone(name, runs):
-    """Once, it is computed whole from there on; for good, it is the host's error, and the next job is untouched."""
+    """Once, it is computed whole from there on; for good, the host gets the error, and the next job is untouched."""
     host = Host(name)
     bare = host.job(None)
     host.network.fails_at = lambda call: call == 2
-    p = host.job(followers(*MASKED))
+    p = host.job(negative_only(*MASKED))
     assert same(p, bare)
     assert "the call for cond alone fails: pretended" in p.comments[0]
     host.network.fails_at = lambda call: call > 1
     with pytest.raises(torch.OutOfMemoryError, match="pretended"):
-        host.job(followers(*MASKED))
+        host.job(negative_only(*MASKED))
     host.network.fails_at = None
     assert left(host, runs) == []
-    assert close(host.job(followers(*MASKED)), bare)
+    assert close(host.job(negative_only(*MASKED)), bare)
     assert same(host.job([False]), bare)
 
 
 def test_the_negative_prompt_only_in_the_console_the_image_and_the_options(capsys):
-    p = Host("a1111-1.10").job(followers(*ON), hr=7)
+    p = Host("a1111-1.10").job(negative_only(*ON), hr=7)
     assert p.extra_generation_params["StepCache negative prompt only"] is True
     assert p.extra_generation_params["StepCache skipped"] == "4/10 + 3/7"
     first, second = capsys.readouterr().out.splitlines()
     assert first == ("StepCache: forecast, negative prompt only: skipped 4 of 10 evaluations, 1.25x fewer model calls")
     assert "forecast, negative prompt only, hires. fix: skipped 3 of 7" in second
     assert "StepCache negative prompt only" not in Host("forge").job(ON).extra_generation_params
-    assert webui.Options(text="skip=all", negative_only=True).as_method().skip == "all"
+    assert Options(text="skip=all", negative_only=True).as_method().skip == "all"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -385,10 +402,10 @@ def test_the_callback_names_the_steps_of_a_sampler_nobody_knows(runs, monkeypatc
 
     monkeypatch.setitem(SAMPLERS, "unheard of", sample_unheard_of)
     seen = []
-    monkeypatch.setattr(webui.Engine, "note", lambda self, step: seen.append(step))
+    monkeypatch.setattr(Engine, "note", lambda self, step: seen.append(step))
     Host("forge").job(ON, sampler_name="unheard of")
     assert seen == [*range(10)]
-    assert runs[0].plan.stages is None
+    assert runs[0].schedule.stages is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -400,7 +417,7 @@ def test_every_batch_is_a_run_of_its_own(name, runs):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_prompts_joined_by_and_have_a_memory_each(name, runs):
+def test_prompts_joined_by_and_have_a_cache_each(name, runs):
     host = Host(name)
     host.job(MASKED, prompt=[TWO])
     assert runs[0].engine.report.branches in (["cond", "cond 2", "uncond"], ["uncond", "cond", "cond 2"])
@@ -416,7 +433,7 @@ def test_calls_split_for_want_of_memory_answer_as_one_call_does(name, prompt, ru
     split = host.job(MASKED, prompt=prompt)
     assert torch.allclose(whole.latents[0], split.latents[0], rtol=1e-4, atol=1e-4)
     assert host.network.calls == [len(prompt)] * (5 * (1 + len(prompt[0])))
-    assert runs[1].auxiliary == 0
+    assert runs[1].patch.auxiliary == 0
 
 
 @pytest.mark.filterwarnings("ignore:branch .* is evaluated before the reference")
@@ -447,7 +464,7 @@ def test_heun_without_uncond_at_some_evaluations_keeps_two_of_one_sigma_apart(na
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_edited_prompt_is_computed_where_it_changes(name, runs):
+def test_an_edited_prompt_is_computed_when_it_changes(name, runs):
     host = Host(name)
     host.job([True, "static", "", "", "1000000001"], prompt=[EDITED])
     assert fates(runs[0]) == "CSSSSCSSSC"
@@ -480,7 +497,7 @@ def test_pag_and_sag_pass_through_and_are_never_stored(extension, prompt, low, r
     assert same(host.job([True, "forecast", 1], prompt=prompt), bare)
     host.job(MASKED, prompt=prompt)
     again = (len(prompt[0]) if extension is pag else 1) * (low or extension is sag) or 1
-    assert runs[-1].auxiliary == 10 * (again if low else 1)
+    assert runs[-1].patch.auxiliary == 10 * (again if low else 1)
     assert fates(runs[-1]) == "CSSCSCSSCC"
     branches = {"cond", "uncond"} | ({"cond 2"} if prompt == [TWO] else set())
     assert set(runs[-1].engine.report.branches) == branches
@@ -490,14 +507,14 @@ def test_further_calls_on_a1111_pass_through_and_are_never_stored(runs, monkeypa
     """An extension that asks the inner model once more, after the evaluation's own rows."""
     once = Denoiser.a1111
 
-    def again(self, x, sigma, told, *arguments):
-        answer = once(self, x, sigma, told, *arguments)
-        return answer + 0.1 * self.inner_model(x, sigma, cond=self.dictionary(told * 0.5))
+    def again(self, x, sigma, text, *arguments):
+        answer = once(self, x, sigma, text, *arguments)
+        return answer + 0.1 * self.inner_model(x, sigma, cond=self.dictionary(text * 0.5))
 
     monkeypatch.setattr(Denoiser, "a1111", again)
     host = Host("a1111-1.10")
     host.job(MASKED)
-    assert (runs[0].auxiliary, fates(runs[0])) == (10, "CSSCSCSSCC")
+    assert (runs[0].patch.auxiliary, fates(runs[0])) == (10, "CSSCSCSSCC")
     assert host.network.calls == [2, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 2, 1, 2, 1]
     assert same(host.job([True, "forecast", 1]), host.job(None))
 
@@ -516,7 +533,7 @@ def test_multidiffusion_is_kept_called_and_skipped_whole(late, runs):
     assert isinstance(host.first.forge_objects.unet.model_options["model_function_wrapper"], Tiles)
 
 
-def test_a_controlnet_that_ends_in_the_run_is_computed_where_it_does(runs):
+def test_a_controlnet_that_ends_in_the_run_is_computed_when_it_does(runs):
     host = Host("forge")
     host.extensions = [controlnet(host, until=4)]
     host.job([True, "static", "", "", "1000000001"])
@@ -567,10 +584,9 @@ def test_an_error_of_our_own_costs_the_speed_and_not_the_image(name, runs, monke
     def broken(*arguments):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(webui.ForgeSeat, "scalings", broken)
-    monkeypatch.setattr(webui.A1111Seat, "scalings", broken)
-    if name == "forge":
-        monkeypatch.setattr(webui.ForgeSeat, "coordinate", lambda self: None)
+    for patch in (ForgePatch, A1111Patch):
+        monkeypatch.setattr(patch, "scalings", broken)
+        monkeypatch.setattr(patch, "coordinate", lambda self: None)
     host = Host(name)
     p = host.job(ON)
     assert same(p, bare)
@@ -588,7 +604,7 @@ def test_an_error_of_our_own_costs_the_speed_and_not_the_image(name, runs, monke
         ([True, "ucache", "much"], "threshold='much': accepted is a number"),
         ([True, "forecast", 2.5], "interval='2.5': accepted is a whole number"),
         ([True, "static"], "static needs a mask"),
-        ([True, "static", 3, "", "fast"], "static has none; leave it empty"),
+        ([True, "static", 3, "", "fast"], "static takes no number; leave it empty"),
         ([True, "forecast", "", "half"], "window='half': accepted are two shares"),
         ([True, "forecast", "", "0.9-0.1"], "the window is empty"),
         ([True, "forecast", "", "", "110"], "the mask has 3 entries, the run has 10 steps"),
@@ -596,6 +612,7 @@ def test_an_error_of_our_own_costs_the_speed_and_not_the_image(name, runs, monke
         ([True, "ucache", "", "", "", "dynamic", True, 0, -1, "decays=1"], "Did you mean 'decay'?"),
         ([*ON, *[None] * 10, 1], "13 arguments: accepted are 12"),
         ([*ON, *[None] * 9, "yes please"], "negative_only='yes please'"),
+        ([*ON, *[None] * 4, "no"], "hires='no': accepted is 0 or 1"),
     ],
 )
 def test_wrong_options_are_said_and_the_job_runs_without_the_cache(name, arguments, said, capsys):
@@ -605,6 +622,17 @@ def test_wrong_options_are_said_and_the_job_runs_without_the_cache(name, argumen
     assert said in p.comments[0]
     assert said in capsys.readouterr().out
     assert p.extra_generation_params == {}
+
+
+def test_an_error_while_the_options_are_read_costs_the_cache_and_not_the_image(monkeypatch):
+    def broken(self):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Options, "as_method", broken)
+    host = Host("forge")
+    bare, p = host.job(None), host.job(ON)
+    assert same(p, bare)
+    assert p.comments == ["StepCache: RuntimeError: a bug; this job runs without the cache"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -618,7 +646,9 @@ def test_a_run_in_which_no_call_is_seen_says_so():
     host = Host("forge")
     host.calculate = lambda unet, x, level, conds, uncond: ([x * 0.9 for _ in conds], x * 0.8)
     p = host.job(ON)
-    assert p.comments == ["StepCache: no call of the model was seen in this run: another extension stands in its place"]
+    assert p.comments == [
+        "StepCache: nothing was cached: no call of the model was seen, another extension may have replaced it"
+    ]
 
 
 def test_a_batch_of_unequal_and_prompts_is_computed_on_a1111_and_says_so():
@@ -661,10 +691,10 @@ def test_network_space_on_a1111s_timestep_samplers_is_that_of_sigma(prediction):
     inner = types.SimpleNamespace(inner_model=types.SimpleNamespace(alphas_cumprod=table))
     if prediction == "v":
         inner.predict_eps_from_z_and_v = None
-    seat = webui.A1111Seat(types.SimpleNamespace(denoiser=types.SimpleNamespace(inner_model=inner)))
-    sigma = seat.sigma_at(torch.tensor([300.0, 300.0]))
+    patch = A1111Patch(types.SimpleNamespace(inner_model=inner), None)
+    sigma = patch.sigma_at(torch.tensor([300.0, 300.0]))
     assert torch.allclose(sigma, ((1 - a) / a).sqrt())
-    call = webui.WebuiCall(lambda: given, seat.scalings, ("cond",), x, sigma, None)
+    call = WebuiCall(lambda: given, patch.scalings, ("cond",), x, sigma, None)
     assert torch.equal(call.inputs()[0], x)
     assert torch.allclose(call.outputs(given)[0], v, atol=1e-5)
     assert torch.allclose(call.rebuild(call.outputs(given)), given, atol=1e-5)
@@ -687,28 +717,28 @@ def test_forges_parametrisation_is_asked_for_whatever_it_is(kind, flow):
     unet = types.SimpleNamespace(model=types.SimpleNamespace(model_sampling=sampled))
     engine = types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=unet))
     denoiser = types.SimpleNamespace(inner_model=types.SimpleNamespace(inner_model=engine))
-    seat = webui.ForgeSeat(types.SimpleNamespace(denoiser=denoiser))
+    patch = ForgePatch(denoiser, None)
     sigma = torch.tensor([0.3, 0.7])
-    c_skip, c_out, c_in = seat.scalings(sigma)
+    c_skip, c_out, c_in = patch.scalings(sigma)
     assert torch.allclose(c_skip, skip(sigma))
     assert torch.allclose(c_out, out(sigma))
     assert torch.allclose(c_in, torch.ones(2) if flow else 1 / root(sigma))
-    assert seat.coordinate() is (float if flow else None)
-    assert seat.training_sigma()(0.25) == 0.75
+    assert patch.coordinate() is (float if flow else None)
+    assert patch.training_sigma()(0.25) == 0.75
 
 
 def test_stable_diffusion_3_on_a1111_is_a_flow_model():
     inner = types.SimpleNamespace(sigma_to_t=None, sigma_max=torch.tensor(1.0), inner_model=None)
-    seat = webui.A1111Seat(types.SimpleNamespace(denoiser=types.SimpleNamespace(inner_model=inner)))
-    c_skip, c_out, c_in = seat.scalings(torch.tensor([0.4]))
+    patch = A1111Patch(types.SimpleNamespace(inner_model=inner), None)
+    c_skip, c_out, c_in = patch.scalings(torch.tensor([0.4]))
     assert (c_skip, float(c_out), float(c_in)) == (None, pytest.approx(-0.4), 1.0)
-    assert seat.coordinate() is float
+    assert patch.coordinate() is float
 
 
 @pytest.mark.parametrize(("spacing", "power"), [("time_uniform", 1), ("time_quadratic", 2), ("logSNR", None)])
 def test_unipcs_own_times(spacing, power, host_modules):
     host_modules.shared.opts.uni_pc_skip_type = spacing
-    times = webui._unipc_times(False, torch.arange(0, 1000, 100))
+    times = unipc_times(False, torch.arange(0, 1000, 100))
     if power is None:
         assert times is None
         return
@@ -717,48 +747,87 @@ def test_unipcs_own_times(spacing, power, host_modules):
     assert float(times[-1]) == pytest.approx(0.0, abs=1e-2)
     roots = ((times / 1000) + 1 / 1000) ** (1 / power)
     assert torch.allclose(roots.diff(), roots.diff()[:1].expand(10), atol=1e-4)
-    assert float(webui._unipc_times(True, torch.arange(0, 500, 100))[0]) == pytest.approx(400)
+    assert float(unipc_times(True, torch.arange(0, 500, 100))[0]) == pytest.approx(400)
 
 
 def test_options_by_position_with_defaults_for_those_missing():
-    assert webui.Options.of([True, "ucache"]) == webui.Options(enabled=True, method="ucache")
-    assert webui.Options.of([True, None, 3]) == webui.Options(enabled=True, number=3)
-    assert webui.Options.of([]) == webui.Options()
-    method = webui.Options.of([True, "ucache", "0.5", "0.2-0.8", "fast", "static"]).as_method()
+    assert Options.of([True, "ucache"]) == Options(enabled=True, method="ucache")
+    assert Options.of([True, None, 3]) == Options(enabled=True, number=3)
+    assert Options.of([]) == Options()
+    method = Options.of([True, "ucache", "0.5", "0.2-0.8", "fast", "static"]).as_method()
     assert (method.criterion.threshold, method.start, method.end) == (0.5, 0.2, 0.8)
     assert method.mask == StepMask("fast", "static")
-    assert webui.Options.of([True, "ucache"]).as_method().start == 0.15
+    assert Options.of([True, "ucache"]).as_method().start == 0.15
 
 
 def test_further_options_win_over_the_fields():
-    method = webui.Options(method="ucache", number=1, warmup=2, text="threshold=0.25,warmup=3").as_method()
+    method = Options(method="ucache", number=1, warmup=2, text="threshold=0.25,warmup=3").as_method()
     assert (method.criterion.threshold, method.warmup) == (0.25, 3)
     with pytest.raises(OptionError, match="Did you mean 'warmup'"):
-        webui.Options(text="warm=3").as_method()
+        Options(text="warm=3").as_method()
 
 
 def test_every_method_has_a_place_in_the_panel():
-    assert webui.main_number("forecast") == ("interval", 2)
-    assert webui.main_number("ucache") == ("threshold", 1.0)
-    assert webui.main_number("spectrum") == ("window_size", 2)
-    assert webui.main_number("hicache") == ("interval", 4)
-    assert webui.main_number("magcache") == ("threshold", 0.06)
-    assert webui.main_number("static") is None
-    for name in webui.METHODS:
+    assert main_number("forecast") == ("interval", 2)
+    assert main_number("ucache") == ("threshold", 1.0)
+    assert main_number("spectrum") == ("window_size", 2)
+    assert main_number("hicache") == ("interval", 4)
+    assert main_number("magcache") == ("threshold", 0.06)
+    assert main_number("static") is None
+    for name in METHODS:
         if name not in ("none", "static", "magcache"):
-            assert webui.Options(method=name, number=webui.main_number(name)[1]).as_method() == webui.METHODS[name]()
+            assert Options(method=name, number=main_number(name)[1]).as_method() == METHODS[name]()
+
+
+COMPONENTS = {option: number for number, option in enumerate(vars(Options()))}
+
+
+def test_the_panel_has_a_component_for_each_option_in_the_order_of_the_api(monkeypatch):
+    """On a double of gradio, whose components keep what they were made with."""
+    made = []
+
+    class Component:
+        def __init__(self, *arguments, **keywords):
+            self.keywords = keywords
+            made.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def change(self, function, **keywords):
+            self.function = function
+
+    gradio = types.ModuleType("gradio")
+    for kind in ("Accordion", "Row", "Checkbox", "Dropdown", "Textbox", "Radio", "Slider"):
+        setattr(gradio, kind, Component)
+    gradio.update = dict
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    script = webui.Extension()
+    components = script.ui(is_img2img=True)
+    assert [one.keywords["elem_id"].removeprefix("stepcache_img2img_") for one in components] == [
+        "options" if option == "text" else option for option in vars(Options())
+    ]
+    assert all(one in made for one in components)
+    assert [one for one, _ in script.infotext_fields] == [one for one in components if one is not components[10]]
+    number, window = components[1].function("ucache")
+    assert number == {"info": "ucache's threshold; empty: 1", "placeholder": "1"}
+    assert window == {"placeholder": "0.15-0.95"}
+    assert components[1].function("static")[0] == {"info": "static takes no number", "placeholder": ""}
 
 
 def test_the_infotext_is_pasted_back_into_every_component():
     given = [True, "ucache", 0.5, "0.1-0.9", "1,1,0", "static", False, 2, 3, "decay=0.5", False, True]
-    text = {key: str(value) for key, value in webui.Options.of(given).infotext().items()}
-    read = [value(text) for _, value in webui._paste_fields(list(range(12)))]
+    text = {key: str(value) for key, value in infotext.write(Options.of(given)).items()}
+    read = [value(text) for _, value in infotext.paste_fields(COMPONENTS)]
     assert read == [True, "ucache", "0.5", "0.1-0.9", "1,1,0", "static", False, 2, 3, "decay=0.5", True]
-    plain = {key: str(value) for key, value in webui.Options(enabled=True).infotext().items()}
-    assert [value(plain) for _, value in webui._paste_fields(list(range(12)))] == [
+    plain = {key: str(value) for key, value in infotext.write(Options(enabled=True)).items()}
+    assert [value(plain) for _, value in infotext.paste_fields(COMPONENTS)] == [
         *(True, "forecast", "2", "0-1", "none", "dynamic", True, 0, -1, "", False)
     ]
-    assert [value({"Steps": "20"}) for _, value in webui._paste_fields(list(range(12)))] == [False, *[None] * 10]
+    assert [value({"Steps": "20"}) for _, value in infotext.paste_fields(COMPONENTS)] == [False, *[None] * 10]
 
 
 def test_the_xyz_plot_gets_its_axes_once_and_they_act():
@@ -769,8 +838,8 @@ def test_the_xyz_plot_gets_its_axes_once_and_they_act():
     plot = types.SimpleNamespace(axis_options=[AxisOption("Seed", int, None)], AxisOption=AxisOption)
     script = type("Script", (), {"__module__": "xyz_grid.py"})
     scripts = types.SimpleNamespace(scripts_data=[types.SimpleNamespace(script_class=script, module=plot)])
-    webui.add_axes(scripts)
-    webui.add_axes(scripts)
+    add_axes(scripts)
+    add_axes(scripts)
     axes = {axis.label: axis for axis in plot.axis_options[1:]}
     names = ("Enabled", "Method", "Number", "Preset", "Mask", "Negative prompt only")
     assert list(axes) == [f"[StepCache] {name}" for name in names]
@@ -836,10 +905,10 @@ def test_install_writes_an_entry_point_once_that_loads(folder, capsys, host_modu
     defined = {"__name__": "stepcache_webui.py"}
     exec(compile(file.read_text(), str(file), "exec"), defined)
     assert issubclass(defined["StepCache"], (webui.Extension, host_modules.scripts.Script))
-    assert callbacks.on_cfg_denoiser.__self__ == [webui.on_cfg_denoiser]
+    assert callbacks.on_cfg_denoiser.__self__ == [on_cfg_denoiser]
 
 
-def test_the_entry_point_says_where_the_package_is_missing(folder, host_modules, monkeypatch):
+def test_the_entry_point_says_that_the_package_is_missing(folder, host_modules, monkeypatch):
     main(["install", "webui", str(folder)])
     host_modules.script_callbacks = None
     monkeypatch.setitem(sys.modules, "stepcache.samplers", None)
@@ -868,52 +937,144 @@ def test_install_refuses_what_is_no_web_ui_or_not_ours(folder, capsys):
     assert not (other / "scripts").exists()
 
 
+def test_install_never_writes_through_a_link(folder, capsys, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "extensions" / "stepcache").symlink_to(elsewhere)
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert f"is a link to {elsewhere}: remove the link" in capsys.readouterr().err
+    assert list(elsewhere.iterdir()) == []
+    elsewhere.rmdir()  # now the link is dangling
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert "is a link to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("in_the_way", ["extensions/stepcache", "extensions/stepcache/scripts"])
+def test_install_says_if_a_file_is_in_the_way(in_the_way, folder, capsys):
+    (folder / in_the_way).parent.mkdir(exist_ok=True)
+    (folder / in_the_way).touch()
+    if in_the_way.endswith("scripts"):
+        (folder / "extensions/stepcache/metadata.ini").write_text(MARK)
+    with pytest.raises(SystemExit):
+        main(["install", "webui", str(folder)])
+    assert f"{folder / in_the_way}" in (error := capsys.readouterr().err)
+    assert "Nothing can be installed there" in error
+
+
 @pytest.mark.parametrize("name", ["stepcache", "step-cache-main"])
 def test_install_refuses_a_second_panel_beside_a_checkout(name, folder, capsys):
     checkout = folder / "extensions" / name
     (checkout / "scripts").mkdir(parents=True)
-    for part in ("install.py", "scripts/stepcache_webui.py"):
+    for part in ("pyproject.toml", "scripts/stepcache_webui.py"):
         (checkout / part).write_bytes((Path(__file__).parents[3] / part).read_bytes())
     with pytest.raises(SystemExit):
         main(["install", "webui", str(folder)])
-    assert f"there already, from its repository: {checkout}" in capsys.readouterr().err
+    assert f"there already, as a clone of its repository: {checkout}" in capsys.readouterr().err
     assert [one.name for one in (folder / "extensions").iterdir()] == [name]
 
 
 @pytest.mark.parametrize("own", ["venv", "../system/python"])
-def test_install_says_where_the_web_ui_has_a_python_of_its_own(own, folder, capsys):
+def test_install_says_if_the_web_ui_has_a_python_of_its_own(own, folder, capsys):
     (folder / own).mkdir(parents=True)
     main(["install", "webui", str(folder)])
     assert f"the web UI seems to run on the Python in {(folder / own).resolve()}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("with_launch", [False, True])
-def test_install_installs_this_checkout_once_without_dependencies(with_launch, tmp_path):
-    """install.py in an interpreter where pip, and `launch.run_pip`, only write down what they are asked."""
-    here = Path(__file__).parents[3]
-    asked = tmp_path / "asked"
-    (tmp_path / "pip.py").write_text(f"import sys; open({str(asked)!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
-    if with_launch:
-        (tmp_path / "launch.py").write_text(
-            f"def run_pip(command, name): open({str(asked)!r}, 'a').write(command + '\\n')\n"
-        )
-    command = [sys.executable, "-S", str(here / "install.py")]
-    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
-    subprocess.run(command, env=environment, check=True)
-    (written,) = asked.read_text().splitlines()
-    assert written.replace('"', "") == f"install --no-deps --editable {here}"
-    info = tmp_path / "stepcache-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stepcache\nVersion: 0.1.0\n")
-    (info / "direct_url.json").write_text(json.dumps({"url": here.as_uri(), "dir_info": {"editable": True}}))
-    subprocess.run(command, env=environment, check=True)
-    assert len(asked.read_text().splitlines()) == 1
+BARE = """
+import importlib.util, json, sys, types
+
+clone, packages = sys.argv[1:3]
+sys.path.append(packages)
+installed = importlib.util.find_spec("stepcache") is not None
+sys.path[1:1] = sys.argv[3:]
+if sys.argv[3:]:
+    import stepcache
+before = list(sys.path)
+modules, callbacks = types.ModuleType("modules"), []
+modules.script_callbacks = types.SimpleNamespace(on_cfg_denoiser=callbacks.append, on_before_ui=callbacks.append)
+modules.scripts = types.SimpleNamespace(Script=object)
+sys.modules["modules"] = modules
+spec = importlib.util.spec_from_file_location("stepcache_webui.py", clone + "/scripts/stepcache_webui.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+p = types.SimpleNamespace(extra_generation_params={})
+module.StepCache().process(p, True, "ucache", 0.5)
+found = {
+    "installed": installed,
+    "from": [sys.modules[name].__file__ for name in ("stepcache", "stepcache.samplers.webui")],
+    "callbacks": len(callbacks),
+    "threshold": p.stepcache_job.method.criterion.threshold,
+    "path unchanged": sys.path == before,
+    "others found": [name for name in ("samplers", "tests") if importlib.util.find_spec(name)],
+}
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone of the repository among a web UI's extensions."""
+    here, folder = Path(__file__).parents[3], tmp_path / "webui" / "extensions" / "step-cache-main"
+    for part in ("stepcache", "samplers", "scripts"):
+        shutil.copytree(here / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "metadata.ini"):
+        shutil.copy(here / part, folder / part)
+    return folder
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """A folder with every installed package, torch among them, but without stepcache."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    for place in map(Path, sys.path):
+        for entry in place.iterdir() if place.name in ("site-packages", "dist-packages") and place.is_dir() else ():
+            if "stepcache" not in entry.name and not (folder / entry.name).exists():
+                (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def load_in_a_bare_interpreter(*arguments):
+    """Runs BARE without environment, site-packages and .pth files. Returns what it prints, then what it found."""
+    command = [sys.executable, "-I", "-S", "-c", BARE, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    printed, _, found = done.stdout.partition("FOUND ")
+    return printed, json.loads(found)
+
+
+def test_a_clone_among_the_extensions_runs_without_being_installed(clone, packages):
+    printed, found = load_in_a_bare_interpreter(clone, packages)
+    assert found == {
+        "installed": False,
+        "from": [str(clone / "stepcache" / "__init__.py"), str(clone / "samplers" / "webui" / "__init__.py")],
+        "callbacks": 2,
+        "threshold": 0.5,
+        "path unchanged": True,
+        "others found": [],
+    }
+    assert printed == ""
+
+
+def test_a_copy_that_was_loaded_before_the_clone_is_used_and_named(clone, packages, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(clone, other)
+    printed, found = load_in_a_bare_interpreter(clone, packages, other)
+    assert printed == f"StepCache: another copy was loaded first. {other} is in use, not {clone}\n"
+    assert found["from"][1] == str(other / "samplers" / "webui" / "__init__.py")
+    assert found["threshold"] == 0.5
+
+
+def test_no_host_runs_an_installer_of_ours():
+    """Web UIs and ComfyUI-Manager run a folder's install.py at every start or update, if there is one."""
+    assert not (Path(__file__).parents[3] / "install.py").exists()
 
 
 def test_the_schedule_of_a_followed_sampler_is_still_its_own(runs):
     """The host reads the signature of `sampler.func`, wrapped or not."""
     host = Host("a1111-1.10")
     host.job(ON)
-    assert runs[0].plan.sigmas is not None
-    assert runs[0].plan.stages == 1
+    assert runs[0].schedule.sigmas is not None
+    assert runs[0].schedule.stages == 1
     assert SAMPLERS["Euler"] is sampling.sample_euler

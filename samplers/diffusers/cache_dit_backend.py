@@ -18,14 +18,15 @@ OUTSIDE = ("start", "end", "window", "last_step", "evaluations", "skip", "gates"
 """Options that cache-dit does not have."""
 
 
-def wanted(method: Method) -> bool:
+def asks_for_blocks_behind(method: Method) -> bool:
     """Whether a method asks for blocks behind the skipped ones."""
     rule = method.criterion
     return isinstance(rule, RelativeChange) and rule.blocks is not None and rule.blocks.after > 0
 
 
-class Inside:
-    """One pipeline's DBCache, from `enter` to `leave`: threshold, Fn, Bn, warm-up, limits and series are cache-dit's.
+class CacheDiTInside:
+    """One pipeline's DBCache between `install` and `remove`: cache-dit decides, with its own threshold, Fn, Bn,
+    warm-up, limits and series.
 
     The outside skips the zeros of a static mask, whole steps; cache-dit counts the calls that are left. A dynamic mask
     of digits is cache-dit's too. Needs cache-dit: pip install 'stepcache[cache-dit]'.
@@ -35,6 +36,7 @@ class Inside:
         self.pipe, self.modules, self.method = pipe, modules, method
         self.library = require("cache_dit", "cache-dit")
         self._before: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._last_note = "inside, cache-dit was not there yet"
         for option in fields(method):
             if option.name in OUTSIDE and (value := getattr(method, option.name)) != option.default:
                 raise OptionError(
@@ -73,12 +75,14 @@ class Inside:
         """What is left for the outside: the zeros of a static mask, else nothing."""
         return self.method.replace(criterion=Always() if self.method.static else Never())
 
-    def enter(self) -> None:
+    def install(self) -> None:
         parts = [part for module in self.modules for part in module.modules()]
         self._before = [(part, dict(part.__dict__)) for part in parts]
         self.library.enable_cache(self.pipe, cache_config=self._config, calibrator_config=self._calibrator)
 
-    def leave(self) -> None:
+    def remove(self) -> None:
+        """Takes cache-dit out again; its last word for the report is kept."""
+        self._last_note = self.note()
         self.library.disable_cache(self.pipe)
         for part, before in self._before:  # it leaves some of its own behind: forwards of blocks, marks
             for name in set(part.__dict__) - set(before):
@@ -88,7 +92,9 @@ class Inside:
         self._before = []
 
     def note(self) -> str:
-        """Which of its calls cache-dit has served, by its own count."""
+        """Which of its calls cache-dit has served, by its own count; once it is removed, what it said last."""
+        if not self._before:
+            return self._last_note
         stats = self.library.summary(self.pipe, logging=False)
         served = sorted({step for one in stats for step in (one.cached_steps or ())})
         return (

@@ -1,0 +1,126 @@
+"""One sampling loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepcache import Method
+from stepcache import method as make_method
+from stepcache.extend import Engine
+
+from ..parametrization import ScalingsAsFloats
+from .active import active_parts
+from .call import BatchCall, scalings
+from .samplers import ADAPTIVE
+
+ROLES = {"positive": "cond", "negative": "uncond"}
+
+
+class Run:
+    """One sampling loop: which evaluation and which branches a call of CALC_COND_BATCH is."""
+
+    def __init__(self, guider: Any, method: Method, decide: str, sampler: str) -> None:
+        self.guider = guider
+        self.each = decide == "each"
+        self.sampling = guider.model_patcher.get_model_object("model_sampling")
+        self.notes: list[str] = []
+        self.evaluation = 0
+        self._seen: list[tuple[str, tuple | None]] = []
+        self._forms: dict[str, tuple] = {}
+        self._form = 0
+        if sampler in ADAPTIVE:
+            self.notes.append("the sampler chooses its steps by comparing evaluations: all are computed")
+            method = make_method("none")
+        meaning = ScalingsAsFloats(partial(scalings, self.sampling, x=torch.ones(1)))
+        self.engine = Engine(
+            method,
+            decide=decide,
+            training_sigma=lambda share: float(self.sampling.percent_to_sigma(share)),
+            coordinate=meaning.coordinate(),
+            parametrization=meaning.parametrization,
+            lowest_sigma=float(self.sampling.sigma_min),
+            network=guider.model_patcher.model,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        return self
+
+    def count(self, executor: Any, *args: Any, **keywords: Any) -> Tensor:
+        """The wrapper at PREDICT_NOISE: the sampler asks for one evaluation."""
+        self.evaluation += 1
+        self._seen.clear()
+        return executor(*args, **keywords)
+
+    def answer(
+        self,
+        executor: Any,
+        model: Any,
+        conds: list[list[dict[str, Any]] | None],
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict[str, Any],
+    ) -> list[Tensor]:
+        """The wrapper at CALC_COND_BATCH: denoised (B, ...) for every branch; zeros for those that are None."""
+
+        def compute(asked: list[list[dict[str, Any]] | None]) -> list[Tensor]:
+            return executor(model, asked, x, timestep, model_options)
+
+        window = model_options.get("transformer_options", {}).get("context_window")
+        if window is not None and self.engine.method.skip == "uncond":
+            # What follows cond on one window's frames says nothing of another's.
+            self._say("skip='uncond': context windows would each need an reference: all are computed")
+            return compute(conds)
+        names = self._names(conds, timestep, window)
+        if names is None:
+            return compute(conds)
+        return self.engine(
+            BatchCall(compute, conds, self.sampling, names, x, timestep, self.evaluation, (self._form,), self.each)
+        )
+
+    def _names(self, conds: Sequence[Any], timestep: Tensor, window: Any) -> dict[int, str] | None:
+        """The branches of a call, by their place in it; None if the call is not the guider's own.
+
+        Guidance that evaluates a branch once more, changed from outside (PAG, SAG, skipped layers), asks in the same
+        evaluation for a name that has been seen, or for a branch that is not the guider's. Windows of a long video
+        ask for the same branches in turn, each on its own frames; they are told apart by their order.
+        """
+        if self.evaluation == 0:
+            self._say("the guider does not announce its evaluations: all are computed")
+            return None
+        names: dict[int, str] = {}
+        forms: dict[str, tuple] = {}
+        seen = [*self._seen]
+        frames = None if window is None else tuple(getattr(window, "index_list", ()))
+        for place, cond in enumerate(conds):
+            if cond is None:
+                continue
+            role = self._role(cond)
+            active = active_parts(cond, timestep)
+            if role is None or not active or (role, frames) in seen:
+                return None
+            occurrence = sum(before == role for before, _ in seen)
+            name = f"{role} {occurrence + 1}" if occurrence else role
+            seen.append((role, frames))
+            names[place], forms[name] = name, (active, frames)
+        if any(self._forms.get(name, form) != form for name, form in forms.items()):
+            self._form += 1
+        self._forms.update(forms)
+        self._seen = seen
+        return names or None
+
+    def _role(self, cond: list[dict[str, Any]]) -> str | None:
+        """Under which name the guider has these branches; None if it has none."""
+        asked = {entry["uuid"] for entry in cond}
+        for name, own in getattr(self.guider, "conds", {}).items():
+            if own is cond or (asked and asked <= {entry["uuid"] for entry in own or ()}):
+                return ROLES.get(name, name)
+        return None
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)

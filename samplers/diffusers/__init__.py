@@ -1,0 +1,32 @@
+"""diffusers: any pipeline, by passing a callback or inside a `with`.
+
+The cache is put in the slot that `torch.nn.Module.__call__` looks into first (`patch.HostPatch`), in the instance's own
+`__dict__`: outside compilation, offloading and cache hooks, which go on as before on computed evaluations and are left
+out on skipped ones. No class is changed and no block is hooked; what was in the slot is kept.
+
+    attach.py, callback.py      the two ways in
+    denoiser.py, controlnet.py  what is put in a module's slot
+    runs.py, schedule.py        which run, which step: read from the scheduler
+    branches.py, guidance.py    the branches of guidance in a call
+    call.py, answer.py,         one call of a denoiser, and its tensors in the
+      pairing.py                network's own space
+    parametrization.py          what the network predicts, by its scheduler
+"""
+
+from .attach import Attachment, attach
+from .callback import StepCacheCallback
+from .guidance import Guidance
+from .parametrization import parametrization, training_sigma
+from .patch import SLOT
+from .schedule import plan
+
+__all__ = [
+    "SLOT",
+    "Attachment",
+    "Guidance",
+    "StepCacheCallback",
+    "attach",
+    "parametrization",
+    "plan",
+    "training_sigma",
+]

@@ -1,0 +1,160 @@
+"""One call of a denoiser, in its network's own space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepcache.extend import Call, wide, widened
+
+from ..batching import cut, rows_of
+from .answer import Rebuild, listed, opened, packed, stacked
+from .controlnet import computed
+from .pairing import Pairing, pairings
+
+LATENTS = ("hidden_states", "sample", "x")
+BESIDE = ("audio_hidden_states",)
+TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "time")
+
+
+class Layout:
+    """What a denoiser's calls have shown so far: which part of the input the latents are, and how an answer looks.
+
+    Attributes:
+        name: the denoiser's name in its pipeline, for messages.
+        pairing: the part of the input that the output belongs to; None if not known yet.
+        candidates: the pairings that are possible, if only movement can decide.
+        rebuilds: how to make an answer from tensors, by `return_dict`.
+        refused: why its answers cannot be predicted; None if they can.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.pairing: Pairing | None = None
+        self.candidates: list[Pairing] = []
+        self.rebuilds: dict[bool, Rebuild] = {}
+        self.refused: str | None = None
+
+    def refuse(self, reason: str) -> None:
+        """The denoiser's answers cannot be predicted: from now on all are computed."""
+        self.refused = f"{reason}: always computed"
+
+    def pair(self, x: Tensor, out: Tensor) -> bool:
+        """Finds out which part of x the output belongs to; False if that is not known yet, or impossible."""
+        if self.pairing is None or self.pairing.input(x).shape != out.shape:
+            self.candidates, self.pairing = pairings(x, out), None
+            if not self.candidates:
+                self.refuse(f"{self.name}: {tuple(x.shape)} in and {tuple(out.shape)} out cannot be paired")
+            if len(self.candidates) != 1:
+                return False
+            self.pairing, self.candidates = self.candidates[0], []
+        return True
+
+    def choose(self, before: Tensor, now: Tensor) -> None:
+        """The latents are that part of the input which moves from one call to the next; the rest is conditioning."""
+        moved = [float((p.input(now) - p.input(before)).abs().mean()) for p in self.candidates]
+        self.pairing, self.candidates = self.candidates[moved.index(max(moved))], []
+
+    def latents(self, x: Tensor) -> Tensor:
+        return x if self.pairing is None else self.pairing.input(x)
+
+
+class ModuleCall(Call):
+    """One call of a denoiser: in network space already, its input scaled and its output raw.
+
+    Latents of several kinds that go in and out together (video and audio) are one flat tensor to the engine.
+
+    Args:
+        module: the denoiser.
+        parameters: the names of its forward's parameters, in order.
+        layout: what earlier calls have shown.
+        original: calls the denoiser as it is without the cache.
+        args, kwargs: what it is called with.
+
+    Attributes:
+        context: the name that the pipeline gave to its cache context; empty without one.
+        turn: how many calls of this context the evaluation has had before.
+        timestep: as given; None if it was not found.
+        computed: the denoiser's answer, once it was called.
+        unpaired: the answer could not be related to the input, or not yet.
+    """
+
+    context, turn = "", 0
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: list[str],
+        layout: Layout,
+        original: Callable[[tuple, dict[str, Any]], Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.module, self.parameters, self.layout, self.original = module, parameters, layout, original
+        self.args, self.keywords = args, kwargs
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        parts = [next((given[name] for name in LATENTS if name in given), None)]
+        parts = [stacked(part) for part in parts + [given[name] for name in BESIDE if name in given]]
+        known = all(part is not None and part.is_floating_point() for part in parts)
+        self.shapes = [part.shape[1:] for part in parts] if known else []
+        self.latent = packed(parts) if known else None
+        self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
+        self.sigma = self.computed = None
+        self.unpaired = False
+        self.requires_grad = self.latent is not None and self.latent.requires_grad
+
+    @property
+    def latents(self) -> Tensor:
+        """The part of the input that the output belongs to, as far as is known."""
+        return self.layout.latents(self.latent)
+
+    @torch.no_grad()
+    def inputs(self) -> tuple[Tensor, ...]:
+        x = self.latents
+        return x.to(wide(x.dtype), copy=True).chunk(len(self.names))
+
+    def run_model(self) -> Any:
+        if self.computed is None:
+            self.computed = self.original(self.args, self.keywords)
+        return self.computed
+
+    @torch.no_grad()
+    def outputs(self, answer: Any) -> tuple[Tensor, ...] | None:
+        layout, (parts, rebuild) = self.layout, opened(answer)
+        self.unpaired = True
+        if rebuild is None or len(parts) != len(self.shapes):
+            return layout.refuse(f"{layout.name} returns {len(parts)} tensors for {len(self.shapes)} of latents")
+        shapes = [part.shape[1:] for part in parts]
+        if len(parts) > 1 and shapes != self.shapes:
+            return layout.refuse(f"{layout.name}: {listed(self.shapes)} in and {listed(shapes)} out cannot be paired")
+        out = packed(parts)
+        layout.rebuilds[self._as_dict] = rebuild
+        self.unpaired = not layout.pair(self.latent, out)
+        return None if self.unpaired else widened(out).clone().chunk(len(self.names))
+
+    def part(self, name: str) -> ModuleCall | None:
+        if getattr(self.module, "is_cache_enabled", False):
+            return None  # a cache inside keeps what it saw, for batches of one size
+        rows = len(self.latent)
+        args, keywords = cut(computed((self.args, dict(self.keywords))), rows, rows_of(self.names, name, rows))
+        part = ModuleCall(self.module, self.parameters, self.layout, self.original, args, keywords)
+        part.names = (name,)
+        return part
+
+    @torch.no_grad()
+    def rebuild(self, outputs: tuple[Tensor, ...]) -> Any:
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        rebuild = self.layout.rebuilds.get(self._as_dict)
+        if rebuild is None:
+            return self.run_model()
+        if len(self.shapes) == 1:
+            return rebuild([out])
+        flat = out.split([shape.numel() for shape in self.shapes], dim=1)
+        return rebuild([part.unflatten(1, shape) for part, shape in zip(flat, self.shapes, strict=True)])
+
+    @property
+    def _as_dict(self) -> bool:
+        return bool(self.keywords.get("return_dict", True))

@@ -1,0 +1,71 @@
+"""The cache as a pipeline's callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stepcache import Method, Report, StepMask
+
+from .attach import Attachment, chosen_method
+from .guidance import Guidance
+
+
+class StepCacheCallback:
+    """The cache as a pipeline's callback: `pipe(prompt, callback_on_step_end=StepCacheCallback())`.
+
+    It attaches when the first step is over (the first step is always computed anyway) and detaches at the last. An
+    exception or interrupt in between leaves it attached until the pipeline's next run, whose first call removes it. One
+    callback may be passed to many calls in a row, one at a time.
+
+    Args:
+        method: a `Method`, or the name of one, which then takes `**options`.
+        mask: a step mask for the method.
+        also: another callback, or a diffusers `PipelineCallback`; called first, its result is passed on.
+        components, controlnet, **options: as for `attach`.
+    """
+
+    def __init__(
+        self,
+        method: Method | str = "forecast",
+        *,
+        mask: StepMask | str | Sequence[int] | None = None,
+        also: Callable[..., dict[str, Any]] | None = None,
+        components: Sequence[str] | None = None,
+        controlnet: bool = True,
+        **options: Any,
+    ) -> None:
+        self._also = also
+        guidance = Guidance.pop(options)
+        self._method = chosen_method(method, mask, options)
+        self._how = components, guidance, controlnet
+        self._attachment: Attachment | None = None
+
+    @property
+    def __class__(self) -> type:
+        """A `PipelineCallback` if `also` is one: pipelines pass `tensor_inputs` to nothing else."""
+        return type(self._also) if hasattr(self._also, "tensor_inputs") else StepCacheCallback
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        """What the pipeline is asked to pass: nothing for the cache itself."""
+        return list(getattr(self._also, "tensor_inputs", []))
+
+    @property
+    def report(self) -> Report:
+        """What happened in the run in progress, or in the last one."""
+        return self._attachment.report if self._attachment is not None else Report(self._method.name)
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self._also is not None:
+            callback_kwargs = self._also(pipe, step, timestep, callback_kwargs)
+        count = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        current = self._attachment
+        if step == 0:
+            if current is not None:
+                current.detach()
+            self._attachment = Attachment(pipe, self._method, *self._how, one_run=True)
+            self._attachment.attach()
+        if step + 1 >= count and self._attachment is not None:
+            self._attachment.detach()
+        return callback_kwargs

@@ -1,0 +1,145 @@
+"""What is put in a denoiser's call slot: it finds out where a call belongs, and asks the engine."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from stepcache import Method
+from stepcache.extend import Engine
+
+from .branches import BranchNames, ContextName
+from .call import Layout, ModuleCall
+from .controlnet import computed
+from .guidance import Guidance
+from .parametrization import coordinate, parametrization, training_sigma
+from .patch import HostPatch
+from .runs import PipelineRuns
+from .schedule import Place
+
+
+def engine_of(module: nn.Module, method: Method, scheduler: Any, guidance: Guidance) -> Engine:
+    """The engine of a denoiser whose runs follow this scheduler."""
+    return Engine(
+        method,
+        decide="each" if guidance.cfg_diff_compute_separate else "reference",
+        training_sigma=training_sigma(scheduler),
+        coordinate=coordinate(scheduler),
+        network=module,
+        parametrization=parametrization(scheduler),
+    )
+
+
+class DenoiserPatch(HostPatch):
+    """Answers a denoiser's calls: some by its engine's predictions, the others by the denoiser itself.
+
+    Args:
+        name, module, abandon: as for `HostPatch`.
+        engine: the engine, with a cache for this denoiser alone.
+        runs: which run is in progress, and where in it a call is.
+        guidance: what the user has said about branches.
+        at_end: called with this patch after the run's last evaluation: what other denoisers have cached can go.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        engine: Engine,
+        runs: PipelineRuns,
+        guidance: Guidance,
+        at_end: Callable[[DenoiserPatch], None],
+        abandon: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(name, module, abandon)
+        self.engine = engine
+        self._runs, self._guidance, self._at_end = runs, guidance, at_end
+        self._parameters = list(inspect.signature(getattr(module, "_orig_mod", module).forward).parameters)
+        self._layout = Layout(name)
+        self._context = ContextName(module)
+        pipe = runs.pipe
+        self._branches = BranchNames(guidance, lambda: getattr(pipe, "do_perturbed_attention_guidance", False))
+        self._waiting: ModuleCall | None = None
+        self._turns: list[str] = []
+        self._place: Place | None = None
+
+    def install(self) -> None:
+        super().install()
+        self._context.install()
+
+    def remove(self) -> None:
+        super().remove()
+        self._context.remove()
+        self.engine.end()
+        self._waiting = None
+
+    def begin(self, schedule: list[float], stages: int) -> None:
+        """Another run."""
+        self.engine.begin(schedule, stages)
+        self._branches.forget()
+        self._turns, self._place, self._waiting = [], None, None
+
+    def original(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = computed((args, kwargs))
+        return super().original(args, kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        caller = self._runs.caller()
+        if not self._runs.serves(caller):
+            return self.original(args, kwargs)
+        call = ModuleCall(self.module, self._parameters, self._layout, self.original, args, kwargs)
+        place = self._runs.locate(call.timestep, again=self._context.name in self._turns)
+        if place is None and self._runs.over and self.abandon is not None:
+            self.abandon()
+        if place is None or self._layout.refused or call.latent is None:
+            return self.original(args, kwargs)
+        turn = self._turn(place)
+        if len(self._turns) > 1 and self._guidance.enable_separate_cfg is False:
+            self.engine.report.note(
+                "enable_separate_cfg=False: further calls at the same place were computed, and are not counted"
+            )
+            return self.original(args, kwargs)
+        call.place, call.context, call.turn = place, self._context.name, turn
+        call.names = self._names(call)
+        if self._layout.candidates:
+            self._choose(call)
+        answer = self._ask(call)
+        if len(self._turns) == 1:
+            self._runs.show(caller, skipped=call.computed is None)
+        if self._runs.at_last:
+            self._at_end(self)
+        return answer
+
+    def _turn(self, place: Place) -> int:
+        """How many calls of this context the evaluation has had before this one, which is counted."""
+        if place != self._place:
+            self._turns, self._place = [], place
+        turn = self._turns.count(self._context.name)
+        self._turns.append(self._context.name)
+        return turn
+
+    def _names(self, call: ModuleCall) -> tuple[str, ...]:
+        return self._branches.of(call.latents, call.context, call.turn)
+
+    def _ask(self, call: ModuleCall) -> Any:
+        """The engine's answer. If it is not known yet which part of the input the latents are, the call is kept."""
+        answer = self.engine(call)
+        if self._layout.refused:
+            self.engine.report.note(self._layout.refused)
+        if call.unpaired:
+            self.engine.reset()
+            self._waiting = call
+        return answer
+
+    def _choose(self, call: ModuleCall) -> None:
+        """Now that the latents have moved, the call that was kept is answered again, from what it has computed."""
+        before, self._waiting = self._waiting, None
+        if before is None or before.latent.shape != call.latent.shape:
+            return
+        self._layout.choose(before.latent, call.latent)
+        self._branches.forget()  # now it can be seen which rows repeat each other
+        before.names, call.names = self._names(before), self._names(call)
+        self._ask(before)
