@@ -13,11 +13,9 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from package import FOLDERS, ROOT, modules
 
 import stepcache
-
-ROOT = Path(__file__).parents[1]
-FOLDERS = {"stepcache": "stepcache", "samplers": "stepcache.samplers", "examples/demo": "stepcache.demo"}
 
 LAYERS = """
 _optional options
@@ -51,16 +49,6 @@ HOSTS = re.compile(r"diffusers|comfy|a1111|automatic1111|\bforge\b|web_?ui", re.
 
 PUBLIC = ("stepcache.extend", "stepcache.experimental", "stepcache.cli")
 PARTS = ("stepcache.bench", "stepcache.demo", "stepcache.samplers")
-
-
-def modules() -> dict[str, Path]:
-    """Every module of the package by its full name."""
-    found = {}
-    for folder, package in FOLDERS.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            name = ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts))
-            found[name.removesuffix(".__init__")] = path
-    return found
 
 
 MODULES = modules()
