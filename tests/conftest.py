@@ -1,6 +1,32 @@
-"""Shares the cores among the workers of pytest-xdist: torch takes all of them for each worker otherwise."""
+"""What all tests share: the cores, and a way to run an example."""
+
+from __future__ import annotations
 
 import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # torch takes all cores for each worker otherwise
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Runs a script of examples/ with a command line, in this process: importing its packages anew takes longest."""
+    import torch
+
+    threads = torch.get_num_threads()
+
+    def run(name: str, *options: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        monkeypatch.syspath_prepend(EXAMPLES)
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    yield run
+    torch.set_num_threads(threads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -29,7 +28,6 @@ with warnings.catch_warnings():
 
 SAMPLERS = sorted(name for name in dir(k_sampling) if name.startswith("sample_"))
 SETUPS = ("unet", "dit")
-EXAMPLES = ROOT / "examples"
 
 
 @functools.cache
@@ -144,20 +142,6 @@ def test_a_batch_decides_as_a_whole_and_a_repeat_is_bit_identical(name):
     again = subject(name).sample("euler", 20, UCache(), range(10))
     assert torch.equal(first.images, again.images)
     assert first.report.fates("cond") == first.report.fates("uncond") == again.report.fates("cond")
-
-
-@pytest.fixture
-def example(monkeypatch):
-    """Runs a script of examples/ with a command line, in this process: importing its packages anew takes longest."""
-    threads = torch.get_num_threads()
-
-    def run(name: str, *options: str) -> None:
-        monkeypatch.setattr(sys, "argv", [name, *options])
-        monkeypatch.syspath_prepend(EXAMPLES)
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-
-    yield run
-    torch.set_num_threads(threads)
 
 
 def test_training_can_be_stopped_and_resumed_with_the_same_result(example, monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """The web UI extension on real checkouts of its hosts, headless on the CPU, with tiny random networks.
 
-    STEPCACHE_FORGE=~/stable-diffusion-webui-forge pytest tests/hosts/test_webui.py
+    STEPCACHE_FORGE=~/stable-diffusion-webui-forge pytest -n 0 tests/hosts/test_webui.py
 
 STEPCACHE_A1111, STEPCACHE_FORGE, STEPCACHE_REFORGE, STEPCACHE_CLASSIC and STEPCACHE_NEO each name a checkout; without
 it the tests are skipped. The interpreter is that of the checkout's `venv`, or what STEPCACHE_A1111_PYTHON and so on

@@ -7,12 +7,9 @@ import functools
 import io
 import re
 import statistics
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -428,18 +425,14 @@ def test_forecast_is_the_default_method(sd):
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
-def test_the_examples_use_forecast_by_default(tmp_path, name):
-    script = Path(__file__).parents[1] / "examples" / f"diffusers_{name}.py"
-    command = [sys.executable, str(script), "--tiny", "--device=cpu", "--steps=6", f"--out={tmp_path / 'image.png'}"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "forecast" in done.stdout
+def test_the_examples_use_forecast_by_default(example, tmp_path, capsys, name):
+    example(f"diffusers_{name}.py", "--tiny", "--device=cpu", "--steps=6", f"--out={tmp_path / 'image.png'}")
+    assert "forecast" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
-def test_the_examples_run_on_tiny_random_weights(tmp_path, name):
-    script = Path(__file__).parents[3] / "examples" / f"diffusers_{name}.py"
+def test_the_examples_run_on_tiny_random_weights(example, tmp_path, capsys, name):
     out = tmp_path / "image.png"
-    command = [sys.executable, str(script), "--tiny", "--compare", "--method=static", "--mask=fast", f"--out={out}"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    example(f"diffusers_{name}.py", "--tiny", "--compare", "--method=static", "--mask=fast", f"--out={out}")
     assert out.stat().st_size > 100
-    assert re.search(r"[1-9]\d* of \d+ forwards skipped", done.stdout)
+    assert re.search(r"[1-9]\d* of \d+ forwards skipped", capsys.readouterr().out)

@@ -11,7 +11,7 @@ import torch
 from stepcache import Forecast, Off, Static
 from stepcache.extend import Engine, Parametrization
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own_sampler.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "own_sampler.py"
 
 
 @pytest.fixture(scope="module")
