@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
+
+FEW = 64
+"""How many numbers of x are kept to know it again."""
+
+
+def few_of(x: Tensor) -> Tensor | None:
+    """Some numbers of x, by which it is known again; None if it has none that can be read."""
+    if x.device.type == "meta" or not x.numel():
+        return None
+    return x.detach().reshape(-1)[:: max(1, x.numel() // FEW)].clone()
 
 
 class Call(ABC):
@@ -61,6 +72,10 @@ class Call(ABC):
     @abstractmethod
     def rebuild(self, outputs: tuple[Tensor, ...]) -> Any:
         """What the host expects, made from raw network outputs."""
+
+    def rounded(self, name: str, output: Tensor) -> Tensor:
+        """The raw output of a branch as the host gets it: in float16 it may become infinite."""
+        return output.to(self.latent.dtype) if self.latent.dtype == torch.float16 else output
 
     def part(self, name: str) -> Call | None:
         """The same call for one of its branches; None if the host's call cannot be split."""

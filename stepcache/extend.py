@@ -6,7 +6,7 @@ host writes a `Call` and passes it to an `Engine`.
 
 from ._optional import require
 from .branch import Branch, CacheEntry, History
-from .call import Call
+from .call import Call, few_of
 from .clock import Clock, Position, near, same_sigma
 from .criteria import (
     INVALID_STATE,
@@ -122,6 +122,7 @@ __all__ = [
     "accepted_options",
     "as_gates",
     "calibration",
+    "few_of",
     "flag",
     "main_number",
     "mean_abs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Evaluation:
         decided: whether the branch that decides has been here.
         reason: why that branch was computed; None if the evaluation is skipped.
         baseline: the reference branch's output, if the other branches are predicted from it.
+        inputs: a few numbers of each call's x, by its branches, by which a call that comes twice is known.
+        repeated: its branches were called before in this evaluation.
     """
 
     run: Run
@@ -50,6 +53,8 @@ class Evaluation:
     decided: bool = False
     reason: ComputeReason | None = None
     baseline: Tensor | None = None
+    inputs: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+    repeated: bool = False
 
 
 class Run:
@@ -64,6 +69,8 @@ class Run:
         counts: evaluations so far, of the reference (None) or of each branch that decides for itself.
         cache_keys: what must not change for a branch's cache to stay valid.
         indivisible: a batched call could not be split; no further one is tried.
+        trains: whether the network's parameters require gradients; None if nobody has looked yet.
+        repeats: whether branches come twice with different x in one evaluation; None if that is to be seen.
     """
 
     def __init__(
@@ -79,6 +86,8 @@ class Run:
         self.caches: dict[str, History] = {}
         self.cache_keys: dict[str, tuple] = {}
         self.indivisible = False
+        self.repeats: bool | None = False
+        self.trains: bool | None = None
         self.evaluation: Evaluation | None = None
         self._known_noise = noise
         self._noise = FreshNoise() if method.predictor.sampler_aware and not method.never_skips else None
@@ -101,6 +110,7 @@ class Run:
                 predictor.predict,
                 self.deferred,
                 predictor.sampler_aware,
+                partial(call.rounded, name),
             )
             for name, x in zip(call.names, call.inputs(), strict=True)
         }

@@ -142,7 +142,7 @@ def test_warmup_computes_the_first_steps():
 def test_warmup_counts_steps_not_evaluations_under_heun():
     model = cached(twice, Method(warmup=2))
     with model.run(SIX, stages=2):
-        drive(model, heun(SIX), 1.0)
+        drive(model, heun(SIX), range(11))
     assert fates(model) == "CCCC" + "SSSSSSS"
 
 
@@ -203,7 +203,7 @@ def test_a_static_mask_computes_a_zero_that_has_no_memory():
 def test_a_mask_holds_steps_not_evaluations_under_heun():
     model = cached(twice, Static("101001"))
     with model.run(SIX, stages=2):
-        drive(model, heun(SIX), 1.0)
+        drive(model, heun(SIX), range(11))
     assert fates(model) == "CC" + "SS" + "CC" + "SS" + "SS" + "C"
 
 
@@ -279,8 +279,8 @@ def test_max_consecutive_limits_the_skips_in_a_row(limit, expected):
 def test_caps_count_evaluations_not_calls_and_not_steps():
     model = cached(twice, Method(max_cached=3), branches=("cond", "uncond"))
     with model.run(SIX, stages=2):
-        for sigma in heun(SIX):
-            model(filled(1.0, rows=2), level(sigma, rows=2))
+        for k, sigma in enumerate(heun(SIX)):
+            model(filled(k, rows=2), level(sigma, rows=2))
     assert fates(model, "cond") == fates(model, "uncond") == "CSSSCCCCCCC"
 
 
@@ -697,9 +697,9 @@ def test_a_new_criterion_and_a_new_predictor_work_on_second_evaluations_only():
     """
     method = Method(criterion=SkipOdd(), predictor=LogSigmaLine(), evaluations="second")
     schedule = (64.0, 32.0, 16.0, 8.0, 4.0, 0.0)
-    model = cached(lambda x, sigma: x * sigma.reshape(-1, 1, 1, 1), method)
+    model = cached(lambda x, sigma: torch.ones_like(x) * sigma.reshape(-1, 1, 1, 1), method)
     with model.run(schedule, stages=2):
-        answers = drive(model, heun(schedule), 1.0)
+        answers = drive(model, heun(schedule), range(9))
     assert answers == [64, 32, 32, 16, 16, 0, 8, -16, 4]
     assert fates(model) == "CCCCCSCSC"
 
