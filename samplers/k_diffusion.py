@@ -10,6 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from stepcache import Method, OptionError, Report, method
 from stepcache.extend import Call, Engine, require, same_sigma, unknown, wide, widened
 
-from .batching import cut, rows_of
+from .batching import Uncut, cut_exactly, rows_of
 from .parametrization import SCALINGS, Scalings, ScalingsAsFloats, eps_scalings
 
 BranchNames = Sequence[str] | Callable[..., str | Sequence[str]] | None
@@ -38,6 +39,9 @@ EVALUATIONS = {
     "sample_dpmpp_sde": 2,
 }
 """Evaluations of one step in those samplers of k-diffusion 0.1.1 that take a schedule; the last step has one."""
+
+ADAPTIVE = ("sample_dpm_adaptive",)
+"""Samplers that measure their error on the model's answers: of predictions it would be the wrong one."""
 
 
 class FlowDenoiser(nn.Module):
@@ -84,22 +88,87 @@ class InTurn:
 
     The last ones may be left out (guidance only on some steps): a call at another sigma is the first one's again. Not
     under samplers that evaluate twice at one sigma (Heun, DPM++ 2S): there give a function. Every thread has its turns.
+    A call with another x is the first one's too: the evaluation before was broken off between its branches.
     """
 
     def __init__(self, *names: str) -> None:
         self.names = _distinct(names)
-        self._turns: dict[int, tuple[int, Tensor]] = {}
+        self._turns: dict[int, tuple[int, Tensor, ref[Tensor], torch.Size, Tensor | None]] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> str:
-        turn, last = self._turns.pop(threading.get_ident(), (0, None))
-        if last is None or not same_sigma(last, sigma):
-            turn = 0  # another evaluation: the last one may have left a branch out
+        turn, seen = 0, self._turns.pop(threading.get_ident(), None)
+        if seen is not None and same_sigma(seen[1], sigma):
+            _, _, last, shape, few = seen
+            if last() is x or shape != x.shape or _alike(few, _few_of(x)):
+                turn = seen[0]  # else another evaluation: the last one has left a branch out
         if turn + 1 < len(self.names):
-            self._turns[threading.get_ident()] = turn + 1, sigma
+            self._turns[threading.get_ident()] = turn + 1, sigma, ref(x), x.shape, _few_of(x)
         return self.names[turn]
 
     def reset(self) -> None:
         self._turns.pop(threading.get_ident(), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names, "_turns": {}}
+
+
+class _Seen:
+    """The last tensor that was passed as an argument: which object, and a mark of its content."""
+
+    def __init__(self) -> None:
+        self.object: ref[Tensor] | None = None
+        self.version = self.mark = None
+        self.steady = False
+        self.renewed = 0
+
+    def changed(self, tensor: Tensor) -> bool:
+        """Whether the content is another one than that of two calls or more before."""
+        version = None if tensor.is_inference() else tensor._version
+        if self.object is not None and self.object() is tensor and version == self.version:
+            self.steady = True
+            return False
+        if self.renewed > 1 and tensor.device.type != "cpu":
+            return False  # a new tensor in every call: to compare each would make the host wait for the device
+        before, self.mark = self.mark, _mark(tensor)
+        self.object, self.version = ref(tensor), version
+        if before is not None and _alike(before, self.mark):
+            self.steady, self.renewed = True, self.renewed + 1
+            return False
+        was_steady, self.steady = self.steady, False
+        return was_steady
+
+
+class ArgumentChanges:
+    """Counts how often the arguments of the model changed in mid-run: the prompt, the class, a control image.
+
+    An argument, a tensor or a text, has changed if it had been the same in two calls or more in a row and is not any
+    longer. So what is another one in every step, as a counter or a mask with noise in it, costs no cache; nor does a
+    host that makes new tensors with equal content at every call. Of those on an accelerator, only the first two are
+    compared.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple, Any] = {}
+        self._count: dict[tuple, int] = {}
+
+    def __call__(self, names: tuple[str, ...], extra: dict[str, Any]) -> int:
+        """The number of changes so far in the calls for these branches."""
+        count = self._count.get(names, 0)
+        self._count[names] = count + sum([self._changed((names, *path), value) for path, value in _leaves((), extra)])
+        return self._count[names]
+
+    def _changed(self, path: tuple, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            seen = self._seen.get(path)
+            if not isinstance(seen, _Seen):
+                seen = self._seen[path] = _Seen()
+            return seen.changed(value)
+        before, steady = self._seen.get(path, (value, False)) if path in self._seen else (value, False)
+        self._seen[path] = value, path in self._seen and before == value
+        return steady and before != value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_seen": {}, "_count": {}}
 
 
 class CachedDenoiser(nn.Module):
@@ -129,6 +198,9 @@ class CachedDenoiser(nn.Module):
         noise: how noisy the sampler is, from 0 to 1, if you know; None: Forecast sees it in the run. See `Engine`.
         group: a torch.distributed process group whose ranks share one sample.
 
+    If the prompt or another argument changes in mid-run, its cache is dropped (`ArgumentChanges` says what counts as
+    changed). Weights are not looked at: after loading a LoRA in mid-run call `reset`.
+
     The output is the inner model's own, bit for bit, wherever it is computed. Attributes of the inner model
     (`sigma_to_t`, `sigmas`, `get_sigmas`, ...) stay reachable. A run ends by itself; nothing needs resetting.
     """
@@ -156,6 +228,7 @@ class CachedDenoiser(nn.Module):
                 raise unknown("reference", reference, self.branches)
         self._scalings = _scalings(inner, scalings)
         self._dtypes: dict[torch.dtype, torch.dtype] = {}
+        self._changes = ArgumentChanges()
         meaning = ScalingsAsFloats(self._scalings)
         assumed = isinstance(self._scalings, ModelScalings) and self._scalings.owner is None
         self.engine = Engine(
@@ -175,6 +248,8 @@ class CachedDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
+        if self.engine.method.never_skips and not isinstance(sigma, Tensor):
+            return self._bare(x, sigma, extra)
         names = self.branches(x, sigma, **extra) if callable(self.branches) else self.branches
         names = _distinct(names)
         if x.shape[0] % len(names):
@@ -182,8 +257,11 @@ class CachedDenoiser(nn.Module):
                 f"a batch of {x.shape[0]} does not divide into the {len(names)} branches {', '.join(names)}: "
                 "name the branches that come in one call, in their order"
             )
+        call = DenoiserCall(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes)
+        if not self.engine.method.never_skips:
+            call.cache_key = (self._changes(names, extra),)
         try:
-            return self.engine(DenoiserCall(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes))
+            return self.engine(call)
         except BaseException:
             self._reset_turns()
             raise
@@ -205,11 +283,30 @@ class CachedDenoiser(nn.Module):
         `stages`: the evaluations of one step, 1 or 2, if known; `sample` knows it for k-diffusion's samplers.
         `on_schedule`: every evaluation is at a sigma of the schedule (with two a step, the second at the step's end);
         then sigmas need not be read from an accelerator. None: so where `stages` is 1.
+
+        Raises RuntimeError if another run of this wrapper is in progress: two loops at once, in threads, in asyncio or
+        as generators, need a `CachedDenoiser` each around the same model.
         """
-        self.engine.begin(sigmas, stages, on_schedule)
+        with self._announced(sigmas, stages, on_schedule):
+            yield self
+
+    @contextlib.contextmanager
+    def _announced(
+        self,
+        sigmas: Tensor | Iterable[float] | None,
+        stages: int | None,
+        on_schedule: bool | None,
+        computed: str | None = None,
+    ) -> Iterator[None]:
+        if self.engine.clock.bounded:
+            raise RuntimeError(
+                "another run of this CachedDenoiser is in progress: make one for each run, "
+                "CachedDenoiser(model, method), around the same model"
+            )
+        self.engine.begin(sigmas, stages, on_schedule, computed=computed)
         self._reset_turns()
         try:
-            yield self
+            yield
         finally:
             self.engine.end()
 
@@ -274,7 +371,8 @@ def sample(
     name = getattr(sampler, "__name__", "")
     stages = EVALUATIONS.get(name)
     on_schedule = (stages == 1 or name == "sample_heun") and not arguments.arguments.get("s_churn")
-    with cache.run(arguments.arguments.get("sigmas"), stages, on_schedule):
+    computed = "the sampler measures its error on it" if name in ADAPTIVE else None
+    with cache._announced(arguments.arguments.get("sigmas"), stages, on_schedule, computed):
         return sampler(*arguments.args, **arguments.kwargs)
 
 
@@ -341,16 +439,76 @@ class DenoiserCall(Call):
         dtype = self._dtypes.get(self.latent.dtype, self.latent.dtype)
         return torch.addcmul(skipped, out, c_out).to(dtype)
 
-    def part(self, name: str) -> DenoiserCall:
+    @torch.no_grad()
+    def rounded(self, name: str, output: Tensor) -> Tensor:
+        dtype = self._dtypes.get(self.latent.dtype, self.latent.dtype)
+        if dtype != torch.float16:
+            return output
+        kept = rows_of(self.names, name, len(self.latent))
+        c_skip, c_out, _ = (c if c is None or len(c) == 1 else c[kept] for c in self._factors())
+        x = self.latent[kept]
+        return torch.addcmul(x if c_skip is None else x * c_skip, output, c_out).to(dtype)
+
+    def part(self, name: str) -> DenoiserCall | None:
+        """The call for one branch; None if it is not certain that the rows are those of branches.
+
+        Branches of one evaluation have the same x: rows that differ are images of a batch, without guidance.
+        """
         rows = len(self.latent)
         kept = rows_of(self.names, name, rows)
-        x, sigma, extra = cut((self.latent, self.sigma, self.keywords), rows, kept)
+        first, *others = self.latent.chunk(len(self.names))
+        if not all(torch.equal(first, other) for other in others):
+            self.notes = (*self.notes, "the rows of the batch are not the same latents: they are no branches")
+            return None
+        sigma = self.sigma[kept] if self.sigma.ndim and len(self.sigma) == rows else self.sigma
+        try:
+            extra = cut_exactly(self.keywords, rows, kept)
+        except Uncut as error:
+            self.indivisible, self.notes = True, (*self.notes, f"{error}: it may belong to all rows or to some")
+            return None
+        x = self.latent[kept]
         return DenoiserCall(self.model, self._scalings, (name,), x, sigma, extra, self._dtypes)
 
 
 def _spread(c: Tensor, x: Tensor) -> Tensor:
     """A number per row, (B,) or (), as a factor for x (B, ...)."""
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c.reshape((1,) * x.ndim)
+
+
+def _few_of(x: Tensor) -> Tensor | None:
+    """64 numbers of x or so, by which it is known again; None if it has none that can be read."""
+    if x.device.type == "meta" or not x.numel():
+        return None
+    return x.detach().reshape(-1)[:: max(1, x.numel() // 64)].clone()
+
+
+def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are there, comparable and equal."""
+    if a is None or b is None or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    return torch.equal(a, b)
+
+
+@torch.no_grad()
+def _mark(tensor: Tensor) -> Tensor | None:
+    """Two numbers that change with the content of a tensor; None if it has none that can be read."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized or not tensor.numel():
+        return None
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().reshape(-1).float().nan_to_num()
+    places = torch.linspace(1, 2, len(flat), device=flat.device)
+    return torch.stack((flat.sum(), flat @ places))
+
+
+def _leaves(path: tuple, value: Any) -> Iterator[tuple[tuple, Any]]:
+    """The tensors and texts in an argument, each with its place."""
+    if isinstance(value, (Tensor, str)):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves((*path, key), item)
+    elif isinstance(value, (list, tuple)):
+        for place, item in enumerate(value):
+            yield from _leaves((*path, place), item)
 
 
 def _distinct(names: str | Sequence[str]) -> tuple[str, ...]:

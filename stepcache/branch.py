@@ -74,6 +74,7 @@ class Branch:
         predictor: Callable[[Branch], Tensor | None],
         deferred: DeferredScalars,
         parametrized: bool = False,
+        rounded: Callable[[Tensor], Tensor] = lambda out: out,
     ) -> None:
         self.position = position
         self.run = run
@@ -90,6 +91,7 @@ class Branch:
         self._predict = predictor
         self._deferred = deferred
         self._parametrized = parametrized
+        self._rounded = rounded
 
     def coordinate(self, position: Position) -> float | None:
         """The place of an evaluation in `RunInfo.coordinate`; None if that is not a finite number, as log 0."""
@@ -171,8 +173,10 @@ class Branch:
 
     @cached_property
     def total(self) -> DeferredScalar | None:
-        """The sum of the prediction, finite if the prediction is; None without one."""
-        return None if self.prediction is None else self.defer(self.prediction.sum())
+        """The sum of the prediction, finite if the prediction is, as the host gets it; None without one."""
+        if self.prediction is None:
+            return None
+        return self.defer(self._rounded(self.prediction).sum(dtype=self.prediction.dtype))
 
     @cached_property
     def size(self) -> DeferredScalar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import warnings
@@ -110,7 +111,7 @@ class Engine:
                 f"reference={reference!r} with decide='each': where each branch decides there is no reference"
             )
         self.method = method or Off()
-        self.clock = Clock(sigmas)
+        self.clock = Clock(sigmas, lowest_sigma)
         self.report = Report(self.method.name)
         self._reference = reference
         self._each = decide == "each"
@@ -121,6 +122,8 @@ class Engine:
         self._lowest_sigma = lowest_sigma
         self._group = group
         self._run: Run | None = None
+        self._computed: str | None = None
+        self._network = network
         self._warned: set[str] = set()
         self._notes = tuple(notes)
         blocks = None if self.method.never_skips else self.method.criterion.blocks
@@ -162,7 +165,7 @@ class Engine:
     def _answer_or_pass(self, call: Call) -> Any:
         """Off, gradients and mixed sigmas are passed to the model, without a look at the tensors."""
         evaluation = self._locate(call)
-        if reason := self._pass_reason(call, evaluation.position):
+        if reason := self._pass_reason(call, evaluation):
             self.report.passed(evaluation.position, call.names, reason)
             answer = call.run_model()
         else:
@@ -190,10 +193,14 @@ class Engine:
         stages: int | None = None,
         on_schedule: bool | None = None,
         loops: bool = True,
+        computed: str | None = None,
     ) -> None:
-        """The host announces a run, which lasts until `end`; see `Clock.begin`."""
+        """The host announces a run, which lasts until `end`; see `Clock.begin`.
+
+        `computed` is why everything in it is computed, if it is; the report gives it as the reason.
+        """
         with self._lock:
-            self._run = None
+            self._run, self._computed = None, computed
             self.clock.begin(sigmas, stages, on_schedule, loops)
             try:
                 self._check_mask()
@@ -205,7 +212,7 @@ class Engine:
         """The announced run is over; only its report stays."""
         with self._lock:
             self.clock.end()
-            self._run = None
+            self._run = self._computed = None
 
     def reset(self) -> None:
         """Forgets the run in progress; only its report stays."""
@@ -230,11 +237,15 @@ class Engine:
         rows = call.latent.shape[0] // len(call.names)
         latent = call.latent
         key = (rows, *latent.shape[1:], latent.dtype, latent.device, threading.get_ident(), call.cache_key)
+        numbered = self.method.never_skips or call.evaluation is not None or call.place is not None
+        if self._run is not None and not numbered and (twice := self._called_twice(self._run, call)):
+            return twice
         if self._run is not None:
             self._drop_if_changed(self._run, call.names, key)
         current = self._run.evaluation if self._run is not None else None
         if current is not None and not current.names & set(call.names) and _same_evaluation(current, call):
             current.names.update(call.names)
+            current.note(call)
             if self._each:
                 current.gated = current.run.gated(current.position, call.names)
             return current
@@ -242,6 +253,10 @@ class Engine:
         if self._run is None or self._run.number != position.run:
             self._run = self._begin_run(position)
             self._run.cache_keys.update(dict.fromkeys(call.names, key))
+            if current is not None and current.position.evaluation == 0 and position.sigma == current.position.sigma:
+                self._run.repeats = None  # a second image at the first sigma, or the second part of a batch
+        elif self._run.repeats is None and position.evaluation > 1:
+            self._run.repeats = False
         run = self._run
         run.evaluation = Evaluation(
             run,
@@ -252,7 +267,37 @@ class Engine:
             frozenset(current.names if current is not None else ()),
             set(call.names),
         )
+        run.evaluation.note(call)
         return run.evaluation
+
+    def _called_twice(self, run: Run, call: Call) -> Evaluation | None:
+        """The evaluation in progress, marked as repeated, if the same branches were called in it before.
+
+        With the very same latent they are other branches under one name. With another latent they may be another part
+        of the batch: certainly in a plan with one evaluation a step, or if it was so before in this run; else it is
+        Heun's next step. Parts of a batch cannot be told apart later, so nothing that they computed is kept.
+        A sigma on an accelerator is not read for this; it must be the same tensor.
+        """
+        current = run.evaluation
+        if current is None or call.names not in current.latents:
+            return None
+        if current.sigma is not call.sigma and (
+            call.sigma.device.type != "cpu" or not same_sigma(current.sigma, call.sigma)
+        ):
+            return None
+        if not current.same_latent(call):
+            again = run.repeats or (run.repeats is None and current.position.evaluation == 1)
+            if not again and not self.clock.one_evaluation(current.position):
+                return None
+            run.repeats = True
+            run.forget()
+        sentence = (
+            f"branch {', '.join(call.names)} was called twice in one evaluation: such calls are computed, and nothing "
+            "is learnt from them. Give branches that come in separate calls a name each"
+        )
+        self._warn(sentence)
+        self.report.note(sentence)
+        return dataclasses.replace(current, repeated=True)
 
     def _drop_if_changed(self, run: Run, names: tuple[str, ...], key: tuple) -> None:
         """If a branch's cache key has changed, the run ends; if the host announced it, only the branch's cache goes."""
@@ -294,16 +339,36 @@ class Engine:
         info.notes.extend(info.warnings)
         return run
 
-    def _pass_reason(self, call: Call, position: Position) -> str | None:
+    def _pass_reason(self, call: Call, evaluation: Evaluation) -> str | None:
         """Why the model is called without a look at the tensors; None if it is not."""
+        run, position = evaluation.run, evaluation.position
         if self.method.never_skips:
             return "off"
+        if self._computed is not None:
+            return self._computed
+        if evaluation.repeated or run.repeats or (run.repeats is None and position.evaluation == 1):
+            return "called twice"
         if torch.is_grad_enabled() and call.requires_grad:
+            return "gradients are asked for"
+        if torch.is_grad_enabled() and self._trains(run):
+            sentence = (
+                "the model's parameters require gradients, and skipped evaluations have none: everything is computed. "
+                "Sample under torch.no_grad() if you do not train"
+            )
+            self._warn(sentence)
+            self.report.note(sentence)
             return "gradients are asked for"
         if position.mixed:
             self._warn("the rows of the batch have different sigmas: such evaluations are always computed")
             return "sigmas differ in the batch"
         return None
+
+    def _trains(self, run: Run) -> bool:
+        """Whether the network has parameters that require gradients; looked at once a run."""
+        if run.trains is None:
+            parameters = self._network.parameters() if isinstance(self._network, torch.nn.Module) else ()
+            run.trains = any(parameter.requires_grad for parameter in parameters)
+        return run.trains
 
     # Compute or predict.
 
@@ -443,8 +508,11 @@ class Engine:
         return self._compute(call, run, plan.but(NOT_FINITE if possible else NO_CACHE), branches)
 
     def _sound(self, branch: Branch) -> bool:
-        """Whether a prediction is finite; seen from its cache, without a transfer, if that is enough."""
-        if self.method.predictor.finite_if_cache_is:
+        """Whether a prediction is finite; seen from its cache, without a transfer, if that is enough.
+
+        It is not if the prediction is relative to another branch's output of this very evaluation.
+        """
+        if self.method.predictor.finite_if_cache_is and not branch.rebased:
             return all(math.isfinite(entry.size) for entry in branch.history)
         return branch.finite
 
@@ -505,7 +573,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied or pickled: options and the last report, never a lock or a run in progress."""
-        return {**self.__dict__, "_lock": None, "_busy": False, "_run": None}
+        return {**self.__dict__, "_lock": None, "_busy": False, "_run": None, "_computed": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -38,6 +40,8 @@ class Evaluation:
         decided: whether the branch that decides has been here.
         reason: why that branch was computed; None if the evaluation is skipped.
         baseline: the reference branch's output, if the other branches are predicted from it.
+        latents: the latent of each call, by its branches, and its version: by them a call that comes twice is known.
+        repeated: its branches were called before in this evaluation.
     """
 
     run: Run
@@ -50,6 +54,17 @@ class Evaluation:
     decided: bool = False
     reason: ComputeReason | None = None
     baseline: Tensor | None = None
+    latents: dict[tuple[str, ...], tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
+    repeated: bool = False
+
+    def note(self, call: Call) -> None:
+        """Keeps which latent these branches were called with, without keeping it alive."""
+        self.latents[call.names] = ref(call.latent), call.latent._version
+
+    def same_latent(self, call: Call) -> bool:
+        """Whether these branches were called before with this very latent, unchanged."""
+        known, version = self.latents[call.names]
+        return known() is call.latent and version == call.latent._version
 
 
 class Run:
@@ -66,6 +81,8 @@ class Run:
         indivisible: a batched call could not be split; no further one is tried.
         static: the mask's zeros are skipped without asking the criterion.
         relative: the other branches are predicted relative to the reference's output.
+        trains: whether the network's parameters require gradients; None if nobody has looked yet.
+        repeats: whether branches come twice with different x in one evaluation; None if that is to be seen.
     """
 
     def __init__(
@@ -82,6 +99,8 @@ class Run:
         self.caches: dict[str, History] = {}
         self.cache_keys: dict[str, tuple] = {}
         self.indivisible = False
+        self.repeats: bool | None = False
+        self.trains: bool | None = None
         self.evaluation: Evaluation | None = None
         self._known_noise = noise
         self._noise = FreshNoise() if method.predictor.sampler_aware and not method.never_skips else None
@@ -104,6 +123,7 @@ class Run:
                 predictor.predict,
                 self.deferred,
                 predictor.sampler_aware,
+                partial(call.rounded, name),
             )
             for name, x in zip(call.names, call.inputs(), strict=True)
         }
