@@ -306,19 +306,16 @@ class DenoiserCall(Call):
         self.model, self.names, self.latent, self.sigma, self.keywords = model, names, x, sigma, extra
         self._scalings = scalings
         self._dtypes = {} if dtypes is None else dtypes  # of the latents' dtype that of the model's last answer
-
-    @property
-    def requires_grad(self) -> bool:
-        return any(one.requires_grad for one in tree_leaves((self.latent, self.keywords)) if isinstance(one, Tensor))
+        leaves = tree_leaves((x, extra)) if torch.is_grad_enabled() else ()
+        self.requires_grad = any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
 
     @cached_property
     @torch.no_grad()
     def _factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """c_skip, c_out and c_in, as factors for x."""
         x = self.latent
-        scalings = self._scalings(self.sigma.to(x.device, wide(x.dtype)))
-        c_skip, c_out, c_in = (None if c is None else _spread(c, x) for c in scalings)
-        return c_skip, c_out, c_in
+        c_skip, c_out, c_in = self._scalings(self.sigma.to(x.device, wide(x.dtype)))
+        return None if c_skip is None else _spread(c_skip, x), _spread(c_out, x), _spread(c_in, x)
 
     @torch.no_grad()
     def inputs(self) -> tuple[Tensor, ...]:

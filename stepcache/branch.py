@@ -56,7 +56,7 @@ class Branch:
         x: the network's input now, in float32 or wider; after `rebase` the reference branch's output.
         history: the last computed evaluations of this branch, oldest first, as many as the predictor keeps. Not empty
             when a criterion or a predictor is asked.
-        out: the network's raw output, once it has been computed.
+        out: the network's raw output; RuntimeError before it has been computed.
         rebased: whether x is another branch's output.
         noise: how noisy the sampler is, (B,) from 0 to 1 (`noise.FreshNoise`); None if not known or not asked for.
         checked: whether `prediction_error` and `size` are measured for the report.
@@ -78,7 +78,7 @@ class Branch:
         self.run = run
         self.x: Tensor = x
         self.history = history
-        self.out: Tensor | None = None
+        self._out: Tensor | None = None
         self.rebased = False
         self.noise: Tensor | None = None
         self.signal: Tensor | None = x
@@ -89,6 +89,16 @@ class Branch:
         self._deferred = deferred
         self._parametrized = parametrized
         self._baseline_missing = False
+
+    @property
+    def out(self) -> Tensor:
+        if self._out is None:
+            raise RuntimeError("this branch's output has not been computed yet")
+        return self._out
+
+    @out.setter
+    def out(self, out: Tensor) -> None:
+        self._out = out
 
     def coordinate(self, position: Position) -> float | None:
         """The place of an evaluation in `RunInfo.coordinate`; None if that is not a finite number, as log 0."""
@@ -141,8 +151,8 @@ class Branch:
 
     @property
     def finite(self) -> bool:
-        """Whether every number of the prediction is finite; waits for the device."""
-        return math.isfinite(self.total)
+        """Whether there is a prediction of which every number is finite; waits for the device."""
+        return self.total is not None and math.isfinite(self.total)
 
     def request(self, *names: str) -> None:
         """Registers measurements by name, so that the first one that is read brings all of them in one transfer."""
@@ -160,18 +170,15 @@ class Branch:
         return self.defer(mean_abs(self.moved)) if self.history else None
 
     @cached_property
-    def signal_size(self) -> DeferredScalar:
-        """mean |signal|."""
-        return self.defer(mean_abs(self.signal))
-
-    def signal_change(self, since: Tensor) -> DeferredScalar:
-        """mean |signal - since|."""
-        return self.defer(mean_abs_difference(self.signal, since))
-
-    @cached_property
     def prediction(self) -> Tensor | None:
         """The raw output that the predictor expects here; None if it cannot tell."""
         return self._predict(self) if self.history and self.has_baseline else None
+
+    def predict(self) -> Tensor:
+        """The prediction that a skipped evaluation returns; RuntimeError without one."""
+        if self.prediction is None:
+            raise RuntimeError("this branch cannot be predicted: ask `predictable` first")
+        return self.prediction
 
     @cached_property
     def total(self) -> DeferredScalar | None:

@@ -112,12 +112,13 @@ class Clock:
 
     def locate(self, sigma: Tensor) -> Position:
         """The place of the evaluation that the sampler asks for at `sigma` (any shape)."""
-        planned, mixed = self._planned(), False
-        if planned is not None and self._on_schedule and sigma.device.type != "cpu":
-            value, place = self.schedule[sum(planned)], planned
+        planned, mixed, schedule = self._planned(), False, self.schedule
+        place: tuple[int | None, int]
+        if schedule is not None and planned is not None and self._on_schedule and sigma.device.type != "cpu":
+            value, place = schedule[sum(planned)], planned
         else:
             value, tolerance, mixed = _read(sigma)
-            if self._last is not None and self._loops_again(value, tolerance):
+            if self._last is not None and self._loops_again(self._last, value, tolerance):
                 self.restart()
                 self._on_plan = self.bounded  # another loop over the same plan begins with its first evaluation
                 planned = self._planned()
@@ -148,13 +149,15 @@ class Clock:
         """Whether this is the run's final step, as far as is known."""
         return self.steps is not None and position.step == self.steps - 1
 
-    def _loops_again(self, value: float, tolerance: float) -> bool:
+    def _loops_again(self, last: Position, value: float, tolerance: float) -> bool:
         """Whether another sampling loop has begun: in an announced run, only after its last step, on its schedule."""
         if self.bounded:
-            over = self._loops and self.is_last(self._last) and self.schedule[-1] == 0
-            if not over or not any(near(value, sigma, tolerance) for sigma in self.schedule):
+            schedule = self.schedule
+            if schedule is None or not (self._loops and self.is_last(last) and schedule[-1] == 0):
                 return False
-        return self._begins_run(value, tolerance)
+            if not any(near(value, sigma, tolerance) for sigma in schedule):
+                return False
+        return self._begins_run(last, value, tolerance)
 
     def _planned(self) -> tuple[int, int] | None:
         if not self._on_plan or self.stages is None or self.schedule is None:
@@ -168,8 +171,8 @@ class Clock:
             return step, stage + 1
         return (step + 1, 0) if step + 2 < len(self.schedule) else None
 
-    def _begins_run(self, value: float, tolerance: float) -> bool:
-        last, schedule = self._last, self.schedule
+    def _begins_run(self, last: Position, value: float, tolerance: float) -> bool:
+        schedule = self.schedule
         has_fallen = last.sigma < self._first_sigma or last.evaluation == 0
         again = has_fallen and value >= self._first_sigma * (1 - tolerance)
         if schedule is None or last.step is None:
@@ -199,9 +202,9 @@ class Clock:
             step, stage = planned
             low, high = (schedule[step], schedule[step]) if stage == 0 else sorted(schedule[step : step + 2])
             if low * (1 - tolerance) <= value <= high * CHURN * (1 + tolerance):
-                return self._snapped(value, step, tolerance), planned
+                return _snapped(schedule, value, step, tolerance), planned
         if last is None or last.step is None:
-            return self._entry(value, tolerance)
+            return self._entry(schedule, value, tolerance)
 
         step, stage = last.step, last.stage
         following = schedule[step + 1]
@@ -214,24 +217,20 @@ class Clock:
             return last.sigma, (step, 0)
         if stage == 0 and following < value < schedule[step]:
             return value, ((step + 1, 0) if self._single else (step, 1))
-        return self._entry(value, tolerance)
+        return self._entry(schedule, value, tolerance)
 
-    def _entry(self, value: float, tolerance: float) -> tuple[float, tuple[int | None, int]]:
+    def _entry(
+        self, schedule: tuple[float, ...], value: float, tolerance: float
+    ) -> tuple[float, tuple[int | None, int]]:
         """A place found from sigma alone: only an exact match with the schedule counts, or churn on its first sigma."""
-        found = [(abs(value - s), k) for k, s in enumerate(self.schedule[:-1]) if near(value, s, tolerance)]
+        found = [(abs(value - s), k) for k, s in enumerate(schedule[:-1]) if near(value, s, tolerance)]
         if found:
             after = -1 if self._last is None or self._last.step is None else self._last.step
             step = min(found, key=lambda one: (one[1] <= after, one))[1]
-            return self.schedule[step], (step, 0)
-        if self._last is None and self.schedule[0] < value <= self.schedule[0] * CHURN * (1 + tolerance):
+            return schedule[step], (step, 0)
+        if self._last is None and schedule[0] < value <= schedule[0] * CHURN * (1 + tolerance):
             return value, (0, 0)
         return value, (None, 0)
-
-    def _snapped(self, value: float, step: int, tolerance: float) -> float:
-        for sigma in self.schedule[step : step + 2]:
-            if near(value, sigma, tolerance):
-                return sigma
-        return value
 
 
 def same_sigma(a: Tensor, b: Tensor) -> bool:
@@ -246,6 +245,11 @@ def same_sigma(a: Tensor, b: Tensor) -> bool:
 def near(a: float, b: float, tolerance: float = SAME) -> bool:
     """Whether two sigmas above 0 are one, up to the relative tolerance."""
     return abs(a - b) <= tolerance * max(a, b) and b > 0
+
+
+def _snapped(schedule: tuple[float, ...], value: float, step: int, tolerance: float) -> float:
+    """The step's own sigma, or the next one's, if the value is near one of them; else the value."""
+    return next((sigma for sigma in schedule[step : step + 2] if near(value, sigma, tolerance)), value)
 
 
 def _read(sigma: Tensor) -> tuple[float, float, bool]:

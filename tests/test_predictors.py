@@ -102,6 +102,15 @@ def walk(outs: Sequence[float], gap: int = 1) -> list[tuple[Place, float]]:
     return [((gap * i, 2.0 ** -(gap * i)), out) for i, out in enumerate(outs)]
 
 
+def test_an_output_that_was_not_computed_and_a_prediction_that_is_not_there_are_errors():
+    branch = Branch(Position(0, 0, 1.0), RunInfo(), one(0), [], Reuse().predict, DeferredScalars())
+    with pytest.raises(RuntimeError, match="has not been computed yet"):
+        _ = branch.out
+    with pytest.raises(RuntimeError, match="cannot be predicted"):
+        branch.predict()
+    assert not branch.finite
+
+
 # Lagrange
 
 
