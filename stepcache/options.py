@@ -26,7 +26,7 @@ def number(name: str, value: Any, *, low: float = ..., high: float = ..., whole:
 
 
 @overload
-def number(name: str, value: Any, *, low: float = ..., high: float = ..., whole: Literal[False] = ...) -> float: ...
+def number(name: str, value: Any, *, low: float = ..., high: float = ..., whole: bool = ...) -> float: ...
 
 
 def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, whole: bool = False) -> float:
