@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stepcache import Method, OptionError, Report, method
-from stepcache.extend import Call, Engine, require, same_sigma, unknown, wide, widened
+from stepcache.extend import Call, Engine, require, unknown, wide, widened
 
+from .arguments import ArgumentChanges
 from .batching import Uncut, cut_exactly, rows_of
+from .branches import InTurn, distinct
 from .parametrization import SCALINGS, Scalings, ScalingsAsFloats, eps_scalings
 
 BranchNames = Sequence[str] | Callable[..., str | Sequence[str]] | None
@@ -83,94 +83,6 @@ class FlowDenoiser(nn.Module):
         return x * c_skip + c_out * self.inner_model(x * c_in, self.sigma_to_t(sigma), **extra)
 
 
-class InTurn:
-    """Names branches that come in separate calls, in this order: `branches=InTurn("cond", "uncond")`.
-
-    The last ones may be left out (guidance only on some steps): a call at another sigma is the first one's again. Not
-    under samplers that evaluate twice at one sigma (Heun, DPM++ 2S): there give a function. Every thread has its turns.
-    A call with another x is the first one's too: the evaluation before was broken off between its branches.
-    """
-
-    def __init__(self, *names: str) -> None:
-        self.names = _distinct(names)
-        self._turns: dict[int, tuple[int, Tensor, ref[Tensor], torch.Size, Tensor | None]] = {}
-
-    def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> str:
-        turn, seen = 0, self._turns.pop(threading.get_ident(), None)
-        if seen is not None and same_sigma(seen[1], sigma):
-            _, _, last, shape, few = seen
-            if last() is x or shape != x.shape or _alike(few, _few_of(x)):
-                turn = seen[0]  # else another evaluation: the last one has left a branch out
-        if turn + 1 < len(self.names):
-            self._turns[threading.get_ident()] = turn + 1, sigma, ref(x), x.shape, _few_of(x)
-        return self.names[turn]
-
-    def reset(self) -> None:
-        self._turns.pop(threading.get_ident(), None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "_turns": {}}
-
-
-class _Seen:
-    """The last tensor that was passed as an argument: which object, and a mark of its content."""
-
-    def __init__(self) -> None:
-        self.object: ref[Tensor] | None = None
-        self.version = self.mark = None
-        self.steady = False
-        self.renewed = 0
-
-    def changed(self, tensor: Tensor) -> bool:
-        """Whether the content is another one than that of two calls or more before."""
-        version = None if tensor.is_inference() else tensor._version
-        if self.object is not None and self.object() is tensor and version == self.version:
-            self.steady = True
-            return False
-        if self.renewed > 1 and tensor.device.type != "cpu":
-            return False  # a new tensor in every call: to compare each would make the host wait for the device
-        before, self.mark = self.mark, _mark(tensor)
-        self.object, self.version = ref(tensor), version
-        if before is not None and _alike(before, self.mark):
-            self.steady, self.renewed = True, self.renewed + 1
-            return False
-        was_steady, self.steady = self.steady, False
-        return was_steady
-
-
-class ArgumentChanges:
-    """Counts how often the arguments of the model changed in mid-run: the prompt, the class, a control image.
-
-    An argument, a tensor or a text, has changed if it had been the same in two calls or more in a row and is not any
-    longer. So what is another one in every step, as a counter or a mask with noise in it, costs no cache; nor does a
-    host that makes new tensors with equal content at every call. Of those on an accelerator, only the first two are
-    compared.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple, Any] = {}
-        self._count: dict[tuple, int] = {}
-
-    def __call__(self, names: tuple[str, ...], extra: dict[str, Any]) -> int:
-        """The number of changes so far in the calls for these branches."""
-        count = self._count.get(names, 0)
-        self._count[names] = count + sum([self._changed((names, *path), value) for path, value in _leaves((), extra)])
-        return self._count[names]
-
-    def _changed(self, path: tuple, value: Any) -> bool:
-        if isinstance(value, Tensor):
-            seen = self._seen.get(path)
-            if not isinstance(seen, _Seen):
-                seen = self._seen[path] = _Seen()
-            return seen.changed(value)
-        before, steady = self._seen.get(path, (value, False)) if path in self._seen else (value, False)
-        self._seen[path] = value, path in self._seen and before == value
-        return steady and before != value
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_seen": {}, "_count": {}}
-
-
 class CachedDenoiser(nn.Module):
     """A k-diffusion model that answers some of its evaluations without running the network.
 
@@ -223,7 +135,7 @@ class CachedDenoiser(nn.Module):
         self.inner_model = inner
         self.branches = ("guided",) if branches is None else branches
         if not callable(self.branches):
-            self.branches = _distinct(self.branches)
+            self.branches = distinct(self.branches)
             if reference is not None and reference not in self.branches:
                 raise unknown("reference", reference, self.branches)
         self._scalings = _scalings(inner, scalings)
@@ -251,7 +163,7 @@ class CachedDenoiser(nn.Module):
         if self.engine.method.never_skips and not isinstance(sigma, Tensor):
             return self._bare(x, sigma, extra)
         names = self.branches(x, sigma, **extra) if callable(self.branches) else self.branches
-        names = _distinct(names)
+        names = distinct(names)
         if x.shape[0] % len(names):
             raise OptionError(
                 f"a batch of {x.shape[0]} does not divide into the {len(names)} branches {', '.join(names)}: "
@@ -404,10 +316,8 @@ class DenoiserCall(Call):
         self._scalings = scalings
         self._known_factors: tuple[Tensor | None, Tensor, Tensor] | None = None
         self._dtypes = {} if dtypes is None else dtypes  # of the latents' dtype that of the model's last answer
-
-    @property
-    def requires_grad(self) -> bool:
-        return any(one.requires_grad for one in tree_leaves((self.latent, self.keywords)) if isinstance(one, Tensor))
+        leaves = tree_leaves((x, extra)) if torch.is_grad_enabled() else ()
+        self.requires_grad = any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
 
     def _factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """c_skip, c_out and c_in, as factors for x."""
@@ -445,7 +355,8 @@ class DenoiserCall(Call):
         if dtype != torch.float16:
             return output
         kept = rows_of(self.names, name, len(self.latent))
-        c_skip, c_out, _ = (c if c is None or len(c) == 1 else c[kept] for c in self._factors())
+        c_skip, c_out, _ = self._factors()
+        c_skip, c_out = None if c_skip is None else _of_rows(c_skip, kept), _of_rows(c_out, kept)
         x = self.latent[kept]
         return torch.addcmul(x if c_skip is None else x * c_skip, output, c_out).to(dtype)
 
@@ -470,52 +381,13 @@ class DenoiserCall(Call):
         return DenoiserCall(self.model, self._scalings, (name,), x, sigma, extra, self._dtypes)
 
 
+def _of_rows(c: Tensor, kept: slice) -> Tensor:
+    return c if len(c) == 1 else c[kept]
+
+
 def _spread(c: Tensor, x: Tensor) -> Tensor:
     """A number per row, (B,) or (), as a factor for x (B, ...)."""
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c.reshape((1,) * x.ndim)
-
-
-def _few_of(x: Tensor) -> Tensor | None:
-    """64 numbers of x or so, by which it is known again; None if it has none that can be read."""
-    if x.device.type == "meta" or not x.numel():
-        return None
-    return x.detach().reshape(-1)[:: max(1, x.numel() // 64)].clone()
-
-
-def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are there, comparable and equal."""
-    if a is None or b is None or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-        return False
-    return torch.equal(a, b)
-
-
-@torch.no_grad()
-def _mark(tensor: Tensor) -> Tensor | None:
-    """Two numbers that change with the content of a tensor; None if it has none that can be read."""
-    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized or not tensor.numel():
-        return None
-    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().reshape(-1).float().nan_to_num()
-    places = torch.linspace(1, 2, len(flat), device=flat.device)
-    return torch.stack((flat.sum(), flat @ places))
-
-
-def _leaves(path: tuple, value: Any) -> Iterator[tuple[tuple, Any]]:
-    """The tensors and texts in an argument, each with its place."""
-    if isinstance(value, (Tensor, str)):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves((*path, key), item)
-    elif isinstance(value, (list, tuple)):
-        for place, item in enumerate(value):
-            yield from _leaves((*path, place), item)
-
-
-def _distinct(names: str | Sequence[str]) -> tuple[str, ...]:
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if len(set(names)) != len(names) or not names:
-        raise OptionError(f"branches {names!r}: give one or more different names")
-    return names
 
 
 def _method(given: Method | str | None) -> Method | None:

@@ -40,7 +40,7 @@ class Call(ABC):
     requires_grad: bool = False
     place: tuple[float, int, int] | None = None
     evaluation: int | None = None
-    cache_key: tuple = ()
+    cache_key: tuple[Any, ...] = ()
     keywords: Mapping[str, Any] = MappingProxyType({})
     signal: Tensor | None = None
     raw: Any = None

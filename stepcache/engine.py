@@ -23,6 +23,7 @@ from .methods.off import Off
 from .options import OptionError, number, unknown
 from .parametrization import Parametrization
 from .plan import ComputeReason, Plan, Verdict
+from .probe import Probe
 from .report import Report
 from .run import OTHERS_PREDICTED, Evaluation, Run
 from .run_info import RunInfo
@@ -180,7 +181,7 @@ class Engine:
         plan = self._plan(evaluation, branches)  # compute or predict, for each branch
         plan, outputs = self._compute(call, run, plan, branches)
         plan, outputs = self._checked(call, run, plan, branches, outputs)
-        outputs |= {name: branches[name].prediction for name in plan.predicted}
+        outputs |= {name: branches[name].predict() for name in plan.predicted}
         run.update(call, plan, branches, outputs)
         self.report.append(evaluation.position, plan, branches)
         return call.rebuild(tuple(outputs[name] for name in call.names)) if plan.predicted else call.raw
@@ -299,7 +300,7 @@ class Engine:
         self.report.note(sentence)
         return dataclasses.replace(current, repeated=True)
 
-    def _drop_if_changed(self, run: Run, names: tuple[str, ...], key: tuple) -> None:
+    def _drop_if_changed(self, run: Run, names: tuple[str, ...], key: tuple[Any, ...]) -> None:
         """If a branch's cache key has changed, the run ends; if the host announced it, only the branch's cache goes."""
         changed = [name for name in names if run.cache_keys.setdefault(name, key) != key]
         if changed and not self.clock.bounded:
@@ -444,7 +445,7 @@ class Engine:
             return plan, {}
         observed = plan.deciding and all(reason is None or reason.observe for reason in plan.reasons.values())
         if self._probe is not None and observed:
-            plan, outputs = self._compute_probed(call, run, plan, branches)
+            plan, outputs = self._compute_probed(self._probe, call, run, plan, branches)
         else:
             outputs = call.compute(plan.computed)
         if plan.computed and not outputs:
@@ -462,7 +463,7 @@ class Engine:
         return plan, outputs
 
     def _compute_probed(
-        self, call: Call, run: Run, plan: Plan, branches: dict[str, Branch]
+        self, probe: Probe, call: Call, run: Run, plan: Plan, branches: dict[str, Branch]
     ) -> tuple[Plan, dict[str, Tensor]]:
         """Runs the model until the criterion has seen what it looks at, and on to the end unless it says skip.
 
@@ -484,7 +485,7 @@ class Engine:
 
         if call.signal is not None:
             look(call.signal)
-        outputs = self._probe.call(partial(call.compute, call.names), look) or {}
+        outputs = probe.call(partial(call.compute, call.names), look) or {}
         if PENDING in plan.reasons.values():
             plan = plan.but(ComputeReason(INVALID_STATE))
         if any(reason is not None and reason.reason == INVALID_STATE for reason in plan.reasons.values()):
@@ -550,20 +551,21 @@ class Engine:
 
     def _free_if_over(self, evaluation: Evaluation) -> None:
         """Frees the latents after the run's last evaluation, if it can be known."""
-        run, position, schedule = evaluation.run, evaluation.position, self.clock.schedule
+        run, position, schedule = evaluation.run, evaluation.position, evaluation.run.info.schedule
         if not evaluation.expected <= evaluation.names:
             return
-        if run.info.steps is None:
+        if schedule is None:
             over = position.sigma <= self._lowest_sigma * (1 + 1e-4)
         else:
             single = schedule[-1] == 0 or run.info.stages != 2
-            over = position.step == run.info.steps - 1 and (single or position.stage == 1)
+            over = position.step == len(schedule) - 2 and (single or position.stage == 1)
         if over:
             run.forget()
 
     def _check_mask(self) -> None:
-        if self.method.mask is not None and self.clock.steps is not None:
-            self.method.mask.for_steps(self.clock.steps)
+        mask, steps = self.method.mask, self.clock.steps
+        if mask is not None and steps is not None:
+            mask.for_steps(steps)
 
     def _warn(self, sentence: str) -> None:
         """Warns of a thing once an engine."""

@@ -6,6 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
@@ -97,7 +98,7 @@ class Run:
         self.reference: str | None = None
         self.rules: dict[str, Criterion] = {}
         self.caches: dict[str, History] = {}
-        self.cache_keys: dict[str, tuple] = {}
+        self.cache_keys: dict[str, tuple[Any, ...]] = {}
         self.indivisible = False
         self.repeats: bool | None = False
         self.trains: bool | None = None
@@ -140,16 +141,15 @@ class Run:
         cache = self.caches.get(name, deque())
         if self.each:
             return cache if name in evaluation.expected else deque()
-        reference = [
-            entry for entry in self.caches.get(self.reference, ()) if entry.position is not evaluation.position
-        ]
+        known = () if self.reference is None else self.caches.get(self.reference, ())
+        reference = [entry for entry in known if entry.position is not evaluation.position]
         stale = cache and reference and cache[-1].position.evaluation < reference[-1].position.evaluation
         return deque() if stale else cache
 
     def _measure_noise(self, call: Call, position: Position, branches: dict[str, Branch]) -> None:
         if self._noise is None:
             return
-        first = next(iter(branches.values()))
+        first, level = next(iter(branches.values())), None
         if self._known_noise is not None:
             level = first.x.new_full((len(first.x),), self._known_noise)
         else:
@@ -187,8 +187,10 @@ class Run:
         self._remember_answers(branches, outputs)
         for name, branch in branches.items():
             reason = plan.reasons[name]
-            branch.out = None if reason is None else outputs.get(name)
-            if reason is not None and reason is not OTHERS_PREDICTED and branch.out is not None:
+            if reason is None or name not in outputs:
+                continue
+            branch.out = outputs[name]
+            if reason is not OTHERS_PREDICTED:
                 self._learn(name, branch, plan, reason, call.latent.dtype)
         if plan.deciding and (evaluation := self.evaluation) is not None and evaluation.gated is None:
             reason = plan.reasons[plan.deciding[0]]

@@ -50,11 +50,13 @@ class CacheDiTInside:
                     f"mask={method.mask.mask!r} with Bn: cache-dit must know its digits; give them, or policy='static'"
                 )
             mask = list(method.mask.mask)
-        blocks = method.criterion.blocks
+        rule = method.criterion
+        if not isinstance(rule, RelativeChange) or rule.blocks is None:
+            raise OptionError(f"{method.name} looks at no blocks: cache-dit has nothing to run inside")
         self._config = self.library.DBCacheConfig(
-            Fn_compute_blocks=blocks.count,
-            Bn_compute_blocks=blocks.after,
-            residual_diff_threshold=method.criterion.threshold,
+            Fn_compute_blocks=rule.blocks.count,
+            Bn_compute_blocks=rule.blocks.after,
+            residual_diff_threshold=rule.threshold,
             max_warmup_steps=method.warmup,
             max_cached_steps=method.max_cached,
             max_continuous_cached_steps=method.max_consecutive,

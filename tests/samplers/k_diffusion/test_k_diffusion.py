@@ -739,7 +739,8 @@ def test_a_prediction_that_float16_cannot_hold_is_computed_instead():
     """denoised = x - 40 eps: eps = 2400 is a float16, -30,000 - 96,000 is none."""
     eps = iter([2400.0, 500.0])
     network = lambda x, sigma: (x - sigma.view(-1, 1, 1, 1) * next(eps)).to(x.dtype)  # noqa: E731
-    model = CachedDenoiser(network, Static("10", predictor=Lagrange(0, "zero")), scalings="eps", sigmas=[50.0, 40.0, 0.0])
+    method = Static("10", predictor=Lagrange(0, "zero"))
+    model = CachedDenoiser(network, method, scalings="eps", sigmas=[50.0, 40.0, 0.0])
     model(torch.full((1, 1, 2, 2), 60000.0, dtype=torch.float16), torch.tensor([50.0]))
     answer = model(torch.full((1, 1, 2, 2), -30000.0, dtype=torch.float16), torch.tensor([40.0]))
     assert model.report.fates("guided") == "CC"
