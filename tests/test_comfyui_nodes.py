@@ -75,8 +75,8 @@ def test_the_fields_make_the_method() -> None:
     made = chosen_method("ucache", 0.5, 0.1, OWN, "fast", "static", "reset=0\nwarmup=2,\n")
     assert (made.criterion.threshold, made.criterion.reset, made.start, made.end) == (0.5, False, 0.1, 0.95)
     assert (made.mask.mask, made.mask.policy, made.warmup) == ("fast", "static", 2)
-    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic").gates[0].n == 3
-    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic", "interval=4").gates[0].n == 4
+    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic").gates[1].n == 3
+    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic", "interval=4").gates[1].n == 4
     assert chosen_method("dbcache", 0.2, OWN, OWN, "none", "dynamic").criterion.threshold == 0.2
     assert chosen_method("static", OWN, OWN, OWN, "none", "dynamic", "mask=110").mask.mask == (1, 1, 0)
     rest = OWN, OWN, OWN, "none", "dynamic"
