@@ -14,20 +14,20 @@ from .patch import cache_of, patched
 NUMBERS = "; ".join(f"{name}: {main[0]} ({main[1]:g})" for name in METHODS if (main := main_number(name)) is not None)
 
 TIPS = {
-    "method": "forecast: half the model calls, nothing to calibrate; for runs of 7 steps or more. ucache, easycache: skip "
-    "while an estimated error stays below a threshold. fbcache, dbcache, taylorseer, cache-dit: the model's first blocks "
-    "decide. none: off; the other fields are ignored.",
+    "method": "forecast: half the model calls, nothing to calibrate; for runs of 7 steps or more. ucache, easycache: "
+    "skip while an estimated error stays below a threshold. fbcache, dbcache, taylorseer, cache-dit: the model's first "
+    "blocks decide. none: off; the other fields are ignored.",
     "number": f"The method's main number; -1: its default, in brackets. {NUMBERS}",
     "start": "Nothing is skipped before this share of the run (0 to 1); -1: the method's default.",
     "end": "Nothing is skipped after this share of the run (0 to 1); -1: the method's default.",
     "mask": "Steps that are always computed: many with slow, few with ultra. See policy.",
-    "policy": "The mask's other steps. dynamic: the method decides; forecast still computes every second of them, so that "
-    "a mask makes it slower. static: all of them are skipped.",
+    "policy": "The mask's other steps. dynamic: the method decides; forecast still computes every second of them, so "
+    "that a mask makes it slower. static: all of them are skipped.",
     "decide": "reference: the positive prompt decides for all images of a batch. each: every prompt of every image "
     "decides, and a step is skipped only if all agree.",
-    "skip": "all: on a skipped step the model runs for no prompt. uncond: it still runs for the positive prompt, and only "
-    "the negative one is predicted, from that. Better for samplers that add noise (Euler a, DPM++ SDE). Saves half as "
-    "much, and nothing with cfg 1.",
+    "skip": "all: on a skipped step the model runs for no prompt. uncond: it still runs for the positive prompt, and "
+    "only the negative one is predicted, from that. Better for samplers that add noise (Euler a, DPM++ SDE). Saves "
+    "half as much, and nothing with cfg 1.",
     "options": "More options as key=value, separated by commas or lines: warmup=3, max_consecutive=2, last_step=1, "
     "mask=1101... They override the fields above.",
 }
