@@ -36,7 +36,9 @@ class StepMask:
     or the first letter), which takes the run's own number of steps.
 
     `policy` says what happens on a zero: "dynamic" (default) asks the method's criterion, "static" skips without
-    asking. Gates still hold either way, and a step without memory is computed.
+    asking. Either way a step without a cached one before it is computed, and so are those that the window, warm-up,
+    last step and limits ask for. An interval (Forecast's, HiCache's, TaylorSeer's) acts beside a dynamic mask, whose
+    ones are computed in addition; a static mask takes its place.
 
     A mask of another length than the run raises OptionError with both lengths when the run's schedule is known. In a
     run without a known schedule (dpm_fast, dpm_adaptive) steps have no numbers: everything is computed and the report

@@ -60,12 +60,12 @@ class Evaluation:
 
     def note(self, call: Call) -> None:
         """Keeps which latent these branches were called with, without keeping it alive."""
-        self.latents[call.names] = ref(call.latent), call.latent._version
+        self.latents[call.names] = ref(call.latent), _version(call.latent)
 
     def same_latent(self, call: Call) -> bool:
         """Whether these branches were called before with this very latent, unchanged."""
         known, version = self.latents[call.names]
-        return known() is call.latent and version == call.latent._version
+        return known() is call.latent and version == _version(call.latent)
 
 
 class Run:
@@ -240,3 +240,8 @@ class Run:
             self.reference = None
             if self.evaluation is not None:
                 self.evaluation.baseline = None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count that."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -56,7 +56,8 @@ class Method:
             branch. The reference is then computed at every evaluation, and the others are predicted relative to its
             output instead of the input, `out = out_reference + ...`. Under fresh noise that difference can be
             predicted, the output cannot. Needs guidance, and saves half as much. (FasterCache calls it CFG-Cache.)
-        gates: further gates, asked after these.
+        gates: further gates, asked after these. Those that choose evaluations one by one (`Interval`) are not asked
+            if the mask is static.
         name: how the report calls it.
     """
 
@@ -119,7 +120,7 @@ class Method:
         if self.last_step:
             chosen.append(LastStep())
         chosen += [MaxCached(self.max_cached), MaxConsecutive(self.max_consecutive)]
-        return (*chosen, *self.gates)
+        return (*chosen, *(gate for gate in self.gates if gate.beside_static or not self.static))
 
     def replace(self, **changes: Any) -> Method:
         """The same method with other options: `UCache().replace(mask="fast", max_consecutive=3)`."""
