@@ -574,8 +574,11 @@ class Engine:
             warnings.warn(sentence, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied or pickled: options and the last report, never a lock or a run in progress."""
-        return {**self.__dict__, "_lock": None, "_busy": False, "_run": None, "_computed": None}
+        """What is copied or pickled: options and the last report, no lock, run in progress or group of ranks."""
+        alone: dict[str, Any] = {"_computed": None, "_lock": None, "_busy": False, "_run": None, "_group": None}
+        if self._group is not None:
+            alone["_notes"] = (*self._notes, "a copy of an engine with a group: it decides without the other ranks")
+        return {**self.__dict__, **alone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
