@@ -1,12 +1,15 @@
 """Host adapters, one module a host. Importing this package imports no host."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from .diffusers import attach as attach
+else:
 
-def __getattr__(name: str) -> Any:
-    """`attach`, whose adapter is imported when it is first asked for."""
-    if name == "attach":
-        from .diffusers import attach
+    def __getattr__(name: str) -> Any:
+        """`attach`, whose adapter is imported when it is first asked for."""
+        if name == "attach":
+            from .diffusers import attach
 
-        return attach
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return attach
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stepcache import Method, OptionError, Report, method
-from stepcache.extend import Call, Engine, require, same_sigma, unknown, wide, widened
+from stepcache.extend import Call, Engine, require, unknown, wide, widened
 
-from .batching import cut, rows_of
+from .arguments import ArgumentChanges
+from .batching import Uncut, cut_exactly, rows_of
+from .branches import InTurn, distinct
 from .parametrization import SCALINGS, Scalings, ScalingsAsFloats, eps_scalings
 
 BranchNames = Sequence[str] | Callable[..., str | Sequence[str]] | None
@@ -38,6 +39,9 @@ EVALUATIONS = {
     "sample_dpmpp_sde": 2,
 }
 """Evaluations of one step in those samplers of k-diffusion 0.1.1 that take a schedule; the last step has one."""
+
+ADAPTIVE = ("sample_dpm_adaptive",)
+"""Samplers that measure their error on the model's answers: of predictions it would be the wrong one."""
 
 
 class FlowDenoiser(nn.Module):
@@ -79,29 +83,6 @@ class FlowDenoiser(nn.Module):
         return x * c_skip + c_out * self.inner_model(x * c_in, self.sigma_to_t(sigma), **extra)
 
 
-class InTurn:
-    """Names branches that come in separate calls, in this order: `branches=InTurn("cond", "uncond")`.
-
-    The last ones may be left out (guidance only on some steps): a call at another sigma is the first one's again. Not
-    under samplers that evaluate twice at one sigma (Heun, DPM++ 2S): there give a function. Every thread has its turns.
-    """
-
-    def __init__(self, *names: str) -> None:
-        self.names = _distinct(names)
-        self._turns: dict[int, tuple[int, Tensor]] = {}
-
-    def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> str:
-        turn, last = self._turns.pop(threading.get_ident(), (0, None))
-        if last is None or not same_sigma(last, sigma):
-            turn = 0  # another evaluation: the last one may have left a branch out
-        if turn + 1 < len(self.names):
-            self._turns[threading.get_ident()] = turn + 1, sigma
-        return self.names[turn]
-
-    def reset(self) -> None:
-        self._turns.pop(threading.get_ident(), None)
-
-
 class CachedDenoiser(nn.Module):
     """A k-diffusion model that answers some of its evaluations without running the network.
 
@@ -129,6 +110,9 @@ class CachedDenoiser(nn.Module):
         noise: how noisy the sampler is, from 0 to 1, if you know; None: Forecast sees it in the run. See `Engine`.
         group: a torch.distributed process group whose ranks share one sample.
 
+    If the prompt or another argument changes in mid-run, its cache is dropped (`ArgumentChanges` says what counts as
+    changed). Weights are not looked at: after loading a LoRA in mid-run call `reset`.
+
     The output is the inner model's own, bit for bit, wherever it is computed. Attributes of the inner model
     (`sigma_to_t`, `sigmas`, `get_sigmas`, ...) stay reachable. A run ends by itself; nothing needs resetting.
     """
@@ -151,11 +135,12 @@ class CachedDenoiser(nn.Module):
         self.inner_model = inner
         self.branches = ("guided",) if branches is None else branches
         if not callable(self.branches):
-            self.branches = _distinct(self.branches)
+            self.branches = distinct(self.branches)
             if reference is not None and reference not in self.branches:
                 raise unknown("reference", reference, self.branches)
         self._scalings = _scalings(inner, scalings)
         self._dtypes: dict[torch.dtype, torch.dtype] = {}
+        self._changes = ArgumentChanges()
         meaning = ScalingsAsFloats(self._scalings)
         assumed = isinstance(self._scalings, ModelScalings) and self._scalings.owner is None
         self.engine = Engine(
@@ -175,15 +160,20 @@ class CachedDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
+        if self.engine.method.never_skips and not isinstance(sigma, Tensor):
+            return self._bare(x, sigma, extra)
         names = self.branches(x, sigma, **extra) if callable(self.branches) else self.branches
-        names = _distinct(names)
+        names = distinct(names)
         if x.shape[0] % len(names):
             raise OptionError(
                 f"a batch of {x.shape[0]} does not divide into the {len(names)} branches {', '.join(names)}: "
                 "name the branches that come in one call, in their order"
             )
+        call = DenoiserCall(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes)
+        if not self.engine.method.never_skips:
+            call.cache_key = (self._changes(names, extra),)
         try:
-            return self.engine(DenoiserCall(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes))
+            return self.engine(call)
         except BaseException:
             self._reset_turns()
             raise
@@ -205,11 +195,30 @@ class CachedDenoiser(nn.Module):
         `stages`: the evaluations of one step, 1 or 2, if known; `sample` knows it for k-diffusion's samplers.
         `on_schedule`: every evaluation is at a sigma of the schedule (with two a step, the second at the step's end);
         then sigmas need not be read from an accelerator. None: so where `stages` is 1.
+
+        Raises RuntimeError if another run of this wrapper is in progress: two loops at once, in threads, in asyncio or
+        as generators, need a `CachedDenoiser` each around the same model.
         """
-        self.engine.begin(sigmas, stages, on_schedule)
+        with self._announced(sigmas, stages, on_schedule):
+            yield self
+
+    @contextlib.contextmanager
+    def _announced(
+        self,
+        sigmas: Tensor | Iterable[float] | None,
+        stages: int | None,
+        on_schedule: bool | None,
+        computed: str | None = None,
+    ) -> Iterator[None]:
+        if self.engine.clock.bounded:
+            raise RuntimeError(
+                "another run of this CachedDenoiser is in progress: make one for each run, "
+                "CachedDenoiser(model, method), around the same model"
+            )
+        self.engine.begin(sigmas, stages, on_schedule, computed=computed)
         self._reset_turns()
         try:
-            yield self
+            yield
         finally:
             self.engine.end()
 
@@ -274,7 +283,8 @@ def sample(
     name = getattr(sampler, "__name__", "")
     stages = EVALUATIONS.get(name)
     on_schedule = (stages == 1 or name == "sample_heun") and not arguments.arguments.get("s_churn")
-    with cache.run(arguments.arguments.get("sigmas"), stages, on_schedule):
+    computed = "the sampler measures its error on it" if name in ADAPTIVE else None
+    with cache._announced(arguments.arguments.get("sigmas"), stages, on_schedule, computed):
         return sampler(*arguments.args, **arguments.kwargs)
 
 
@@ -306,10 +316,8 @@ class DenoiserCall(Call):
         self._scalings = scalings
         self._known_factors: tuple[Tensor | None, Tensor, Tensor] | None = None
         self._dtypes = {} if dtypes is None else dtypes  # of the latents' dtype that of the model's last answer
-
-    @property
-    def requires_grad(self) -> bool:
-        return any(one.requires_grad for one in tree_leaves((self.latent, self.keywords)) if isinstance(one, Tensor))
+        leaves = tree_leaves((x, extra)) if torch.is_grad_enabled() else ()
+        self.requires_grad = any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
 
     def _factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """c_skip, c_out and c_in, as factors for x."""
@@ -341,23 +349,45 @@ class DenoiserCall(Call):
         dtype = self._dtypes.get(self.latent.dtype, self.latent.dtype)
         return torch.addcmul(skipped, out, c_out).to(dtype)
 
-    def part(self, name: str) -> DenoiserCall:
+    @torch.no_grad()
+    def rounded(self, name: str, output: Tensor) -> Tensor:
+        dtype = self._dtypes.get(self.latent.dtype, self.latent.dtype)
+        if dtype != torch.float16:
+            return output
+        kept = rows_of(self.names, name, len(self.latent))
+        c_skip, c_out, _ = self._factors()
+        c_skip, c_out = None if c_skip is None else _of_rows(c_skip, kept), _of_rows(c_out, kept)
+        x = self.latent[kept]
+        return torch.addcmul(x if c_skip is None else x * c_skip, output, c_out).to(dtype)
+
+    def part(self, name: str) -> DenoiserCall | None:
+        """The call for one branch; None if it is not certain that the rows are those of branches.
+
+        Branches of one evaluation have the same x: rows that differ are images of a batch, without guidance.
+        """
         rows = len(self.latent)
         kept = rows_of(self.names, name, rows)
-        x, sigma, extra = cut((self.latent, self.sigma, self.keywords), rows, kept)
+        first, *others = self.latent.chunk(len(self.names))
+        if not all(torch.equal(first, other) for other in others):
+            self.notes = (*self.notes, "the rows of the batch are not the same latents: they are no branches")
+            return None
+        sigma = self.sigma[kept] if self.sigma.ndim and len(self.sigma) == rows else self.sigma
+        try:
+            extra = cut_exactly(self.keywords, rows, kept)
+        except Uncut as error:
+            self.indivisible, self.notes = True, (*self.notes, f"{error}: it may belong to all rows or to some")
+            return None
+        x = self.latent[kept]
         return DenoiserCall(self.model, self._scalings, (name,), x, sigma, extra, self._dtypes)
+
+
+def _of_rows(c: Tensor, kept: slice) -> Tensor:
+    return c if len(c) == 1 else c[kept]
 
 
 def _spread(c: Tensor, x: Tensor) -> Tensor:
     """A number per row, (B,) or (), as a factor for x (B, ...)."""
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c.reshape((1,) * x.ndim)
-
-
-def _distinct(names: str | Sequence[str]) -> tuple[str, ...]:
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if len(set(names)) != len(names) or not names:
-        raise OptionError(f"branches {names!r}: give one or more different names")
-    return names
 
 
 def _method(given: Method | str | None) -> Method | None:

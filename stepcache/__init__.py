@@ -5,7 +5,7 @@ These are the names for users. `stepcache.extend` has those for authors of metho
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .compat import load_config, parse
 from .masks import StepMask
@@ -32,13 +32,17 @@ if (_ROOT / "samplers" / "k_diffusion.py").is_file() and (_ROOT / "pyproject.tom
     __path__ += [str(_ROOT), str(_ROOT / "examples")]  # a clone, not installed: samplers/ and examples/demo/ are parts
 
 
-def __getattr__(name: str) -> Any:
-    """`stepcache.attach`: the cache around a pipeline; its adapter is imported when first asked for."""
-    if name == "attach":
-        from .samplers import attach
+if TYPE_CHECKING:
+    from .samplers import attach
+else:
 
-        return attach
-    raise AttributeError(f"module 'stepcache' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """`stepcache.attach`: the cache around a pipeline; its adapter is imported when first asked for."""
+        if name == "attach":
+            from .samplers import attach
+
+            return attach
+        raise AttributeError(f"module 'stepcache' has no attribute {name!r}")
 
 
 __all__ = [

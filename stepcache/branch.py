@@ -56,7 +56,7 @@ class Branch:
         x: the network's input now, in float32 or wider; after `rebase` the reference branch's output.
         history: the last computed evaluations of this branch, oldest first, as many as the predictor keeps. Not empty
             when a criterion or a predictor is asked.
-        out: the network's raw output, once it has been computed.
+        out: the network's raw output; RuntimeError before it has been computed.
         rebased: whether x is another branch's output.
         has_baseline: whether it is known what a prediction is relative to.
         noise: how noisy the sampler is, (B,) from 0 to 1 (`noise.FreshNoise`); None if not known or not asked for.
@@ -74,12 +74,13 @@ class Branch:
         predictor: Callable[[Branch], Tensor | None],
         deferred: DeferredScalars,
         parametrized: bool = False,
+        rounded: Callable[[Tensor], Tensor] = lambda out: out,
     ) -> None:
         self.position = position
         self.run = run
         self.x: Tensor = x
         self.history = history
-        self.out: Tensor | None = None
+        self._out: Tensor | None = None
         self.rebased = False
         self.has_baseline = True
         self.noise: Tensor | None = None
@@ -90,6 +91,17 @@ class Branch:
         self._predict = predictor
         self._deferred = deferred
         self._parametrized = parametrized
+        self._rounded = rounded
+
+    @property
+    def out(self) -> Tensor:
+        if self._out is None:
+            raise RuntimeError("this branch's output has not been computed yet")
+        return self._out
+
+    @out.setter
+    def out(self, out: Tensor) -> None:
+        self._out = out
 
     def coordinate(self, position: Position) -> float | None:
         """The place of an evaluation in `RunInfo.coordinate`; None if that is not a finite number, as log 0."""
@@ -125,9 +137,9 @@ class Branch:
 
         A baseline of another shape or on another device cannot be used: there is then no prediction.
         """
-        known = baseline is not None and baseline.shape == self._input.shape and baseline.device == self._input.device
-        self.rebased, self.has_baseline = True, known
-        if known:
+        usable = baseline is not None and (baseline.shape, baseline.device) == (self._input.shape, self._input.device)
+        self.rebased, self.has_baseline = True, usable
+        if baseline is not None and usable:
             self.x = baseline
 
     @property
@@ -137,8 +149,8 @@ class Branch:
 
     @property
     def finite(self) -> bool:
-        """Whether every number of the prediction is finite; waits for the device."""
-        return math.isfinite(self.total)
+        """Whether there is a prediction of which every number is finite; waits for the device."""
+        return self.total is not None and math.isfinite(self.total)
 
     def request(self, *names: str) -> None:
         """Registers measurements by name, so that the first one that is read brings all of them in one transfer."""
@@ -156,23 +168,22 @@ class Branch:
         return self.defer(mean_abs(self.moved)) if self.history else None
 
     @cached_property
-    def signal_size(self) -> DeferredScalar:
-        """mean |signal|."""
-        return self.defer(mean_abs(self.signal))
-
-    def signal_change(self, since: Tensor) -> DeferredScalar:
-        """mean |signal - since|."""
-        return self.defer(mean_abs_difference(self.signal, since))
-
-    @cached_property
     def prediction(self) -> Tensor | None:
         """The raw output that the predictor expects here; None if it cannot tell."""
         return self._predict(self) if self.history and self.has_baseline else None
 
+    def predict(self) -> Tensor:
+        """The prediction that a skipped evaluation returns; RuntimeError without one."""
+        if self.prediction is None:
+            raise RuntimeError("this branch cannot be predicted: ask `predictable` first")
+        return self.prediction
+
     @cached_property
     def total(self) -> DeferredScalar | None:
-        """The sum of the prediction, finite if the prediction is; None without one."""
-        return None if self.prediction is None else self.defer(self.prediction.sum())
+        """The sum of the prediction, finite if the prediction is, as the host gets it; None without one."""
+        if self.prediction is None:
+            return None
+        return self.defer(self._rounded(self.prediction).sum(dtype=self.prediction.dtype))
 
     @cached_property
     def size(self) -> DeferredScalar:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -39,7 +40,7 @@ class Call(ABC):
     requires_grad: bool = False
     place: tuple[float, int, int] | None = None
     evaluation: int | None = None
-    cache_key: tuple = ()
+    cache_key: tuple[Any, ...] = ()
     keywords: Mapping[str, Any] = MappingProxyType({})
     signal: Tensor | None = None
     raw: Any = None
@@ -61,6 +62,10 @@ class Call(ABC):
     @abstractmethod
     def rebuild(self, outputs: tuple[Tensor, ...]) -> Any:
         """What the host expects, made from raw network outputs."""
+
+    def rounded(self, name: str, output: Tensor) -> Tensor:
+        """The raw output of a branch as the host gets it: in float16 it may become infinite."""
+        return output.to(self.latent.dtype) if self.latent.dtype == torch.float16 else output
 
     def part(self, name: str) -> Call | None:
         """The same call for one of its branches; None if the host's call cannot be split."""

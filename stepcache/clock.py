@@ -56,11 +56,13 @@ def as_schedule(sigmas: Tensor | Iterable[float] | None) -> tuple[float, ...] | 
 class Clock:
     """Follows the evaluations of one model and says where each stands.
 
-    `sigmas` is the schedule of runs that the host does not announce with `begin`; None means unknown.
+    `sigmas` is the schedule of runs that the host does not announce with `begin`; None means unknown. `lowest` is the
+    lowest sigma that a run reaches, 0 if that is not known: a run without a schedule is complete there.
     """
 
-    def __init__(self, sigmas: Tensor | Iterable[float] | None = None) -> None:
+    def __init__(self, sigmas: Tensor | Iterable[float] | None = None, lowest: float = 0.0) -> None:
         self._default = as_schedule(sigmas)
+        self._lowest = lowest * (1 + 1e-4)
         self.schedule = self._default
         self.stages: int | None = None
         self.bounded = False
@@ -69,6 +71,7 @@ class Clock:
         self._last: Position | None = None
         self._first_sigma = 0.0
         self._corrector = False
+        self._pairs = True
         self._on_plan = False
         self._on_schedule = False
         self._single = False
@@ -91,7 +94,9 @@ class Clock:
         `on_schedule` says that every evaluation stands at a sigma of the schedule, the second of two at the step's end
         as Heun's does; None means so where `stages` is 1. Evaluations on an accelerator are then counted instead of
         read: no wait for the device. `loops` says that the sampler may loop over the schedule again before `end`, which
-        begins another run; without, whatever comes until `end` belongs to this one.
+        begins another run: after the last step, or at the first sigma if a loop was broken off. Without `loops`,
+        whatever comes until `end` belongs to this run. Sigmas that are counted instead of read do not show that a loop
+        was broken off: announce each of them then.
         """
         if stages not in (None, 1, 2):
             raise ValueError(f"stages={stages!r}: accepted are 1, 2 and None (not known)")
@@ -112,12 +117,13 @@ class Clock:
 
     def locate(self, sigma: Tensor) -> Position:
         """The place of the evaluation that the sampler asks for at `sigma` (any shape)."""
-        planned, mixed = self._planned(), False
-        if planned is not None and self._on_schedule and sigma.device.type != "cpu":
-            value, place = self.schedule[sum(planned)], planned
+        planned, mixed, schedule = self._planned(), False, self.schedule
+        place: tuple[int | None, int]
+        if schedule is not None and planned is not None and self._on_schedule and sigma.device.type != "cpu":
+            value, place = schedule[sum(planned)], planned
         else:
             value, tolerance, mixed = _read(sigma)
-            if self._last is not None and self._loops_again(value, tolerance):
+            if self._last is not None and self._loops_again(self._last, value, tolerance):
                 self.restart()
                 self._on_plan = self.bounded  # another loop over the same plan begins with its first evaluation
                 planned = self._planned()
@@ -131,9 +137,10 @@ class Clock:
 
     def _next(self, sigma: float, place: tuple[int | None, int], mixed: bool = False) -> Position:
         if self._last is None:
-            self._run, self._first_sigma, evaluation = self._run + 1, sigma, 0
+            self._run, self._first_sigma, self._pairs, evaluation = self._run + 1, sigma, True, 0
         else:
             evaluation = self._last.evaluation + 1
+            self._pairs = self._pairs and (evaluation % 2 == 1 or sigma >= self._last.sigma * (1 - SAME))
         self._last = Position(self._run, evaluation, sigma, *place, mixed)
         return self._last
 
@@ -148,13 +155,35 @@ class Clock:
         """Whether this is the run's final step, as far as is known."""
         return self.steps is not None and position.step == self.steps - 1
 
-    def _loops_again(self, value: float, tolerance: float) -> bool:
-        """Whether another sampling loop has begun: in an announced run, only after its last step, on its schedule."""
+    def one_evaluation(self, position: Position) -> bool:
+        """Whether the announced plan has no second evaluation at this sigma, in this run or at the start of another."""
+        if not self.bounded or self.stages != 1 or self.schedule is None or position.step is None:
+            return False
+        return not self.is_last(position) and not near(self.schedule[position.step + 1], position.sigma)
+
+    def _loops_again(self, last: Position, value: float, tolerance: float) -> bool:
+        """Whether another sampling loop has begun: in an announced run, only on its schedule.
+
+        There it begins after the last step, or at the first sigma if the loop before was broken off.
+        """
         if self.bounded:
-            over = self._loops and self.is_last(self._last) and self.schedule[-1] == 0
-            if not over or not any(near(value, sigma, tolerance) for sigma in self.schedule):
+            schedule = self.schedule
+            if not self._loops or schedule is None:
                 return False
-        return self._begins_run(value, tolerance)
+            if not self.is_last(last) and self._starts_again(last, schedule, value, tolerance):
+                return True
+            over = self.is_last(last) and schedule[-1] == 0
+            if not over:
+                return False
+            if not any(near(value, sigma, tolerance) for sigma in schedule):
+                return False
+        return self._begins_run(last, value, tolerance)
+
+    def _starts_again(self, last: Position, schedule: tuple[float, ...], value: float, tolerance: float) -> bool:
+        """Whether the schedule's first sigma comes again, though the plan has another one next."""
+        if last.step is None or not near(value, schedule[0], tolerance):
+            return False
+        return not any(near(value, sigma, tolerance) for sigma in (schedule[last.step + 1], last.sigma))
 
     def _planned(self) -> tuple[int, int] | None:
         if not self._on_plan or self.stages is None or self.schedule is None:
@@ -168,23 +197,46 @@ class Clock:
             return step, stage + 1
         return (step + 1, 0) if step + 2 < len(self.schedule) else None
 
-    def _begins_run(self, value: float, tolerance: float) -> bool:
-        last, schedule = self._last, self.schedule
+    def _begins_run(self, last: Position, value: float, tolerance: float) -> bool:
+        schedule = self.schedule
         has_fallen = last.sigma < self._first_sigma or last.evaluation == 0
         again = has_fallen and value >= self._first_sigma * (1 - tolerance)
         if schedule is None or last.step is None:
-            return again or value > last.sigma * RISE
+            return (
+                again
+                or value > last.sigma * RISE
+                or (schedule is None and self._breaks_the_fall(last, value, tolerance))
+            )
         following = schedule[last.step + 1]
         if near(value, following, tolerance):
             return False
+        if near(value, last.sigma, tolerance) and last.step > 0 and last.stage == 0:
+            return not self._may_correct(last)
         if self.is_last(last) and schedule[-1] == 0:
-            # Nothing follows the last step, unless what was taken for it was Heun's first corrector.
-            return self._corrector or last.step == 0 or last.stage > 0 or not near(value, last.sigma, tolerance)
+            return True  # nothing follows the last step
         if value < following:
             return True  # a step was left out: this is another schedule, or the loop was broken off
         off = not any(near(value, sigma, tolerance) for sigma in schedule)
         starts_again = again or near(value, schedule[0], tolerance) or value > schedule[0] * CHURN
         return starts_again or (off and value > last.sigma * RISE) or (self.is_last(last) and value > last.sigma)
+
+    def _may_correct(self, last: Position) -> bool:
+        """Whether an evaluation that was taken for a step's first may have been Heun's first corrector.
+
+        That is the second evaluation of its run; the later ones are known by it.
+        """
+        return not self._corrector and last.evaluation == 1
+
+    def _breaks_the_fall(self, last: Position, value: float, tolerance: float) -> bool:
+        """Without a schedule, whether sigma does not fall though it would in this run, or its lowest was reached.
+
+        Within a run sigma stays, or rises by churn, between Heun's corrector and the next step: always at every second
+        evaluation. A change of churn within the run looks like a new one and costs the evaluations that refill the
+        cache.
+        """
+        rises = value >= last.sigma * (1 - tolerance)
+        corrected = last.evaluation % 2 == 1 and self._pairs
+        return (rises or last.sigma <= self._lowest) and not (rises and corrected)
 
     def _place(
         self, value: float, tolerance: float, planned: tuple[int, int] | None
@@ -199,9 +251,9 @@ class Clock:
             step, stage = planned
             low, high = (schedule[step], schedule[step]) if stage == 0 else sorted(schedule[step : step + 2])
             if low * (1 - tolerance) <= value <= high * CHURN * (1 + tolerance):
-                return self._snapped(value, step, tolerance), planned
+                return _snapped(schedule, value, step, tolerance), planned
         if last is None or last.step is None:
-            return self._entry(value, tolerance)
+            return self._entry(schedule, value, tolerance)
 
         step, stage = last.step, last.stage
         following = schedule[step + 1]
@@ -214,24 +266,20 @@ class Clock:
             return last.sigma, (step, 0)
         if stage == 0 and following < value < schedule[step]:
             return value, ((step + 1, 0) if self._single else (step, 1))
-        return self._entry(value, tolerance)
+        return self._entry(schedule, value, tolerance)
 
-    def _entry(self, value: float, tolerance: float) -> tuple[float, tuple[int | None, int]]:
+    def _entry(
+        self, schedule: tuple[float, ...], value: float, tolerance: float
+    ) -> tuple[float, tuple[int | None, int]]:
         """A place found from sigma alone: only an exact match with the schedule counts, or churn on its first sigma."""
-        found = [(abs(value - s), k) for k, s in enumerate(self.schedule[:-1]) if near(value, s, tolerance)]
+        found = [(abs(value - s), k) for k, s in enumerate(schedule[:-1]) if near(value, s, tolerance)]
         if found:
             after = -1 if self._last is None or self._last.step is None else self._last.step
             step = min(found, key=lambda one: (one[1] <= after, one))[1]
-            return self.schedule[step], (step, 0)
-        if self._last is None and self.schedule[0] < value <= self.schedule[0] * CHURN * (1 + tolerance):
+            return schedule[step], (step, 0)
+        if self._last is None and schedule[0] < value <= schedule[0] * CHURN * (1 + tolerance):
             return value, (0, 0)
         return value, (None, 0)
-
-    def _snapped(self, value: float, step: int, tolerance: float) -> float:
-        for sigma in self.schedule[step : step + 2]:
-            if near(value, sigma, tolerance):
-                return sigma
-        return value
 
 
 def same_sigma(a: Tensor, b: Tensor) -> bool:
@@ -246,6 +294,11 @@ def same_sigma(a: Tensor, b: Tensor) -> bool:
 def near(a: float, b: float, tolerance: float = SAME) -> bool:
     """Whether two sigmas above 0 are one, up to the relative tolerance."""
     return abs(a - b) <= tolerance * max(a, b) and b > 0
+
+
+def _snapped(schedule: tuple[float, ...], value: float, step: int, tolerance: float) -> float:
+    """The step's own sigma, or the next one's, if the value is near one of them; else the value."""
+    return next((sigma for sigma in schedule[step : step + 2] if near(value, sigma, tolerance)), value)
 
 
 def _read(sigma: Tensor) -> tuple[float, float, bool]:

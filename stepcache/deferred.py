@@ -22,7 +22,7 @@ class DeferredScalar:
     def __float__(self) -> float:
         if isinstance(self._value, Tensor):
             self._pool.fetch()
-        return self._value
+        return float(self._value)
 
     def __repr__(self) -> str:
         return f"Reading({float(self):.6g})"
@@ -32,19 +32,20 @@ class DeferredScalars:
     """The readings of one run."""
 
     def __init__(self) -> None:
-        self._pending: list[DeferredScalar] = []
+        self._pending: list[tuple[DeferredScalar, Tensor]] = []
 
     def defer(self, number: Tensor) -> DeferredScalar:
         """Registers a 0-dimensional tensor without waiting for its value."""
-        reading = DeferredScalar(number.detach(), self)
-        self._pending.append(reading)
+        number = number.detach()
+        reading = DeferredScalar(number, self)
+        self._pending.append((reading, number))
         return reading
 
     def fetch(self) -> None:
         """One device-to-host transfer for all readings still pending."""
         pending, self._pending = self._pending, []
-        values = torch.stack([reading._value.float() for reading in pending]).tolist()
-        for reading, value in zip(pending, values, strict=True):
+        values = torch.stack([number.float() for _, number in pending]).tolist()
+        for (reading, _), value in zip(pending, values, strict=True):
             reading._value = value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import warnings
@@ -22,6 +23,7 @@ from .methods.off import Off
 from .options import OptionError, number, unknown
 from .parametrization import Parametrization
 from .plan import ComputeReason, Plan, Verdict
+from .probe import Probe
 from .report import Report
 from .run import OTHERS_PREDICTED, Evaluation, Run
 from .run_info import RunInfo
@@ -110,7 +112,7 @@ class Engine:
                 f"reference={reference!r} with decide='each': where each branch decides there is no reference"
             )
         self.method = method or Off()
-        self.clock = Clock(sigmas)
+        self.clock = Clock(sigmas, lowest_sigma)
         self.report = Report(self.method.name)
         self._reference = reference
         self._each = decide == "each"
@@ -121,6 +123,8 @@ class Engine:
         self._lowest_sigma = lowest_sigma
         self._group = group
         self._run: Run | None = None
+        self._computed: str | None = None
+        self._network = network
         self._warned: set[str] = set()
         self._notes = tuple(notes)
         blocks = None if self.method.never_skips else self.method.criterion.blocks
@@ -162,7 +166,7 @@ class Engine:
     def _answer_or_pass(self, call: Call) -> Any:
         """Off, gradients and mixed sigmas are passed to the model, without a look at the tensors."""
         evaluation = self._locate(call)
-        if reason := self._pass_reason(call, evaluation.position):
+        if reason := self._pass_reason(call, evaluation):
             self.report.passed(evaluation.position, call.names, reason)
             answer = call.run_model()
         else:
@@ -177,7 +181,7 @@ class Engine:
         plan = self._plan(evaluation, branches)  # compute or predict, for each branch
         plan, outputs = self._compute(call, run, plan, branches)
         plan, outputs = self._checked(call, run, plan, branches, outputs)
-        outputs |= {name: branches[name].prediction for name in plan.predicted}
+        outputs |= {name: branches[name].predict() for name in plan.predicted}
         run.update(call, plan, branches, outputs)
         self.report.append(evaluation.position, plan, branches)
         return call.rebuild(tuple(outputs[name] for name in call.names)) if plan.predicted else call.raw
@@ -190,10 +194,14 @@ class Engine:
         stages: int | None = None,
         on_schedule: bool | None = None,
         loops: bool = True,
+        computed: str | None = None,
     ) -> None:
-        """The host announces a run, which lasts until `end`; see `Clock.begin`."""
+        """The host announces a run, which lasts until `end`; see `Clock.begin`.
+
+        `computed` is why everything in it is computed, if it is; the report gives it as the reason.
+        """
         with self._lock:
-            self._run = None
+            self._run, self._computed = None, computed
             self.clock.begin(sigmas, stages, on_schedule, loops)
             try:
                 self._check_mask()
@@ -205,7 +213,7 @@ class Engine:
         """The announced run is over; only its report stays."""
         with self._lock:
             self.clock.end()
-            self._run = None
+            self._run = self._computed = None
 
     def reset(self) -> None:
         """Forgets the run in progress; only its report stays."""
@@ -230,11 +238,15 @@ class Engine:
         rows = call.latent.shape[0] // len(call.names)
         latent = call.latent
         key = (rows, *latent.shape[1:], latent.dtype, latent.device, threading.get_ident(), call.cache_key)
+        numbered = self.method.never_skips or call.evaluation is not None or call.place is not None
+        if self._run is not None and not numbered and (twice := self._called_twice(self._run, call)):
+            return twice
         if self._run is not None:
             self._drop_if_changed(self._run, call.names, key)
         current = self._run.evaluation if self._run is not None else None
         if current is not None and not current.names & set(call.names) and _same_evaluation(current, call):
             current.names.update(call.names)
+            current.note(call)
             if self._each:
                 current.gated = current.run.gated(current.position, call.names)
             return current
@@ -242,6 +254,10 @@ class Engine:
         if self._run is None or self._run.number != position.run:
             self._run = self._begin_run(position)
             self._run.cache_keys.update(dict.fromkeys(call.names, key))
+            if current is not None and current.position.evaluation == 0 and position.sigma == current.position.sigma:
+                self._run.repeats = None  # a second image at the first sigma, or the second part of a batch
+        elif self._run.repeats is None and position.evaluation > 1:
+            self._run.repeats = False
         run = self._run
         run.evaluation = Evaluation(
             run,
@@ -252,9 +268,39 @@ class Engine:
             frozenset(current.names if current is not None else ()),
             set(call.names),
         )
+        run.evaluation.note(call)
         return run.evaluation
 
-    def _drop_if_changed(self, run: Run, names: tuple[str, ...], key: tuple) -> None:
+    def _called_twice(self, run: Run, call: Call) -> Evaluation | None:
+        """The evaluation in progress, marked as repeated, if the same branches were called in it before.
+
+        With the very same latent they are other branches under one name. With another latent they may be another part
+        of the batch: certainly in a plan with one evaluation a step, or if it was so before in this run; else it is
+        Heun's next step. Parts of a batch cannot be told apart later, so nothing that they computed is kept.
+        A sigma on an accelerator is not read for this; it must be the same tensor.
+        """
+        current = run.evaluation
+        if current is None or call.names not in current.latents:
+            return None
+        if current.sigma is not call.sigma and (
+            call.sigma.device.type != "cpu" or not same_sigma(current.sigma, call.sigma)
+        ):
+            return None
+        if not current.same_latent(call):
+            again = run.repeats or (run.repeats is None and current.position.evaluation == 1)
+            if not again and not self.clock.one_evaluation(current.position):
+                return None
+            run.repeats = True
+            run.forget()
+        sentence = (
+            f"branch {', '.join(call.names)} was called twice in one evaluation: such calls are computed, and nothing "
+            "is learnt from them. Give branches that come in separate calls a name each"
+        )
+        self._warn(sentence)
+        self.report.note(sentence)
+        return dataclasses.replace(current, repeated=True)
+
+    def _drop_if_changed(self, run: Run, names: tuple[str, ...], key: tuple[Any, ...]) -> None:
         """If a branch's cache key has changed, the run ends; if the host announced it, only the branch's cache goes."""
         changed = [name for name in names if run.cache_keys.setdefault(name, key) != key]
         if changed and not self.clock.bounded:
@@ -294,16 +340,36 @@ class Engine:
         info.notes.extend(info.warnings)
         return run
 
-    def _pass_reason(self, call: Call, position: Position) -> str | None:
+    def _pass_reason(self, call: Call, evaluation: Evaluation) -> str | None:
         """Why the model is called without a look at the tensors; None if it is not."""
+        run, position = evaluation.run, evaluation.position
         if self.method.never_skips:
             return "off"
+        if self._computed is not None:
+            return self._computed
+        if evaluation.repeated or run.repeats or (run.repeats is None and position.evaluation == 1):
+            return "called twice"
         if torch.is_grad_enabled() and call.requires_grad:
+            return "gradients are asked for"
+        if torch.is_grad_enabled() and self._trains(run):
+            sentence = (
+                "the model's parameters require gradients, and skipped evaluations have none: everything is computed. "
+                "Sample under torch.no_grad() if you do not train"
+            )
+            self._warn(sentence)
+            self.report.note(sentence)
             return "gradients are asked for"
         if position.mixed:
             self._warn("the rows of the batch have different sigmas: such evaluations are always computed")
             return "sigmas differ in the batch"
         return None
+
+    def _trains(self, run: Run) -> bool:
+        """Whether the network has parameters that require gradients; looked at once a run."""
+        if run.trains is None:
+            parameters = self._network.parameters() if isinstance(self._network, torch.nn.Module) else ()
+            run.trains = any(parameter.requires_grad for parameter in parameters)
+        return run.trains
 
     # Compute or predict.
 
@@ -379,7 +445,7 @@ class Engine:
             return plan, {}
         observed = plan.deciding and all(reason is None or reason.observe for reason in plan.reasons.values())
         if self._probe is not None and observed:
-            plan, outputs = self._compute_probed(call, run, plan, branches)
+            plan, outputs = self._compute_probed(self._probe, call, run, plan, branches)
         else:
             outputs = call.compute(plan.computed)
         if plan.computed and not outputs:
@@ -397,7 +463,7 @@ class Engine:
         return plan, outputs
 
     def _compute_probed(
-        self, call: Call, run: Run, plan: Plan, branches: dict[str, Branch]
+        self, probe: Probe, call: Call, run: Run, plan: Plan, branches: dict[str, Branch]
     ) -> tuple[Plan, dict[str, Tensor]]:
         """Runs the model until the criterion has seen what it looks at, and on to the end unless it says skip.
 
@@ -419,7 +485,7 @@ class Engine:
 
         if call.signal is not None:
             look(call.signal)
-        outputs = self._probe.call(partial(call.compute, call.names), look) or {}
+        outputs = probe.call(partial(call.compute, call.names), look) or {}
         if PENDING in plan.reasons.values():
             plan = plan.but(ComputeReason(INVALID_STATE))
         if any(reason is not None and reason.reason == INVALID_STATE for reason in plan.reasons.values()):
@@ -443,8 +509,11 @@ class Engine:
         return self._compute(call, run, plan.but(NOT_FINITE if possible else NO_CACHE), branches)
 
     def _sound(self, branch: Branch) -> bool:
-        """Whether a prediction is finite; seen from its cache, without a transfer, if that is enough."""
-        if self.method.predictor.finite_if_cache_is:
+        """Whether a prediction is finite; seen from its cache, without a transfer, if that is enough.
+
+        It is not if the prediction is relative to another branch's output of this very evaluation.
+        """
+        if self.method.predictor.finite_if_cache_is and not branch.rebased:
             return all(math.isfinite(entry.size) for entry in branch.history)
         return branch.finite
 
@@ -482,20 +551,21 @@ class Engine:
 
     def _free_if_over(self, evaluation: Evaluation) -> None:
         """Frees the latents after the run's last evaluation, if it can be known."""
-        run, position, schedule = evaluation.run, evaluation.position, self.clock.schedule
+        run, position, schedule = evaluation.run, evaluation.position, evaluation.run.info.schedule
         if not evaluation.expected <= evaluation.names:
             return
-        if run.info.steps is None:
+        if schedule is None:
             over = position.sigma <= self._lowest_sigma * (1 + 1e-4)
         else:
             single = schedule[-1] == 0 or run.info.stages != 2
-            over = position.step == run.info.steps - 1 and (single or position.stage == 1)
+            over = position.step == len(schedule) - 2 and (single or position.stage == 1)
         if over:
             run.forget()
 
     def _check_mask(self) -> None:
-        if self.method.mask is not None and self.clock.steps is not None:
-            self.method.mask.for_steps(self.clock.steps)
+        mask, steps = self.method.mask, self.clock.steps
+        if mask is not None and steps is not None:
+            mask.for_steps(steps)
 
     def _warn(self, sentence: str) -> None:
         """Warns of a thing once an engine."""
@@ -504,8 +574,11 @@ class Engine:
             warnings.warn(sentence, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied or pickled: options and the last report, never a lock or a run in progress."""
-        return {**self.__dict__, "_lock": None, "_busy": False, "_run": None}
+        """What is copied or pickled: options and the last report, no lock, run in progress or group of ranks."""
+        alone: dict[str, Any] = {"_computed": None, "_lock": None, "_busy": False, "_run": None, "_group": None}
+        if self._group is not None:
+            alone["_notes"] = (*self._notes, "a copy of an engine with a group: it decides without the other ranks")
+        return {**self.__dict__, **alone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -46,11 +46,17 @@ def ForecastTolerance(tolerance: float = 0.02, guidance: float = 7.5, **common: 
     return Method(**{**chosen, **common})
 
 
-class _Miss(NamedTuple):
-    """A computed evaluation: its place, those of the last two computed before it, and how far a prediction was
-    off. `path` holds (place, coordinate), the newest first."""
+Place = tuple[int, float]
+"""An evaluation's number in the run, counted from 0, and its coordinate."""
 
-    path: tuple[tuple[int | None, float | None], ...]
+
+class _Miss(NamedTuple):
+    """A computed evaluation: its place, those of the last two computed before it, and how far a prediction was off.
+
+    `path` has the newest first.
+    """
+
+    path: tuple[Place | None, ...]
     off: DeferredScalar | None
     size: DeferredScalar | None
 
@@ -99,10 +105,10 @@ class ToleranceRule(Criterion):
     due: int = state(0)
     rate: float | None = state(None)
     size: float = state(0.0)
-    path: tuple[tuple[int, float], ...] = state(())
-    places: _Places | None = state(None)
+    path: tuple[Place, ...] = state(())
+    places: _Places = state(factory=lambda: _Places())
     _where: Position | None = state(None)
-    _path: tuple[tuple[int | None, float | None], ...] = state(())
+    _path: tuple[Place | None, ...] = state(())
     _offs: dict[str, Tensor | None] = state(factory=dict)
     _residuals: dict[str, Tensor] = state(factory=dict)
     _misses: list[_Miss] = state(factory=list)
@@ -118,29 +124,33 @@ class ToleranceRule(Criterion):
     def begin(self, run: RunInfo) -> ToleranceRule:
         rule = super().begin(run)
         rule.places = _Places.of(run)
-        if rule.places is None:
+        if not rule.places.known:
             run.notes.append("tolerance: everything is computed, for the run's schedule or its scale is not known")
         return rule
 
     def update_any(self, name: str, branch: Branch) -> None:
-        if self.places is None:
+        if not self.places.known:
             return
         if self._where is not branch.position:
             self._close(branch)
             self._where = branch.position
-            entries = [entry.position for entry in list(branch.history)[:-3:-1]]
-            self._path = tuple((self.places.index(w), branch.coordinate(w)) for w in (branch.position, *entries))
+            before = [entry.position for entry in list(branch.history)[:-3:-1]]
+            self._path = tuple(self._place(branch, position) for position in (branch.position, *before))
         predicted = branch.prediction
         self._offs[name] = None if predicted is None else predicted - branch.out
         if self.rate is None:
             self._residuals[name] = branch.out - branch.x
 
+    def _place(self, branch: Branch, position: Position) -> Place | None:
+        index, coordinate = self.places.index(position), branch.coordinate(position)
+        return None if index is None or coordinate is None else (index, coordinate)
+
     def _close(self, branch: Branch) -> None:
         """Turns what the branches of the last computed evaluation showed into numbers, on the device."""
         if self._where is None:
             return
-        known = all(off is not None for off in self._offs.values())
-        off = branch.defer(self._guided(self._offs, branch)) if known else None
+        offs = {name: off for name, off in self._offs.items() if off is not None}
+        off = branch.defer(self._guided(offs, branch)) if len(offs) == len(self._offs) else None
         size = branch.defer(self._guided(self._residuals, branch)) if self._residuals else None
         self._misses.append(_Miss(self._path, off, size))
         self._where = None
@@ -165,7 +175,7 @@ class ToleranceRule(Criterion):
         return _rms(torch.lerp(parts["uncond"], parts["cond"], self.guidance))
 
     def decide(self, branch: Branch) -> Verdict:
-        index = None if self.places is None else self.places.index(branch.position)
+        index = self.places.index(branch.position)
         if index is None or self._where is branch.position:  # another branch has been computed here already
             return Verdict(False, threshold=self.tolerance)
         self._close(branch)
@@ -183,7 +193,7 @@ class ToleranceRule(Criterion):
     def _learn(self, miss: _Miss) -> None:
         off = None if miss.off is None else float(miss.off)
         self.size = self.size if miss.size is None else float(miss.size)
-        path = tuple(place for place in miss.path if None not in place)
+        path = tuple(place for place in miss.path if place is not None)
         if len(path) < len(miss.path):
             self.path, self.rate = (), None  # off the schedule: begin again
             return
@@ -196,12 +206,12 @@ class ToleranceRule(Criterion):
                 self.spent += self._error(tuple(before), index - before[0][0]) ** 2
         self.path = path[:2] if self.rate is not None and len(before) > 1 else path[:1]
 
-    def _error(self, path: tuple[tuple[int, float], ...], gap: int) -> float:
+    def _error(self, path: tuple[Place, ...], gap: int) -> float:
         """What a gap after path[0] leaves in the latent: the sum of u_k e_k over its skips."""
         first, last = path[0][0] + 1, min(path[0][0] + gap, self.places.last)
         return sum(self._skip(path, k) for k in range(first, last))
 
-    def _skip(self, path: tuple[tuple[int, float], ...], k: int) -> float:
+    def _skip(self, path: tuple[Place, ...], k: int) -> float:
         error_gain = self.places.error_gains[k]
         if self.rate is None:
             return error_gain * self.size / 2
@@ -245,17 +255,17 @@ SHARE, MARGIN, LARGEST = 0.4, 1.5, 1 / 3
 
 @dataclass(frozen=True)
 class _Places:
-    """The evaluations of a run, as far as the schedule tells: coordinate and exposure of each, and the last one."""
+    """The evaluations of a run, as far as the schedule tells: coordinate and error gain of each, and the last one."""
 
-    coordinates: tuple[float, ...]
-    error_gains: tuple[float, ...]
-    stages: int
+    coordinates: tuple[float, ...] = ()
+    error_gains: tuple[float, ...] = ()
+    stages: int = 1
 
     @classmethod
-    def of(cls, run: RunInfo) -> _Places | None:
-        """None if the schedule or the parametrization is not known, or a coordinate is not finite."""
+    def of(cls, run: RunInfo) -> _Places:
+        """Not `known` if the schedule or the parametrization is not, or if a coordinate is not finite."""
         if run.schedule is None or run.parametrization is None or len(run.schedule) < 2:
-            return None
+            return cls()
         stages = 2 if run.stages == 2 else 1
         coordinates, error_gains = [], []
         try:
@@ -265,9 +275,13 @@ class _Places:
                     coordinates.append(float(run.coordinate(sigma)))
                     error_gains.append(error_gain(run.parametrization(sigma), sigma) * abs(here - there) / len(halves))
         except (ValueError, ArithmeticError):
-            return None
+            return cls()
         sound = all(map(math.isfinite, (*coordinates, *error_gains)))
-        return cls(tuple(coordinates), tuple(error_gains), stages) if sound else None
+        return cls(tuple(coordinates), tuple(error_gains), stages) if sound else cls()
+
+    @property
+    def known(self) -> bool:
+        return bool(self.coordinates)
 
     @property
     def last(self) -> int:

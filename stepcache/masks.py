@@ -28,7 +28,7 @@ PRESETS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 LONGEST = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class StepMask:
     """One digit a step: 1 = compute, 0 = may be skipped.
 
@@ -36,31 +36,34 @@ class StepMask:
     or the first letter), which takes the run's own number of steps.
 
     `policy` says what happens on a zero: "dynamic" (default) asks the method's criterion, "static" skips without
-    asking. Gates still hold either way, and a step without memory is computed.
+    asking. Either way a step without a cached one before it is computed, and so are those that the window, warm-up,
+    last step and limits ask for. An interval (Forecast's, HiCache's, TaylorSeer's) acts beside a dynamic mask, whose
+    ones are computed in addition; a static mask takes its place.
 
     A mask of another length than the run raises OptionError with both lengths when the run's schedule is known. In a
     run without a known schedule (dpm_fast, dpm_adaptive) steps have no numbers: everything is computed and the report
     says so.
     """
 
-    mask: str | Iterable[int]
-    policy: Policy = "dynamic"
+    mask: str | tuple[int, ...]
+    policy: Policy
 
-    def __post_init__(self) -> None:
-        if self.policy not in ("dynamic", "static"):
-            raise unknown("policy", str(self.policy), ("dynamic", "static"))
-        if isinstance(self.mask, str) and any(letter.isalpha() for letter in self.mask):
-            object.__setattr__(self, "mask", preset_name(self.mask))
+    def __init__(self, mask: str | Iterable[int], policy: str = "dynamic") -> None:
+        if policy not in ("dynamic", "static"):
+            raise unknown("policy", str(policy), ("dynamic", "static"))
+        if isinstance(mask, str) and any(letter.isalpha() for letter in mask):
+            object.__setattr__(self, "mask", preset_name(mask))
         else:
-            object.__setattr__(self, "mask", _digits(self.mask))
+            object.__setattr__(self, "mask", _digits(mask))
+        object.__setattr__(self, "policy", policy)
 
     @classmethod
-    def preset(cls, name: str, steps: int | None = None, policy: Policy = "dynamic") -> StepMask:
+    def preset(cls, name: str, steps: int | None = None, policy: str = "dynamic") -> StepMask:
         """The preset `name` for `steps` steps, 1 to 1,000; without `steps`, for however many the run has."""
         return cls(preset_name(name) if steps is None else scaled(preset_name(name), steps), policy)
 
     @classmethod
-    def bins(cls, compute: Iterable[int], cache: Iterable[int], policy: Policy = "dynamic") -> StepMask:
+    def bins(cls, compute: Iterable[int], cache: Iterable[int], policy: str = "dynamic") -> StepMask:
         """From run lengths: compute[0] ones, cache[0] zeros, compute[1] ones, ... The last step is computed.
 
         `StepMask.bins(compute=[3, 1, 1], cache=[2, 2])` is 111001001.
@@ -138,9 +141,9 @@ def _interleaved(compute: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int,
         )
     digits: list[int] = []
     for k in range(len(compute)):
-        digits += [1] * int(number("compute bin", compute[k], low=1, whole=True))
+        digits += [1] * number("compute bin", compute[k], low=1, whole=True)
         if k < len(cache):
-            digits += [0] * int(number("cache bin", cache[k], low=1, whole=True))
+            digits += [0] * number("cache bin", cache[k], low=1, whole=True)
     digits[-1] = 1
     return tuple(digits)
 

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, overload
 
 
 class OptionError(ValueError):
@@ -21,11 +21,20 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
     return OptionError(f"unknown {kind} {name!r}.{hint} Accepted: {', '.join(known) or 'none'}.")
 
 
+@overload
+def number(name: str, value: Any, *, low: float = ..., high: float = ..., whole: Literal[True]) -> int: ...
+
+
+@overload
+def number(name: str, value: Any, *, low: float = ..., high: float = ..., whole: bool = ...) -> float: ...
+
+
 def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, whole: bool = False) -> float:
     """`value` as a number within [low, high]; OptionError naming the option otherwise."""
     accepted = f"a {'whole ' if whole else ''}number"
     accepted += f" from {low:g} to {high:g}" if high < math.inf else f" of at least {low:g}"
-    fits = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+    kind = type(value)
+    fits = issubclass(kind, Real) and not issubclass(kind, bool) and not math.isnan(value)
     fits = fits and low <= value <= high
     fits = fits and (not whole or (math.isfinite(value) and value == int(value)))
     if not fits:

@@ -81,7 +81,7 @@ class Blocks:
             return None
         part = self._part(root)
         if self.name is not None:
-            path, block = self._named(part)
+            path, block = _named(part, self.name)
             chosen, note, label = [block], "", path
         else:
             found = _listed(part)
@@ -114,13 +114,6 @@ class Blocks:
             raise OptionError(str(unknown("object_to_patch", self.within, names[:40])))
         return root
 
-    def _named(self, part: nn.Module) -> tuple[str, nn.Module]:
-        parts = dict(part.named_modules())
-        found = [name for name in parts if name and (name == self.name or name.endswith(f".{self.name}"))]
-        if not found:
-            raise unknown(f"block of {type(part).__name__}", self.name, [name for name in parts if "." in name][:40])
-        return found[0], parts[found[0]]
-
     def _unsupported(self, model: Any, why: str) -> str:
         return (
             f"Unsupported model {type(model).__name__}: {why}; looked for {', '.join(CONTAINERS)}. Name the block to "
@@ -144,12 +137,12 @@ class Probe:
         """
         thread, seen, before = threading.get_ident(), False, None
 
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal before
             if before is None and threading.get_ident() == thread:
                 before = _input(args, kwargs)
 
-        def done(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        def done(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             nonlocal seen
             if seen or threading.get_ident() != thread:
                 return
@@ -178,14 +171,23 @@ class Probe:
         Which that is, is found out once, for one transfer.
         """
         outs = [one for one in _tensors(out) if one.is_floating_point()]
-        alike = [k for k, one in enumerate(outs) if before is not None and one.shape == before.shape]
-        if not alike:
+        alike = [] if before is None else [k for k, one in enumerate(outs) if one.shape == before.shape]
+        if before is None or not alike:
             return outs[0].detach().clone() if outs else None
         if len(alike) == 1:
             self._choice = None
         elif self._choice not in alike:
             self._choice = min(alike, key=lambda k: float((outs[k] - before).abs().mean()))
         return outs[alike[0] if self._choice is None else self._choice] - before
+
+
+def _named(part: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """The path of a block, given by its path or the end of it, and the block."""
+    parts = dict(part.named_modules())
+    found = [path for path in parts if path and (path == name or path.endswith(f".{name}"))]
+    if not found:
+        raise unknown(f"block of {type(part).__name__}", name, [path for path in parts if "." in path][:40])
+    return found[0], parts[found[0]]
 
 
 def _end(block: nn.Module, which: int) -> nn.Module:
@@ -207,17 +209,22 @@ def _listed(root: nn.Module) -> tuple[nn.Module, str, list[nn.Module]] | None:
     level = [("", root)]
     while level:
         for path, module in level:
-            lists = [(name, getattr(module, name, None)) for name in CONTAINERS]
-            lists = [(name, _flat(kept)) for name, kept in lists if isinstance(kept, (nn.ModuleList, nn.Sequential))]
-            lists = [(name, kept[1:] if name == "input_blocks" else kept) for name, kept in lists]
-            if blocks := [block for _, kept in lists for block in kept]:
-                first = next(name for name, kept in lists if kept)
+            lists = {name: _kept(module, name) for name in CONTAINERS}
+            if blocks := [block for kept in lists.values() for block in kept]:
+                first = next(name for name, kept in lists.items() if kept)
                 return module, f"{path}{first}", blocks
         level = [(f"{path}{name}.", child) for path, module in level for name, child in module.named_children()]
     return None
 
 
-def _flat(blocks: nn.Module) -> list[nn.Module]:
+def _kept(module: nn.Module, name: str) -> list[nn.Module]:
+    """The blocks that a module keeps under this name, without the input convolution that `input_blocks` begin with."""
+    kept = getattr(module, name, None)
+    blocks = _flat(kept) if isinstance(kept, (nn.ModuleList, nn.Sequential)) else []
+    return blocks[1:] if name == "input_blocks" else blocks
+
+
+def _flat(blocks: nn.ModuleList | nn.Sequential) -> list[nn.Module]:
     """The blocks of a list; of a list of lists (Stable Cascade) all of theirs, because a list is never called."""
     return [one for block in blocks for one in (_flat(block) if isinstance(block, nn.ModuleList) else [block])]
 
@@ -231,7 +238,7 @@ def _compiled(root: nn.Module, blocks: list[nn.Module]) -> Iterator[nn.Module]:
             yield module
 
 
-def _input(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A block's main input: its first tensor, by position or as `hidden_states`."""
     given = [*args, kwargs.get("hidden_states"), *kwargs.values()]
     return next((one for one in given if isinstance(one, Tensor) and one.is_floating_point()), None)

@@ -152,7 +152,8 @@ class Report:
 
     def table(self) -> str:
         """A row for every branch of every evaluation."""
-        rows = [("eval", "step", "sigma", "branch", "fate", "reason", "estimate", "threshold", "off by")]
+        head = ("eval", "step", "sigma", "branch", "fate", "reason", "estimate", "threshold", "off by")
+        rows: list[tuple[str, ...]] = [head]
         for event in self.events:
             position, off = event.position, event.error_share
             step = (

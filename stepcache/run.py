@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -38,6 +41,8 @@ class Evaluation:
         decided: whether the branch that decides has been here.
         reason: why that branch was computed; None if the evaluation is skipped.
         baseline: the reference branch's output, if the other branches are predicted from it.
+        latents: the latent of each call, by its branches, and its version: by them a call that comes twice is known.
+        repeated: its branches were called before in this evaluation.
     """
 
     run: Run
@@ -50,6 +55,17 @@ class Evaluation:
     decided: bool = False
     reason: ComputeReason | None = None
     baseline: Tensor | None = None
+    latents: dict[tuple[str, ...], tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
+    repeated: bool = False
+
+    def note(self, call: Call) -> None:
+        """Keeps which latent these branches were called with, without keeping it alive."""
+        self.latents[call.names] = ref(call.latent), _version(call.latent)
+
+    def same_latent(self, call: Call) -> bool:
+        """Whether these branches were called before with this very latent, unchanged."""
+        known, version = self.latents[call.names]
+        return known() is call.latent and version == _version(call.latent)
 
 
 class Run:
@@ -66,6 +82,8 @@ class Run:
         indivisible: a batched call could not be split; no further one is tried.
         static: the mask's zeros are skipped without asking the criterion.
         relative: the other branches are predicted relative to the reference's output.
+        trains: whether the network's parameters require gradients; None if nobody has looked yet.
+        repeats: whether branches come twice with different x in one evaluation; None if that is to be seen.
     """
 
     def __init__(
@@ -80,8 +98,10 @@ class Run:
         self.reference: str | None = None
         self.rules: dict[str, Criterion] = {}
         self.caches: dict[str, History] = {}
-        self.cache_keys: dict[str, tuple] = {}
+        self.cache_keys: dict[str, tuple[Any, ...]] = {}
         self.indivisible = False
+        self.repeats: bool | None = False
+        self.trains: bool | None = None
         self.evaluation: Evaluation | None = None
         self._known_noise = noise
         self._noise = FreshNoise() if method.predictor.sampler_aware and not method.never_skips else None
@@ -104,6 +124,7 @@ class Run:
                 predictor.predict,
                 self.deferred,
                 predictor.sampler_aware,
+                partial(call.rounded, name),
             )
             for name, x in zip(call.names, call.inputs(), strict=True)
         }
@@ -120,16 +141,15 @@ class Run:
         cache = self.caches.get(name, deque())
         if self.each:
             return cache if name in evaluation.expected else deque()
-        reference = [
-            entry for entry in self.caches.get(self.reference, ()) if entry.position is not evaluation.position
-        ]
+        known = () if self.reference is None else self.caches.get(self.reference, ())
+        reference = [entry for entry in known if entry.position is not evaluation.position]
         stale = cache and reference and cache[-1].position.evaluation < reference[-1].position.evaluation
         return deque() if stale else cache
 
     def _measure_noise(self, call: Call, position: Position, branches: dict[str, Branch]) -> None:
         if self._noise is None:
             return
-        first = next(iter(branches.values()))
+        first, level = next(iter(branches.values())), None
         if self._known_noise is not None:
             level = first.x.new_full((len(first.x),), self._known_noise)
         else:
@@ -167,8 +187,10 @@ class Run:
         self._remember_answers(branches, outputs)
         for name, branch in branches.items():
             reason = plan.reasons[name]
-            branch.out = None if reason is None else outputs.get(name)
-            if reason is not None and reason is not OTHERS_PREDICTED and branch.out is not None:
+            if reason is None or name not in outputs:
+                continue
+            branch.out = outputs[name]
+            if reason is not OTHERS_PREDICTED:
                 self._learn(name, branch, plan, reason, call.latent.dtype)
         if plan.deciding and (evaluation := self.evaluation) is not None and evaluation.gated is None:
             reason = plan.reasons[plan.deciding[0]]
@@ -218,3 +240,8 @@ class Run:
             self.reference = None
             if self.evaluation is not None:
                 self.evaluation.baseline = None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count that."""
+    return 0 if tensor.is_inference() else tensor._version

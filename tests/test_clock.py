@@ -377,12 +377,22 @@ def test_of_a_second_loop_on_an_accelerator_only_the_first_sigma_is_read(stages,
 
 
 @pytest.mark.parametrize("stages", [None, 1])
-def test_an_announced_run_goes_on_while_its_last_step_has_not_come(stages):
+@pytest.mark.parametrize("loops", [True, False])
+def test_an_announced_loop_begun_again_at_the_first_sigma_is_another_run_if_the_sampler_may_loop(stages, loops):
     clock = Clock()
-    clock.begin(SIX, stages)
+    clock.begin(SIX, stages, loops=loops)
     places = walk(clock, [*SIX[:-2], *SIX[:-2]])
-    assert runs(places) == [0] * 10
-    assert evaluations(places) == list(range(10))
+    assert runs(places) == [0] * 5 + [int(loops)] * 5
+    assert evaluations(places) == [*range(5), *range(5)] if loops else list(range(10))
+
+
+@pytest.mark.parametrize("stages", [None, 1])
+def test_a_plan_that_returns_to_its_first_sigma_stays_one_run(stages):
+    clock = Clock()
+    clock.begin((10.0, 5.0, 10.0, 5.0, 0.0), stages)
+    places = walk(clock, [10, 5, 10, 5])
+    assert runs(places) == [0] * 4
+    assert steps(places) == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
 def test_an_announced_run_that_ends_above_zero_has_no_last_evaluation_and_goes_on():

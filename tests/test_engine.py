@@ -423,6 +423,104 @@ def test_an_interrupted_img2img_run_does_not_reach_the_next():
     assert_clean(model)
 
 
+def test_a_run_after_a_complete_one_is_a_new_run_even_if_it_begins_at_its_last_sigma():
+    model = cached(twice, Method(), sigmas=SIX)
+    drive(model, SIX[:-1], range(6))
+    assert drive(model, (1,), (9,)) == [18]
+    assert_clean(model)
+
+
+def test_a_run_broken_off_and_begun_again_at_the_same_sigma_is_a_new_run():
+    """After two steps with one evaluation each it cannot be Heun's corrector."""
+    model = cached(twice, Method(), sigmas=SIX)
+    drive(model, (10, 8, 6), range(3))
+    assert drive(model, (6,), (9,)) == [18]
+    assert_clean(model)
+
+
+def test_without_a_schedule_a_run_is_complete_at_the_models_lowest_sigma():
+    model = cached(Forgetful(sigma_min=1.0), Method())
+    drive(model, (10, 4, 1), range(3))
+    assert drive(model, (0.9,), (5,)) == [10]
+    assert_clean(model)
+
+
+def test_without_a_schedule_a_sigma_that_does_not_fall_begins_a_run():
+    """Only Heun stays at a sigma, or rises by churn, and it does so from its second step on, in every step."""
+    model = cached(twice, Method())
+    drive(model, (10, 8, 6, 5, 4), range(5))
+    assert drive(model, (4.0,), (9,)) == [18]
+    assert_clean(model)
+    drive(model, (3, 2, 1), range(3))
+    assert drive(model, (1.2,), (9,)) == [18]
+    assert_clean(model, 2)
+
+
+@pytest.mark.parametrize("churn", [1.0, 1.2])
+def test_without_a_schedule_heun_stays_in_its_run(churn):
+    asked = [s * c for s, c in zip(heun(SIX), [churn, *(1.0, churn) * 5], strict=True)]
+    model = cached(Forgetful(sigma_min=1.0), Method())
+    drive(model, asked, range(11))
+    assert (model.report.run, model.report.evaluations) == (0, 11)
+
+
+@pytest.mark.parametrize("stages", [None, 1, 2])
+def test_an_announced_loop_that_is_broken_off_and_begun_again_is_another_run(stages):
+    model = cached(twice, Method())
+    with model.run(SIX, stages):
+        drive(model, (10, 8, 8, 6, 6) if stages == 2 else (10, 8, 6), range(5 if stages == 2 else 3))
+        assert drive(model, (10, 8), (5, 6)) == [10, 6 + 5]
+        assert_clean(model)
+        assert model.report.events[1].position.step == (0 if stages == 2 else 1)
+
+
+# One name for several branches.
+
+TWICE = "guided was called twice in one evaluation"
+
+
+def with_the_prompt(x: Tensor, sigma: Tensor, prompt: float) -> Tensor:
+    return 2 * x + prompt
+
+
+def called_twice(model: CachedDenoiser, sigmas, second: float = 0.0) -> list[tuple[float, float]]:
+    """cond and uncond in calls of their own, with one x; or with another for uncond, larger by `second`."""
+    answers = []
+    for k, sigma in enumerate(sigmas):
+        x = filled(1.0 + k)
+        cond = model(x, level(sigma), prompt=0)
+        uncond = model(x + second if second else x, level(sigma), prompt=100)
+        answers.append((float(cond.mean()), float(uncond.mean())))
+    return answers
+
+
+@pytest.mark.parametrize("stages", [None, 1, 2])
+@pytest.mark.parametrize("announced", [True, False])
+def test_branches_that_share_a_name_are_never_predicted_from_each_other(stages, announced):
+    sigmas = heun(SIX) if stages == 2 else SIX[:-1]
+    model = cached(with_the_prompt, Method(), sigmas=SIX if stages else None)
+    with model.run(SIX, stages) if announced else contextlib.nullcontext(), pytest.warns(UserWarning, match=TWICE):
+        answers = called_twice(model, sigmas)
+    assert answers[1] == (2 + 1 * 2 - 1 + 0, 2 * 2 + 100)
+    assert [uncond for _, uncond in answers] == [2 * (1 + k) + 100 for k in range(len(sigmas))]
+    assert any(TWICE in note for note in model.report.notes)
+    assert fates(model) == "CC" + "SC" * (len(sigmas) - 1)
+
+
+@pytest.mark.parametrize("stages", [None, 1])
+def test_parts_of_a_batch_in_calls_of_their_own_are_never_predicted_from_each_other(stages):
+    model = cached(with_the_prompt, Method())
+    with model.run(SIX, 1) if stages else contextlib.nullcontext(), pytest.warns(UserWarning, match=TWICE):
+        answers = called_twice(model, SIX[:-2], second=50.0)
+    assert answers == [(2 * (1 + k), 2 * (51 + k) + 100) for k in range(len(SIX[:-2]))]
+
+
+def test_a_run_after_one_of_a_single_evaluation_at_the_same_sigma_is_cached_from_its_third_evaluation():
+    model = cached(twice, Method())
+    drive(model, (10,), (1,))
+    assert drive(model, (10, 8, 6), (5, 6, 7)) == [10, 12, 7 + 5]
+
+
 def test_reset_forgets_the_run():
     model = begun()
     model.reset()
@@ -471,9 +569,9 @@ def alive() -> int:
     return sum(type(thing) is Tensor and thing.numel() == 777 for thing in gc.get_objects())
 
 
-def evaluate_odd(model: CachedDenoiser, sigmas, **extra) -> None:
-    for sigma in sigmas:
-        model(torch.ones(ODD), level(sigma), **extra)
+def evaluate_odd(model: CachedDenoiser, sigmas, growth: float = 0, **extra) -> None:
+    for k, sigma in enumerate(sigmas):
+        model(torch.full(ODD, 1.0 + k * growth), level(sigma), **extra)
 
 
 def test_latents_are_remembered_during_a_run():
@@ -500,10 +598,10 @@ def test_latents_are_freed_after_the_last_step_of_a_known_schedule(method):
 def test_latents_are_freed_after_the_last_step_under_heun():
     model = cached(Forgetful(), Method())
     with model.run(SIX, stages=2):
-        evaluate_odd(model, heun(SIX))
+        evaluate_odd(model, heun(SIX), growth=1)
         assert alive() == 0
     with model.run(SIX[:-1], stages=2):
-        evaluate_odd(model, heun(SIX[:-1])[:-1])
+        evaluate_odd(model, heun(SIX[:-1])[:-1], growth=1)
         assert alive() > 0
         evaluate_odd(model, heun(SIX[:-1])[-1:])
         assert alive() == 0
@@ -1100,8 +1198,8 @@ def test_ranks_agree_about_followers_too_when_one_of_them_is_not_finite(ranks):
 def test_heun_counts_steps_not_evaluations_not_calls():
     model = cached(twice, Static("110101"), branches=("cond", "uncond"))
     with model.run(SIX, stages=2):
-        for sigma in heun(SIX):
-            model(filled(1.0, rows=2), level(sigma, rows=2))
+        for k, sigma in enumerate(heun(SIX)):
+            model(filled(k, rows=2), level(sigma, rows=2))
     report = model.report
     assert (report.scheduled_steps, report.steps, report.evaluations, len(report.events)) == (6, 6, 11, 22)
     assert (report.calls, report.skipped) == (2 * 7, 2 * 4)
@@ -1116,7 +1214,7 @@ def test_heun_counts_steps_not_evaluations_not_calls():
 
 def test_heun_without_announcement_is_counted_in_steps_too():
     model = cached(twice, Method(), sigmas=SIX)
-    drive(model, heun(SIX), 1.0)
+    drive(model, heun(SIX), range(11))
     report = model.report
     assert (report.scheduled_steps, report.steps, report.evaluations) == (6, 6, 11)
     assert [(e.position.step, e.position.stage) for e in report.events][:5] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
@@ -1300,8 +1398,8 @@ def test_the_hosts_number_of_an_evaluation_counts_and_not_the_sigma():
     for numbers, expected in (((0, 1, 1), [0, 1, 1]), ((None, None, None), [0, 0, 1])):
         engine = Engine(Method(), sigmas=SIX)
         engine.begin(SIX)
-        for number, name in zip(numbers, ("cond", "uncond", "cond"), strict=True):
-            engine(Counted(1, 8, number, name))
+        for x, number, name in zip((1, 1, 2), numbers, ("cond", "uncond", "cond"), strict=True):
+            engine(Counted(x, 8, number, name))
         assert [event.position.evaluation for event in engine.report.events] == expected
 
 

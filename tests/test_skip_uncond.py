@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_the_report_does_not_say_that_nothing_was_skipped_where_the_others_end_w
 def test_a_call_that_cannot_be_taken_apart_is_computed_whole(kind):
     class Packed(Rows):
         def __call__(self, x, sigma, label, other):
-            assert other.shape == (1, 4)  # two rows packed into one, as nothing tells
+            assert other.packed.shape == (1, 4)  # two rows packed into one, as nothing tells
             if len(x) != 2:
                 raise kind("shapes do not fit")
             return super().__call__(x, sigma, label)
@@ -128,7 +129,7 @@ def test_a_call_that_cannot_be_taken_apart_is_computed_whole(kind):
     def answers(method):
         model = cached(Packed(), method, sigmas=SIX, branches=BOTH)
         made = [
-            model(filled(x, rows=2), level(s, 2), label=LABELS, other=torch.ones(1, 4))
+            model(filled(x, rows=2), level(s, 2), label=LABELS, other=SimpleNamespace(packed=torch.ones(1, 4)))
             for s, x in zip(SIX[:6], XS, strict=True)
         ]
         return model, made
@@ -137,6 +138,46 @@ def test_a_call_that_cannot_be_taken_apart_is_computed_whole(kind):
     assert all(torch.equal(a, b) for a, b in zip(ours, off, strict=True))
     assert fates(model, "uncond") == "CCCCCC"
     assert any("the call for cond alone fails: shapes do not fit" in note for note in model.report.notes)
+
+
+@pytest.mark.parametrize("other", [torch.ones(1, 4), torch.ones(3), [1.0, 2.0]], ids=["one", "three", "numbers"])
+def test_a_call_is_not_taken_apart_if_an_argument_may_belong_to_all_rows(other):
+    network = Rows()
+    model = cached(network, FOLLOW, sigmas=SIX, branches=BOTH)
+    for sigma, x in zip(SIX[:6], XS, strict=True):
+        model(filled(x, rows=2), level(sigma, 2), label=LABELS, other=other)
+    assert network.labels == [[0, 1]] * 6
+    assert any("it may belong to all rows or to some" in note for note in model.report.notes)
+
+
+def test_images_of_a_batch_are_not_taken_for_branches():
+    """Without guidance the wrapper passes two images of one branch, where there were one of two."""
+    network = Rows()
+    model = cached(network, FOLLOW, sigmas=SIX, branches=BOTH)
+    for sigma, x in zip(SIX[:6], XS, strict=True):
+        images = torch.cat([filled(x), filled(x + 1)])
+        answer = model(images, level(sigma, 2), label=torch.tensor([1, 1]))
+        torch.testing.assert_close(answer, torch.sin(37 * images))
+    assert fates(model, "uncond") == "CCCCCC"
+    assert any("they are no branches" in note for note in model.report.notes)
+
+
+@pytest.mark.parametrize("how", ["together", "in turn"])
+def test_a_prediction_relative_to_an_output_that_is_not_finite_is_computed_instead(how):
+    def network(x, sigma, label):
+        cond = label.view(-1, 1, 1, 1) == 1
+        return torch.where(cond & (sigma[0] == 8), float("nan"), 2 * x)
+
+    together = how == "together"
+    model = cached(network, FOLLOW, sigmas=SIX, branches=BOTH if together else InTurn("cond", "uncond"))
+    for sigma, x in zip(SIX[:2], XS, strict=False):
+        if together:
+            uncond = model(filled(x, rows=2), level(sigma, 2), label=LABELS)[:1]
+        else:
+            model(filled(x), level(sigma), label=LABELS[1:])
+            uncond = model(filled(x), level(sigma), label=LABELS[:1])
+        assert (uncond == 2 * x).all()
+    assert reasons(model, "uncond")[1] == "prediction not finite"
 
 
 def test_the_models_own_error_is_not_swallowed():

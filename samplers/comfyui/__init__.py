@@ -1,12 +1,18 @@
-"""ComfyUI: the nodes behind custom_nodes/stepcache, and the cache between ComfyUI's samplers and its models.
+"""ComfyUI: the nodes of custom_nodes/stepcache, and the cache between ComfyUI's samplers and its models.
 
-A model that went through a node carries one wrapper, at OUTER_SAMPLE, which holds options only. When a sampler
-begins, it makes the run, and the run's own copy of the model's options gets two more wrappers: PREDICT_NOISE counts
-evaluations, CALC_COND_BATCH answers them. When the sampler ends, however it ends, that copy is dropped and the run with
-it.
+A model that went through a node has one wrapper, at OUTER_SAMPLE, which holds options only. When a sampler begins, the
+wrapper makes a run and gives the model's options, copied for this run, two more wrappers: PREDICT_NOISE counts
+evaluations, CALC_COND_BATCH answers them. When the sampler ends, even with an exception, the copy and the run are
+dropped.
 
-CALC_COND_BATCH gets the latent in sigma space and gives denoised for every branch. It covers every architecture and
-is outside of ControlNets (not run if an evaluation is skipped) and of compiled graphs.
+CALC_COND_BATCH gets the latent in sigma space and returns denoised for every branch. It is there for every
+architecture. ControlNets and compiled graphs are inside of it, so that a skipped evaluation does not run them.
+
+    patch.py     the cache on a model: `patched`, `cache_of`        cache.py    options and report, OUTER_SAMPLE
+    run.py       one sampling loop: which branches are asked for    call.py     one call, in the network's own space
+    active.py    what of a prompt is active at a sigma              options.py  a method from a node's fields
+    nodes.py     the three nodes                                    v3.py       the second node interface, exports
+    samplers.py  evaluations of a step                              others.py   other caches on the same model
 
 Nothing of ComfyUI is imported before ComfyUI calls.
 """

@@ -1,4 +1,4 @@
-"""What of a branch acts at a sigma."""
+"""Which prompts, ControlNets and weights of a branch are active at a sigma."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def active_parts(cond: list[dict[str, Any]], timestep: Tensor) -> tuple:
-    """What of a branch acts at this sigma: prompts, ControlNets and weight keyframes may have a time of their own.
+    """The active parts of a branch: its prompts, ControlNets and weight keyframes may each have a start and an end.
 
-    Sigma is read, which waits for an accelerator, only if something has.
+    The result is compared between evaluations: if it changes, the cache is dropped. Sigma is only read, which waits
+    for the accelerator, if something has a start or an end.
     """
     sigma: float | None = None
 

@@ -1,4 +1,4 @@
-"""What a node leaves on a model."""
+"""What a node leaves on a model: options, and the report of the last run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from stepcache import Method, Report
+from stepcache import Method, OptionError, Report
 
+from .others import other_caches
 from .run import Run
 from .samplers import ADAPTIVE, AT_STEP_ENDS, EVALUATIONS, OFF_SCHEDULE, function_name
 from .wrappers import with_wrappers
@@ -18,14 +19,14 @@ log = logging.getLogger("stepcache")
 
 
 class Cache:
-    """What a node leaves on a model: options, and the report of the last run. It is the wrapper at OUTER_SAMPLE.
+    """The options of a node, the report of the last run, and the wrapper at OUTER_SAMPLE.
 
     Args:
         method: what to skip and how to predict it.
-        decide:"reference": the positive branch's change decides, over all images of a batch. "each": every branch
-            of every image decides for itself, and an evaluation is skipped if all of them would.
+        decide: "reference": the positive branch's change decides, for all images of a batch. "each": every branch of
+            every image decides for itself, and an evaluation is skipped if all of them agree.
 
-    Copies of a model share it: it holds nothing of a run.
+    All copies of a model share it, because it holds nothing of a run.
     """
 
     def __init__(self, method: Method, decide: str = "reference") -> None:
@@ -48,14 +49,15 @@ class Cache:
         *args: Any,
         **keywords: Any,
     ) -> Tensor:
-        """The wrapper at OUTER_SAMPLE: one run, from its first evaluation to its end, however it ends."""
+        """The wrapper at OUTER_SAMPLE: one run, from its first evaluation to its end, even if that is an exception.
+
+        Raises `OptionError` naming our node if an option does not fit the run, as a mask of another length.
+        """
         guider = executor.class_obj
-        name = function_name(sampler)
-        run = Run(guider, self.method, self.decide, name)
-        stages = EVALUATIONS.get(name)
-        churn = getattr(sampler, "extra_options", {}).get("s_churn")
-        known = None if name in (*OFF_SCHEDULE, *ADAPTIVE) or len(sigmas) < 2 else sigmas
-        run.engine.begin(known, stages, (stages == 1 or name in AT_STEP_ENDS) and not churn, loops=False)
+        try:
+            run = self._begin(guider, sampler, sigmas)
+        except OptionError as error:
+            raise OptionError(f"in the node StepCache: {error}") from None
         usual = guider.model_options
         guider.model_options = with_wrappers(usual, predict_noise=run.count, calc_cond_batch=run.answer)
 
@@ -72,13 +74,33 @@ class Cache:
             self.report.notes.extend(sentence for sentence in run.notes if sentence not in self.report.notes)
             log.info("StepCache: %s", in_one_line(self.report))
 
+    def _begin(self, guider: Any, sampler: Any, sigmas: Tensor) -> Run:
+        name = function_name(sampler)
+        run = Run(guider, self.method, self.decide, name)
+        stages = EVALUATIONS.get(name)
+        churn = getattr(sampler, "extra_options", {}).get("s_churn")
+        known = None if name in (*OFF_SCHEDULE, *ADAPTIVE) or len(sigmas) < 2 else sigmas
+        run.engine.begin(known, stages, (stages == 1 or name in AT_STEP_ENDS) and not churn, loops=False)
+        if not self.method.never_skips and (others := other_caches(guider.model_options)):
+            sentence = (
+                f"{' and '.join(others)} is on this model too: both skip, the errors add up, and what it skips counts "
+                "as computed here. Keep one of them"
+            )
+            run.notes.append(sentence)
+            log.warning("StepCache: %s", sentence)
+        return run
+
 
 def in_one_line(report: Report) -> str:
-    """A report for the log: `forecast: 20 steps, 20 evaluations, 22 of 40 calls made, 18 skipped (1.82x fewer)`."""
+    """A report for the log: `forecast: 20 steps, 20 evaluations, 22 of 40 calls made, 18 skipped (1.82x fewer)`.
+
+    If nothing was skipped, the report's notes follow, because one of them may be the reason.
+    """
+    notes = "".join(f"; {note}" for note in report.notes)
     if not report.events:
-        return f"{report.method}: nothing was evaluated through it" + "".join(f"; {note}" for note in report.notes)
+        return f"{report.method}: nothing was evaluated through it{notes}"
     steps = "" if report.steps is None else f"{report.steps} steps, "
     return (
         f"{report.method}: {steps}{report.evaluations} evaluations, {report.calls} of {len(report.events)} calls made, "
-        f"{report.skipped} skipped ({report.speedup:.2f}x fewer)"
+        f"{report.skipped} skipped ({report.speedup:.2f}x fewer){'' if report.skipped else notes}"
     )

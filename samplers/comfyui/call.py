@@ -1,4 +1,4 @@
-"""One call of CALC_COND_BATCH, in network space."""
+"""One call of CALC_COND_BATCH, translated to the network's own space."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from stepcache.extend import Call, wide, widened
 
 
 class BatchCall(Call):
-    """One call of CALC_COND_BATCH, translated to network space.
+    """One call of CALC_COND_BATCH, translated to the network's own space.
 
-    The model's own `model_sampling` is linear in x and in the network's output, and says how:
+    `model_sampling` gives the factors, because it is linear in x and in the network's output:
 
         c_in = calculate_input(sigma, 1),  c_skip = calculate_denoised(sigma, 0, 1),
         c_out = calculate_denoised(sigma, 1, 1) - c_skip
@@ -30,25 +30,25 @@ class BatchCall(Call):
         x: Tensor,
         sigma: Tensor,
         evaluation: int,
-        form: tuple,
+        cache_key: tuple,
         each: bool,
     ) -> None:
         self._compute, self._conds, self._x = compute, conds, x
-        self.sigma, self.evaluation, self.cache_key = sigma, evaluation, form
-        # In the order in which ComfyUI batches them, last first: so a signal from inside the model divides rightly.
+        self.sigma, self.evaluation, self.cache_key = sigma, evaluation, cache_key
+        # ComfyUI batches the last branch first. In this order a signal from inside the model splits into its branches.
         self._places, self._sampling = sorted(places, reverse=True), sampling
         self._rows = x.shape[0] if each else 1
         names = [places[place] for place in self._places]
         rows = range(1, self._rows + 1)
         self.names = tuple(f"{name} of image {row}" for name in names for row in rows) if self._rows > 1 else (*names,)
-        self.latent = x.expand(len(self.names), *x.shape)  # one latent for every branch
+        self.latent = x.expand(len(self.names), *x.shape)  # every branch gets the same latent
         self.requires_grad = x.requires_grad
 
     def run_model(self) -> list[Tensor]:
         return self._compute(self._conds)
 
     def part(self, name: str) -> BatchCall:
-        """The same call with the other branches left out, as None: their ControlNets are not run either."""
+        """The same call with None for the other branches, so that their ControlNets are not run either."""
         place = self._places[self.names.index(name)]
         conds = [cond if k == place else None for k, cond in enumerate(self._conds)]
         return BatchCall(

@@ -1,4 +1,4 @@
-"""The nodes."""
+"""The nodes: StepCache, Apply First Block Cache (StepCache), StepCache Report."""
 
 from __future__ import annotations
 
@@ -11,76 +11,56 @@ from stepcache.extend import PRESETS, main_number
 from .options import OWN, chosen_method
 from .patch import cache_of, patched
 
-METHOD_TIP = (
-    "forecast: half the model calls, no calibration. ucache, easycache: skip while an estimated error stays under a "
-    "threshold. fbcache, dbcache, taylorseer, cache-dit: decide by the model's first blocks. none: off, whatever "
-    "stands in the other fields."
-)
-NUMBER_TIP = "The method's main number; -1: its default. " + "; ".join(
-    f"{name}: {main[0]} ({main[1]:g})" for name in METHODS if (main := main_number(name)) is not None
-)
+NUMBERS = "; ".join(f"{name}: {main[0]} ({main[1]:g})" for name in METHODS if (main := main_number(name)) is not None)
+
+TIPS = {
+    "method": "forecast: half the model calls, nothing to calibrate; for runs of 7 steps or more. ucache, easycache: "
+    "skip while an estimated error stays below a threshold. fbcache, dbcache, taylorseer, cache-dit: the model's first "
+    "blocks decide. none: off; the other fields are ignored.",
+    "number": f"The method's main number; -1: its default, in brackets. {NUMBERS}",
+    "start": "Nothing is skipped before this share of the run (0 to 1); -1: the method's default.",
+    "end": "Nothing is skipped after this share of the run (0 to 1); -1: the method's default.",
+    "mask": "Steps that are always computed: many with slow, few with ultra. See policy.",
+    "policy": "The mask's other steps. dynamic: the method decides; forecast still computes every second of them, so "
+    "that a mask makes it slower. static: all of them are skipped.",
+    "decide": "reference: the positive prompt decides for all images of a batch. each: every prompt of every image "
+    "decides, and a step is skipped only if all agree.",
+    "skip": "all: on a skipped step the model runs for no prompt. uncond: it still runs for the positive prompt, and "
+    "only the negative one is predicted, from that. Better for samplers that add noise (Euler a, DPM++ SDE). Saves "
+    "half as much, and nothing with cfg 1.",
+    "options": "More options as key=value, separated by commas or lines: warmup=3, max_consecutive=2, last_step=1, "
+    "mask=1101... They override the fields above.",
+}
 
 
 class StepCacheNode:
-    """Skips model calls that can be predicted: MODEL in, MODEL out, before the sampler."""
+    """Skips model calls whose result can be predicted: MODEL in, MODEL out, before the sampler."""
 
     CATEGORY = "model_patches/stepcache"
-    DESCRIPTION = "Answers some of the sampler's evaluations without running the model. Put it before the sampler."
+    DESCRIPTION = "Predicts some of the sampler's steps instead of running the model. Put it before the sampler."
     FUNCTION = "patch"
     RETURN_TYPES = ("MODEL",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        share = {"default": OWN, "min": OWN, "max": 1.0, "step": 0.01}
+        def field(name: str, kind: Any, default: Any, **more: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+            return {name: (kind, {"default": default, **more, "tooltip": TIPS[name]})}
+
+        share = {"min": OWN, "max": 1.0, "step": 0.01}
         return {
             "required": {
                 "model": ("MODEL",),
-                "method": (list(METHODS), {"default": "forecast", "tooltip": METHOD_TIP}),
-                "number": (
-                    "FLOAT",
-                    {"default": OWN, "min": OWN, "max": 1000.0, "step": 0.01, "tooltip": NUMBER_TIP},
-                ),
-                "start": (
-                    "FLOAT",
-                    {**share, "tooltip": "Nothing is skipped before this share of the run; -1: default."},
-                ),
-                "end": ("FLOAT", {**share, "tooltip": "Nothing is skipped after this share of the run; -1: default."}),
-                "mask": (
-                    ["none", *PRESETS],
-                    {"default": "none", "tooltip": "Steps that are always computed; ultra computes the fewest."},
-                ),
-                "policy": (
-                    ["dynamic", "static"],
-                    {"default": "dynamic", "tooltip": "On the mask's other steps: ask the method, or skip them all."},
-                ),
+                **field("method", list(METHODS), "forecast"),
+                **field("number", "FLOAT", OWN, min=OWN, max=1000.0, step=0.01),
+                **field("start", "FLOAT", OWN, **share),
+                **field("end", "FLOAT", OWN, **share),
+                **field("mask", ["none", *PRESETS], "none"),
+                **field("policy", ["dynamic", "static"], "dynamic"),
             },
             "optional": {
-                "decide": (
-                    ["reference", "each"],
-                    {
-                        "default": "reference",
-                        "tooltip": "reference: the positive prompt's change decides, over the whole batch. each: every "
-                        "prompt of every image must agree to a skip.",
-                    },
-                ),
-                "skip": (
-                    ["all", "uncond"],
-                    {
-                        "default": "all",
-                        "tooltip": "all: a skipped evaluation runs the model for no prompt. followers: for samplers "
-                        "that add noise (Euler a, DPM++ SDE): the positive prompt is always run, the negative one is "
-                        "predicted from it, as noise cannot be. Saves half as much; with cfg 1 nothing.",
-                    },
-                ),
-                "options": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "multiline": True,
-                        "tooltip": "Further options, key=value separated by commas or lines: warmup=3, "
-                        "max_consecutive=2, last_step=1, mask=1101... They win over the fields above.",
-                    },
-                ),
+                **field("decide", ["reference", "each"], "reference"),
+                **field("skip", ["all", "uncond"], "all"),
+                **field("options", "STRING", "", multiline=True),
             },
         }
 
@@ -117,7 +97,7 @@ class FirstBlockCacheNode:
                 "model": ("MODEL",),
                 "object_to_patch": (
                     "STRING",
-                    {"default": "diffusion_model", "tooltip": "The part of the model whose first block is looked at."},
+                    {"default": "diffusion_model", "tooltip": "The part of the model whose first block decides."},
                 ),
                 "residual_diff_threshold": (
                     "FLOAT",
@@ -126,8 +106,8 @@ class FirstBlockCacheNode:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.001,
-                        "tooltip": "How far the first block's residual may have changed, as a share; higher is faster "
-                        "and worse, 0 is off.",
+                        "tooltip": "Skip while the first block's residual has changed by less than this share. Higher "
+                        "is faster and worse; 0 is off.",
                     },
                 ),
                 "start": (
@@ -137,16 +117,22 @@ class FirstBlockCacheNode:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.01,
-                        "tooltip": "From this share of sampling on.",
+                        "tooltip": "Skip from this share of sampling on.",
                     },
                 ),
                 "end": (
                     "FLOAT",
-                    {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": "Up to this share of sampling."},
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Skip up to this share of sampling.",
+                    },
                 ),
                 "max_consecutive_cache_hits": (
                     "INT",
-                    {"default": -1, "min": -1, "tooltip": "Skips in a row at most; -1: no limit, 0: off."},
+                    {"default": -1, "min": -1, "tooltip": "At most so many skips in a row; -1: no limit, 0: off."},
                 ),
             }
         }
@@ -172,10 +158,10 @@ class FirstBlockCacheNode:
 
 
 class ReportNode:
-    """The report of the model's last run, once its latent is there."""
+    """The report of the model's last run. It takes the latent, so that it is read after the run."""
 
     CATEGORY = "model_patches/stepcache"
-    DESCRIPTION = "What the cache did in the last run: passes the latent through and gives the report as text."
+    DESCRIPTION = "What the cache did in the last run, as text. The latent passes through unchanged."
     FUNCTION = "read"
     RETURN_TYPES = ("LATENT", "STRING")
     RETURN_NAMES = ("latent", "report")
@@ -184,16 +170,19 @@ class ReportNode:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "latent": ("LATENT", {"tooltip": "From the sampler: the report is read when it has run."}),
-                "model": ("MODEL", {"tooltip": "The model that the sampler got, from the StepCache node."}),
-                "table": ("BOOLEAN", {"default": False, "tooltip": "A row for every evaluation too."}),
+                "latent": ("LATENT", {"tooltip": "The sampler's output: the report is read after the run."}),
+                "model": ("MODEL", {"tooltip": "The output of the StepCache node, as the sampler gets it."}),
+                "table": ("BOOLEAN", {"default": False, "tooltip": "Adds a row for every evaluation."}),
             }
         }
 
     def read(self, latent: Any, model: Any, table: bool = False) -> tuple[Any, str]:
         cache = cache_of(model)
         if cache is None:
-            return latent, "StepCache: no cache is on this model; connect the model that the sampler got"
+            return (
+                latent,
+                "StepCache: this model has no cache; connect the StepCache node's output, as the sampler gets it",
+            )
         return latent, f"{cache.report}\n\n{cache.report.table()}" if table else str(cache.report)
 
 

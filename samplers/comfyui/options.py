@@ -22,28 +22,46 @@ def chosen_method(
     options: str = "",
     skip: str = "all",
 ) -> Method:
-    """The method that a node's fields ask for; a key written in `options` wins over its field.
+    """The method that a node's fields ask for. A key written in `options` wins over its field.
 
-    With "none" the other fields are not looked at, so that one field turns it off. OptionError naming the option, the
-    value and what is accepted.
+    If the method is "none", the other fields are not read, so that one field turns the node off.
+
+    Raises `OptionError` naming the field, the option, the value and what is accepted.
+
+    Example:
+        >>> from stepcache.samplers.comfyui import OWN, chosen_method
+        >>> chosen_method("ucache", 0.5, OWN, OWN, "fast", "static").criterion.threshold
+        0.5
     """
     if method == "none":
         return make_method(method)
-    chosen: dict[str, Any] = {} if skip == "all" else {"skip": skip}
-    if number != OWN:
-        main = main_number(method)
-        if main is None:
-            raise OptionError(f"number={number:g}: {method} has none; leave it at {OWN:g}")
-        if isinstance(main[1], int) and not float(number).is_integer():
-            raise OptionError(f"number={number:g}: {method}'s {main[0]} is a whole number")
-        chosen[main[0]] = int(number) if isinstance(main[1], int) else number
-    for key, share in (("start", start), ("end", end)):
-        if share != OWN:
-            chosen[key] = share
     text = ",".join(line.strip().strip(",") for line in options.splitlines() if line.strip())
     keys = {part.partition("=")[0].strip() for part in text.split(",")}
+    fields: dict[str, Any] = {} if skip == "all" else {"skip": skip}
+    fields |= {key: share for key, share in (("start", start), ("end", end)) if share != OWN}
     if mask != "none":
-        chosen["mask"] = StepMask(mask, policy)
-    elif method == "static" and not keys & {"mask"}:
+        fields["mask"] = StepMask(mask, policy)
+    elif method == "static" and "mask" not in keys:
         raise OptionError(f"static needs a mask: a preset ({', '.join(PRESETS)}), or mask=110... in the options")
-    return make_method(method, text, **{key: value for key, value in chosen.items() if key not in keys})
+    fields = {key: value for key, value in fields.items() if key not in keys}
+    main = {key: value for key, value in _main_number(method, number).items() if key not in keys}
+    try:
+        return make_method(method, text, **fields, **main)
+    except OptionError as error:
+        if not main:
+            raise
+        make_method(method, text, **fields)  # what is wrong without the number too is named by itself
+        raise OptionError(f"number={number:g} sets {method}'s {next(iter(main))}: {error}") from None
+
+
+def _main_number(method: str, number: float) -> dict[str, int | float]:
+    """The option that the field `number` sets."""
+    if number == OWN:
+        return {}
+    main = main_number(method)
+    if main is None:
+        raise OptionError(f"number={number:g}: {method} has none; leave it at {OWN:g}")
+    key, default = main
+    if isinstance(default, int) and not float(number).is_integer():
+        raise OptionError(f"number={number:g}: {method}'s {key} is a whole number")
+    return {key: int(number) if isinstance(default, int) else number}

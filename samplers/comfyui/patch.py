@@ -5,14 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from stepcache import Method
+from stepcache.extend import Engine
 
 from .cache import Cache
 from .wrappers import KEY, wrapper_kinds
 
 
 def patched(model: Any, method: Method, decide: str = "reference") -> Any:
-    """A clone of a model patcher with the cache on it; a cache that was on it is replaced."""
+    """A clone of a model patcher with the cache on it. It replaces a cache of ours that was there.
+
+    Args:
+        model: a `ModelPatcher`, what the nodes call MODEL. It stays as it is.
+        method: what to skip and how to predict it.
+        decide: "reference" or "each"; see `Cache`.
+
+    Raises `OptionError` if the options do not go together, or not with this model (a method that looks at blocks), and
+    RuntimeError if this ComfyUI is too old.
+    """
     kinds = wrapper_kinds()
+    Engine(method, decide=decide, network=model.model)  # what a run would refuse is refused here, at our node
     clone = model.clone()
     clone.remove_wrappers_with_key(kinds.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(kinds.OUTER_SAMPLE, KEY, Cache(method, decide).sample)
@@ -20,6 +31,6 @@ def patched(model: Any, method: Method, decide: str = "reference") -> Any:
 
 
 def cache_of(model: Any) -> Cache | None:
-    """The cache on a model patcher, if there is one."""
+    """The cache on a model patcher; None if there is none."""
     found = model.get_wrappers(wrapper_kinds().OUTER_SAMPLE, KEY)
     return found[-1].__self__ if found else None

@@ -1,4 +1,4 @@
-"""One sampling loop."""
+"""One sampling loop, and the branches that it asks for."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from .call import BatchCall, scalings
 from .samplers import ADAPTIVE
 
 ROLES = {"positive": "cond", "negative": "uncond"}
+"""Branches by ComfyUI's names; other names are kept as they are."""
 
 
 class Run:
-    """One sampling loop: which evaluation and which branches a call of CALC_COND_BATCH is."""
+    """One sampling loop: finds out which evaluation and which branches a call of CALC_COND_BATCH is for."""
 
     def __init__(self, guider: Any, method: Method, decide: str, sampler: str) -> None:
         self.guider = guider
@@ -31,8 +32,8 @@ class Run:
         self.notes: list[str] = []
         self.evaluation = 0
         self._seen: list[tuple[str, tuple | None]] = []
-        self._forms: dict[str, tuple] = {}
-        self._form = 0
+        self._active: dict[str, tuple] = {}
+        self._changes = 0
         if sampler in ADAPTIVE:
             self.notes.append("the sampler chooses its steps by comparing evaluations: all are computed")
             method = make_method("none")
@@ -72,28 +73,28 @@ class Run:
 
         window = model_options.get("transformer_options", {}).get("context_window")
         if window is not None and self.engine.method.skip == "uncond":
-            # What follows cond on one window's frames says nothing of another's.
-            self._say("skip='uncond': context windows would each need an reference: all are computed")
+            # cond on one window's frames predicts nothing of uncond on another's.
+            self._note("skip='uncond': each context window would need a reference of its own: all are computed")
             return compute(conds)
         names = self._names(conds, timestep, window)
         if names is None:
             return compute(conds)
         return self.engine(
-            BatchCall(compute, conds, self.sampling, names, x, timestep, self.evaluation, (self._form,), self.each)
+            BatchCall(compute, conds, self.sampling, names, x, timestep, self.evaluation, (self._changes,), self.each)
         )
 
     def _names(self, conds: Sequence[Any], timestep: Tensor, window: Any) -> dict[int, str] | None:
         """The branches of a call, by their place in it; None if the call is not the guider's own.
 
-        Guidance that evaluates a branch once more, changed from outside (PAG, SAG, skipped layers), asks in the same
-        evaluation for a name that has been seen, or for a branch that is not the guider's. Windows of a long video
-        ask for the same branches in turn, each on its own frames; they are told apart by their order.
+        Guidance that evaluates a changed model (PAG, SAG, skipped layers) asks in the same evaluation for a branch
+        that has been seen, or for one that the guider does not have. Windows of a long video ask for the same branches
+        in turn, each on its own frames; their order tells them apart.
         """
         if self.evaluation == 0:
-            self._say("the guider does not announce its evaluations: all are computed")
+            self._note("the guider does not announce its evaluations: all are computed")
             return None
         names: dict[int, str] = {}
-        forms: dict[str, tuple] = {}
+        active_by_name: dict[str, tuple] = {}
         seen = [*self._seen]
         frames = None if window is None else tuple(getattr(window, "index_list", ()))
         for place, cond in enumerate(conds):
@@ -106,21 +107,21 @@ class Run:
             occurrence = sum(before == role for before, _ in seen)
             name = f"{role} {occurrence + 1}" if occurrence else role
             seen.append((role, frames))
-            names[place], forms[name] = name, (active, frames)
-        if any(self._forms.get(name, form) != form for name, form in forms.items()):
-            self._form += 1
-        self._forms.update(forms)
+            names[place], active_by_name[name] = name, (active, frames)
+        if any(self._active.get(name, now) != now for name, now in active_by_name.items()):
+            self._changes += 1
+        self._active.update(active_by_name)
         self._seen = seen
         return names or None
 
     def _role(self, cond: list[dict[str, Any]]) -> str | None:
-        """Under which name the guider has these branches; None if it has none."""
+        """The name of a branch in the guider; None if the guider does not have it."""
         asked = {entry["uuid"] for entry in cond}
         for name, own in getattr(self.guider, "conds", {}).items():
             if own is cond or (asked and asked <= {entry["uuid"] for entry in own or ()}):
                 return ROLES.get(name, name)
         return None
 
-    def _say(self, sentence: str) -> None:
+    def _note(self, sentence: str) -> None:
         if sentence not in self.notes:
             self.notes.append(sentence)

@@ -1,4 +1,4 @@
-"""ComfyUI's samplers, by the name of their function: how many evaluations a step has, and at which sigmas."""
+"""ComfyUI's samplers by the name of their function: how many evaluations a step has, and at which sigmas."""
 
 from __future__ import annotations
 
@@ -45,17 +45,20 @@ EVALUATIONS = {
         2,
     ),
 }
-"""Evaluations of one step, by the name of the sampler function (counted in ComfyUI 0.3.64); the last step has one."""
+"""Evaluations of a step, by the name of the sampler function, as counted in ComfyUI 0.3.64. The last step has one."""
 
 AT_STEP_ENDS = ("sample_heun", "sample_sa_solver_pece")
 """Samplers with two evaluations a step, both at sigmas of the schedule."""
 
 OFF_SCHEDULE = ("dpm_fast_function",)
+"""Samplers whose evaluations are not at the schedule's sigmas."""
+
 ADAPTIVE = ("dpm_adaptive_function",)
-"""Samplers that choose their step sizes from differences between evaluations: every one of them is computed."""
+"""Samplers that choose their step sizes by comparing evaluations: all of them are computed."""
 
 
 def function_name(sampler: Any) -> str:
+    """The name of the function behind one of ComfyUI's SAMPLER objects; "" if it has none."""
     function = getattr(sampler, "sampler_function", None)
     function = getattr(function, "func", function)  # a functools.partial
     return getattr(function, "__name__", "")

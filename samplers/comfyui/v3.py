@@ -1,4 +1,4 @@
-"""The nodes for ComfyUI's second interface (V3), and what is exported."""
+"""The nodes for ComfyUI's second interface (V3), and what custom_nodes/stepcache exports."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 
 def exports() -> dict[str, Any]:
-    """What custom_nodes/stepcache/__init__.py defines: the entry point (V3) if the host has one, else the mappings.
+    """What custom_nodes/stepcache/__init__.py defines: the entry point (V3) if this ComfyUI has one, else the mappings.
 
-    One of the two, never both: of a module with both, ComfyUI takes the mappings and leaves the entry point uncalled.
+    Never both: if a module has both, ComfyUI takes the mappings and does not call the entry point.
     """
     try:
         import_module("comfy_api.latest")
@@ -24,7 +24,7 @@ def exports() -> dict[str, Any]:
 
 
 async def comfy_entrypoint() -> Any:
-    """The same nodes for ComfyUI's second interface (V3), made from the classes above."""
+    """The same nodes for ComfyUI's second interface (V3), made from the classes in `nodes`."""
     latest = import_module("comfy_api.latest")
 
     class Extension(latest.ComfyExtension):

@@ -1,4 +1,4 @@
-"""ComfyUI's wrappers: the kinds that are needed, and how they get into a run's options."""
+"""ComfyUI's wrappers: which kinds the cache needs, and how a run's own wrappers get into its options."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import Any
 
 KEY = "stepcache"
-"""The key of our wrappers; never the built-in nodes' `easycache`."""
+"""The key of our wrappers."""
 
 
 def with_wrappers(options: dict[str, Any], **wrappers: Callable[..., Any]) -> dict[str, Any]:
-    """A copy of a model's options with these wrappers behind those that it has; the options stay as they are."""
+    """A copy of a model's options with these wrappers, by kind, added after its own; `options` is left unchanged."""
     options = dict(options)
     transformer = options["transformer_options"] = dict(options.get("transformer_options", {}))
     kinds = transformer["wrappers"] = dict(transformer.get("wrappers", {}))
@@ -21,6 +21,7 @@ def with_wrappers(options: dict[str, Any], **wrappers: Callable[..., Any]) -> di
 
 
 def wrapper_kinds() -> Any:
+    """ComfyUI's `WrappersMP`. RuntimeError if it lacks a kind that the cache needs."""
     extension = import_module("comfy.patcher_extension")
     for name in ("OUTER_SAMPLE", "PREDICT_NOISE", "CALC_COND_BATCH"):
         if not hasattr(extension.WrappersMP, name):

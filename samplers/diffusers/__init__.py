@@ -6,10 +6,13 @@ out on skipped ones. No class is changed and no block is hooked; what was in the
 
     attach.py, callback.py      the two ways in
     denoiser.py, controlnet.py  what is put in a module's slot
+    frames.py                   which pipeline is calling: read from the call stack
     runs.py, schedule.py        which run, which step: read from the scheduler
+    watch.py                    prompt or weights changed within a run
     branches.py, guidance.py    the branches of guidance in a call
     call.py, answer.py,         one call of a denoiser, and its tensors in the
       pairing.py                network's own space
+    reports.py                  several denoisers in one report
     parametrization.py          what the network predicts, by its scheduler
 """
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from stepcache import FBCache, Method, OptionError, Report, StepMask
+from stepcache import FBCache, Method, Off, OptionError, Report, StepMask
 from stepcache import method as method_named
 from stepcache.extend import flag
 
 from .cache_dit_backend import CacheDiTInside, asks_for_blocks_behind
 from .controlnet import ControlNetPatch
 from .denoiser import DenoiserPatch, engine_of
+from .frames import Key
 from .guidance import Guidance
 from .patch import HostPatch
+from .reports import merged, with_first
 from .runs import PipelineRuns
 
-COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "decoder", "model", "denoiser")
+COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "prior_prior", "decoder", "model", "denoiser")
 """Names under which pipelines keep their denoisers."""
+
+MAIN = "scheduler"
 
 
 @contextmanager
@@ -32,6 +39,7 @@ def attach(
     mask: StepMask | str | Sequence[int] | None = None,
     components: Sequence[str] | None = None,
     controlnet: bool = True,
+    group: Any = None,
     **options: Any,
 ) -> Iterator[Attachment]:
     """Caches a pipeline's denoiser inside the block: `with attach(pipe) as cache: pipe(prompt)`.
@@ -43,13 +51,18 @@ def attach(
         components: the denoisers by name. None: those of `unet`, `transformer`, `transformer_2`, ... that it has.
         controlnet: skip the pipeline's ControlNet too if the denoiser is skipped. It is then run when its result is
             first looked at, which on a skipped step is never.
+        group: a torch.distributed process group whose ranks work on one image together: all of them then take the same
+            decision. Needed if the denoiser is split over ranks.
         **options: `enable_separate_cfg`, `cfg_compute_first`, `cfg_diff_compute_separate`, as for `Guidance`, and those
             of the method.
 
     Yields the attachment; `cache.report` is what happened in the last run. Nothing is left behind afterwards.
+
+    Raises:
+        OptionError: the pipeline has no such denoiser, or it is cached already; or the method cannot be used with it.
     """
     guidance = Guidance.pop(options)
-    attachment = Attachment(pipe, chosen_method(method, mask, options), components, guidance, controlnet)
+    attachment = Attachment(pipe, chosen_method(method, mask, options), components, guidance, controlnet, group)
     attachment.attach()
     try:
         yield attachment
@@ -61,8 +74,9 @@ class Attachment:
     """A cache in front of a pipeline's denoisers, each with a memory of its own.
 
     Args:
-        pipe, method, components, guidance, controlnet: as for `attach`.
-        one_run: the run in progress is the only one, and its first evaluation is over.
+        pipe, method, components, guidance, controlnet, group: as for `attach`.
+        joined: (run, timestep) of a run in progress, the only one to be cached, whose first evaluation, at this
+            timestep, is over.
     """
 
     def __init__(
@@ -72,29 +86,39 @@ class Attachment:
         components: Sequence[str] | None = None,
         guidance: Guidance | None = None,
         controlnet: bool = True,
-        one_run: bool = False,
+        group: Any = None,
+        joined: tuple[Key, Any] | None = None,
     ) -> None:
         self.attached = False
         guidance = guidance or Guidance()
-        names = _denoisers(pipe, components)
+        schedulers = {name: _scheduler_of(pipe, name) for name in _denoisers(pipe, components)}
+        self._main = MAIN if MAIN in schedulers.values() else next(reversed(schedulers.values()))
+        if joined is not None:  # the callback is called in the main scheduler's steps
+            schedulers = {name: scheduler for name, scheduler in schedulers.items() if scheduler == self._main}
         self._inside: CacheDiTInside | None = None
         if asks_for_blocks_behind(method):
-            if one_run:
+            if joined is not None:
                 raise OptionError("Bn: cache-dit must be there when a run begins, a callback is not; use attach()")
-            self._inside = CacheDiTInside(pipe, [getattr(pipe, name) for name in names], method, vars(guidance))
+            self._inside = CacheDiTInside(pipe, [getattr(pipe, name) for name in schedulers], method, vars(guidance))
             method = self._inside.outside
-        abandon = self.detach if one_run else None
-        runs = PipelineRuns(pipe, self._begin, one_run)
-        self._denoisers: list[DenoiserPatch] = []
-        for name in names:
-            module = getattr(pipe, name)
-            engine = engine_of(module, method, pipe.scheduler, guidance)
-            self._denoisers.append(DenoiserPatch(name, module, engine, runs, guidance, self._free_others, abandon))
-        self._patches: list[HostPatch] = [*self._denoisers]
+        only = None if joined is None else joined[0]
+        abandon = None if joined is None else self._abandon
+        self._runs = {
+            scheduler: PipelineRuns(pipe, scheduler, partial(self._begin, scheduler), only)
+            for scheduler in schedulers.values()
+        }
+        self._denoisers: dict[str, DenoiserPatch] = {}
+        self._schedulers = schedulers
+        for name, scheduler in schedulers.items():
+            module, runs = getattr(pipe, name), self._runs[scheduler]
+            engine = engine_of(module, method, runs.scheduler, guidance, group)
+            self._denoisers[name] = DenoiserPatch(name, module, engine, runs, guidance, self._free_others, abandon)
+        self._patches: list[HostPatch] = [*self._denoisers.values()]
         if flag("controlnet", controlnet) and isinstance(getattr(pipe, "controlnet", None), nn.Module):
-            self._patches.append(ControlNetPatch("controlnet", pipe.controlnet, runs, abandon))
-        if one_run:
-            runs.begin(first=0)
+            self._patches.append(ControlNetPatch("controlnet", pipe.controlnet, self._runs[self._main], abandon))
+        self._joined = joined is not None
+        if joined is not None:
+            self._runs[self._main].join(joined[1])
 
     def attach(self) -> None:
         """Puts the cache in place; if that fails, nothing is left."""
@@ -123,35 +147,57 @@ class Attachment:
         self.attached = False
 
     @property
+    def in_progress(self) -> bool:
+        """Whether the run that was joined has not ended yet."""
+        return self.attached and self._runs[self._main].in_progress(sys._getframe(1))
+
+    @property
     def report(self) -> Report:
         """The run in progress, or the last one. Several denoisers (experts) follow one another in it."""
-        report = self._merged()
+        main = [name for name, scheduler in self._schedulers.items() if scheduler == self._main]
+        report = merged({name: self._denoisers[name].engine.report for name in main})
+        if self._joined:
+            report = with_first(report, self._runs[self._main].first)
+        notes = [
+            f"{name} has runs of its own, by {scheduler}: see cache.reports[{name!r}]"
+            for name, scheduler in self._schedulers.items()
+            if scheduler != self._main
+        ]
         if self._inside is not None:
-            report = replace(report, notes=[*report.notes, self._inside.note()])
-        return report
+            notes.append(self._inside.note())
+        return replace(report, notes=[*report.notes, *notes]) if notes else report
 
-    def _merged(self) -> Report:
-        reports = [denoiser.engine.report for denoiser in self._denoisers if denoiser.engine.report.events]
-        if len(reports) < 2:
-            return reports[0] if reports else self._denoisers[0].engine.report
-        notes = [f"{denoiser.name}: {note}" for denoiser in self._denoisers for note in denoiser.engine.report.notes]
-        merged = Report(reports[0].method, reports[0].run, reports[0].scheduled_steps, notes)
-        before = 0
-        for report in reports:
-            moved = [replace(e.position, evaluation=e.position.evaluation + before) for e in report.events]
-            merged.events += [replace(e, position=position) for e, position in zip(report.events, moved, strict=True)]
-            before += report.evaluations
-        return merged
+    @property
+    def reports(self) -> dict[str, Report]:
+        """The report of every denoiser, by its name in the pipeline."""
+        return {name: denoiser.engine.report for name, denoiser in self._denoisers.items()}
 
-    def _begin(self, schedule: list[float], stages: int) -> None:
-        for denoiser in self._denoisers:
-            denoiser.begin(schedule, stages)
+    def _abandon(self) -> bool:
+        """Detaches if the run that was joined has ended unsaid, by an exception or an interrupt."""
+        if self.in_progress:
+            return False
+        self.detach()
+        return True
+
+    def _begin(self, scheduler: str, schedule: list[float], stages: int) -> None:
+        for name, denoiser in self._denoisers.items():
+            if self._schedulers[name] == scheduler:
+                denoiser.begin(schedule, stages)
 
     def _free_others(self, at_work: DenoiserPatch) -> None:
         """Frees what the denoisers before the last one have cached: the run's last evaluation was not theirs."""
-        for denoiser in self._denoisers:
-            if denoiser is not at_work:
+        for name, denoiser in self._denoisers.items():
+            if denoiser is not at_work and self._schedulers[name] == self._schedulers[at_work.name]:
                 denoiser.engine.free()
+
+
+def _scheduler_of(pipe: Any, name: str) -> str:
+    """The attribute with the scheduler that a denoiser's runs follow: its own (`prior_scheduler`) or the pipeline's."""
+    found = (f"{name}_scheduler", f"{name.split('_')[0]}_scheduler", MAIN)
+    for attribute in found:
+        if hasattr(getattr(pipe, attribute, None), "timesteps"):
+            return attribute
+    raise OptionError(f"{type(pipe).__name__} has no scheduler for {name} (looked for {', '.join(found)})")
 
 
 def _denoisers(pipe: Any, components: Sequence[str] | None) -> list[str]:
@@ -175,7 +221,10 @@ def chosen_method(given: Any, mask: Any, options: dict[str, Any]) -> Method:
     if type(given).__name__ == "FirstBlockCacheConfig":
         given = FBCache(threshold=given.threshold)
     if isinstance(given, str):
-        return method_named(given, **options, **({} if mask is None else {"mask": mask}))
+        chosen = method_named(given, **options, **({} if mask is None else {"mask": mask}))
+        if chosen.never_skips and not options and chosen.name != Off().name:
+            warnings.warn(f"{given} can skip nothing at its defaults: give it a threshold", stacklevel=4)
+        return chosen
     if not isinstance(given, Method):
         raise OptionError(f"method={given!r}: accepted are a Method, the name of one, and a FirstBlockCacheConfig")
     if options:

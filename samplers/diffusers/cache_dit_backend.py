@@ -14,6 +14,8 @@ from torch import nn
 from stepcache import Method, OptionError
 from stepcache.extend import Always, Never, RelativeChange, Reuse, TaylorSeer, require
 
+MISSING = object()
+
 OUTSIDE = ("start", "end", "window", "last_step", "evaluations", "skip", "gates")
 """Options that cache-dit does not have."""
 
@@ -35,7 +37,8 @@ class CacheDiTInside:
     def __init__(self, pipe: Any, modules: list[nn.Module], method: Method, guidance: dict[str, bool | None]) -> None:
         self.pipe, self.modules, self.method = pipe, modules, method
         self.library = require("cache_dit", "cache-dit")
-        self._before: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._installed = False
+        self._changed: list[tuple[nn.Module, str, Any, Any]] = []  # module, attribute, before, as cache-dit set it
         self._last_note = "inside, cache-dit was not there yet"
         for option in fields(method):
             if option.name in OUTSIDE and (value := getattr(method, option.name)) != option.default:
@@ -50,11 +53,13 @@ class CacheDiTInside:
                     f"mask={method.mask.mask!r} with Bn: cache-dit must know its digits; give them, or policy='static'"
                 )
             mask = list(method.mask.mask)
-        blocks = method.criterion.blocks
+        rule = method.criterion
+        if not isinstance(rule, RelativeChange) or rule.blocks is None:
+            raise OptionError(f"{method.name} looks at no blocks: cache-dit has nothing to run inside")
         self._config = self.library.DBCacheConfig(
-            Fn_compute_blocks=blocks.count,
-            Bn_compute_blocks=blocks.after,
-            residual_diff_threshold=method.criterion.threshold,
+            Fn_compute_blocks=rule.blocks.count,
+            Bn_compute_blocks=rule.blocks.after,
+            residual_diff_threshold=rule.threshold,
             max_warmup_steps=method.warmup,
             max_cached_steps=method.max_cached,
             max_continuous_cached_steps=method.max_consecutive,
@@ -77,23 +82,38 @@ class CacheDiTInside:
 
     def install(self) -> None:
         parts = [part for module in self.modules for part in module.modules()]
-        self._before = [(part, dict(part.__dict__)) for part in parts]
+        before = [(part, dict(part.__dict__)) for part in parts]
         self.library.enable_cache(self.pipe, cache_config=self._config, calibrator_config=self._calibrator)
+        self._changed = [
+            (part, name, known.get(name, MISSING), value)
+            for part, known in before
+            for name, value in part.__dict__.items()
+            if known.get(name, MISSING) is not value
+        ]
+        self._installed = True
 
     def remove(self) -> None:
         """Takes cache-dit out again; its last word for the report is kept."""
         self._last_note = self.note()
         self.library.disable_cache(self.pipe)
-        for part, before in self._before:  # it leaves some of its own behind: forwards of blocks, marks
-            for name in set(part.__dict__) - set(before):
+        self._installed = False
+        for part, name, before, value in self._changed:  # cache-dit leaves some of its own behind: forwards, marks
+            owned = value, self._original(part)
+            if name not in part.__dict__ or not any(part.__dict__[name] is own for own in owned):
+                continue  # removed, or set by someone else since
+            if before is MISSING:
                 del part.__dict__[name]
-            if "forward" in before:
-                part.__dict__["forward"] = before["forward"]
-        self._before = []
+            else:
+                part.__dict__[name] = before
+        self._changed = []
+
+    def _original(self, part: nn.Module) -> Any:
+        """The forward that cache-dit puts back, which may be one that it has patched before."""
+        return next((value for at, name, _, value in self._changed if at is part and name == "_original_forward"), None)
 
     def note(self) -> str:
         """Which of its calls cache-dit has served, by its own count; once it is removed, what it said last."""
-        if not self._before:
+        if not self._installed:
             return self._last_note
         stats = self.library.summary(self.pipe, logging=False)
         served = sorted({step for one in stats for step in (one.cached_steps or ())})

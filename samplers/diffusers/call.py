@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepcache.extend import Call, wide, widened
 
-from ..batching import cut, rows_of
+from ..batching import Uncut, cut_exactly, rows_of
 from .answer import Rebuild, listed, opened, packed, stacked
 from .controlnet import computed
 from .pairing import Pairing, pairings
@@ -27,16 +27,18 @@ class Layout:
         name: the denoiser's name in its pipeline, for messages.
         pairing: the part of the input that the output belongs to; None if not known yet.
         candidates: the pairings that are possible, if only movement can decide.
-        rebuilds: how to make an answer from tensors, by `return_dict`.
+        rebuilds: how to make an answer from tensors, by the flags of the call.
         refused: why its answers cannot be predicted; None if they can.
+        remark: why one of its answers could not be kept; None if there was no such answer.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.pairing: Pairing | None = None
         self.candidates: list[Pairing] = []
-        self.rebuilds: dict[bool, Rebuild] = {}
+        self.rebuilds: dict[tuple, Rebuild] = {}
         self.refused: str | None = None
+        self.remark: str | None = None
 
     def refuse(self, reason: str) -> None:
         """The denoiser's answers cannot be predicted: from now on all are computed."""
@@ -75,6 +77,7 @@ class ModuleCall(Call):
         args, kwargs: what it is called with.
 
     Attributes:
+        arguments: all of them by name.
         context: the name that the pipeline gave to its cache context; empty without one.
         turn: how many calls of this context the evaluation has had before.
         timestep: as given; None if it was not found.
@@ -95,7 +98,7 @@ class ModuleCall(Call):
     ) -> None:
         self.module, self.parameters, self.layout, self.original = module, parameters, layout, original
         self.args, self.keywords = args, kwargs
-        given = dict(zip(parameters, args, strict=False)) | kwargs
+        self.arguments = given = dict(zip(parameters, args, strict=False)) | kwargs
         parts = [next((given[name] for name in LATENTS if name in given), None)]
         parts = [stacked(part) for part in parts + [given[name] for name in BESIDE if name in given]]
         known = all(part is not None and part.is_floating_point() for part in parts)
@@ -105,6 +108,11 @@ class ModuleCall(Call):
         self.sigma = self.computed = None
         self.unpaired = False
         self.requires_grad = self.latent is not None and self.latent.requires_grad
+
+    @property
+    def flags(self) -> tuple:
+        """Words and switches that it is called with: an answer may look different with others."""
+        return tuple((name, value) for name, value in self.arguments.items() if isinstance(value, (bool, str)))
 
     @property
     def latents(self) -> Tensor:
@@ -124,14 +132,20 @@ class ModuleCall(Call):
     @torch.no_grad()
     def outputs(self, answer: Any) -> tuple[Tensor, ...] | None:
         layout, (parts, rebuild) = self.layout, opened(answer)
+        if rebuild is None:
+            layout.remark = (
+                f"{layout.name} returns {type(answer).__name__} with more in it than tensors (a KV cache, say): such "
+                "calls are computed, and not kept"
+            )
+            return None
         self.unpaired = True
-        if rebuild is None or len(parts) != len(self.shapes):
+        if len(parts) != len(self.shapes):
             return layout.refuse(f"{layout.name} returns {len(parts)} tensors for {len(self.shapes)} of latents")
         shapes = [part.shape[1:] for part in parts]
         if len(parts) > 1 and shapes != self.shapes:
             return layout.refuse(f"{layout.name}: {listed(self.shapes)} in and {listed(shapes)} out cannot be paired")
         out = packed(parts)
-        layout.rebuilds[self._as_dict] = rebuild
+        layout.rebuilds[self.flags] = rebuild
         self.unpaired = not layout.pair(self.latent, out)
         return None if self.unpaired else widened(out).clone().chunk(len(self.names))
 
@@ -139,7 +153,12 @@ class ModuleCall(Call):
         if getattr(self.module, "is_cache_enabled", False):
             return None  # a cache inside keeps what it saw, for batches of one size
         rows = len(self.latent)
-        args, keywords = cut(computed((self.args, dict(self.keywords))), rows, rows_of(self.names, name, rows))
+        given = computed((self.args, dict(self.keywords)))
+        try:
+            args, keywords = cut_exactly(given, rows, rows_of(self.names, name, rows), shared=True)
+        except Uncut as why:
+            self.indivisible, self.notes = True, (*self.notes, f"{self.layout.name}: {why}")
+            return None
         part = ModuleCall(self.module, self.parameters, self.layout, self.original, args, keywords)
         part.names = (name,)
         return part
@@ -147,14 +166,10 @@ class ModuleCall(Call):
     @torch.no_grad()
     def rebuild(self, outputs: tuple[Tensor, ...]) -> Any:
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        rebuild = self.layout.rebuilds.get(self._as_dict)
+        rebuild = self.layout.rebuilds.get(self.flags)
         if rebuild is None:
             return self.run_model()
         if len(self.shapes) == 1:
             return rebuild([out])
         flat = out.split([shape.numel() for shape in self.shapes], dim=1)
         return rebuild([part.unflatten(1, shape) for part, shape in zip(flat, self.shapes, strict=True)])
-
-    @property
-    def _as_dict(self) -> bool:
-        return bool(self.keywords.get("return_dict", True))

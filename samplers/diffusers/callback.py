@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepcache import Method, Report, StepMask
 
 from .attach import Attachment, chosen_method
+from .frames import Key, find_caller, key
 from .guidance import Guidance
 
 
@@ -22,7 +24,9 @@ class StepCacheCallback:
         method: a `Method`, or the name of one, which then takes `**options`.
         mask: a step mask for the method.
         also: another callback, or a diffusers `PipelineCallback`; called first, its result is passed on.
-        components, controlnet, **options: as for `attach`.
+        components, controlnet, group, **options: as for `attach`.
+
+    A run that another callback begins inside this one is not cached.
     """
 
     def __init__(
@@ -33,13 +37,16 @@ class StepCacheCallback:
         also: Callable[..., dict[str, Any]] | None = None,
         components: Sequence[str] | None = None,
         controlnet: bool = True,
+        group: Any = None,
         **options: Any,
     ) -> None:
         self._also = also
         guidance = Guidance.pop(options)
         self._method = chosen_method(method, mask, options)
-        self._how = components, guidance, controlnet
+        self._how = components, guidance, controlnet, group
         self._attachment: Attachment | None = None
+        self._run: Key | None = None
+        self._count = 0
 
     @property
     def __class__(self) -> type:
@@ -59,13 +66,20 @@ class StepCacheCallback:
     def __call__(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         if self._also is not None:
             callback_kwargs = self._also(pipe, step, timestep, callback_kwargs)
-        count = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
-        current = self._attachment
+        caller = find_caller(sys._getframe(1))
+        run = key(sys._getframe(1)) if caller is None else caller.run
+        if self._attachment is not None and self._run != run and self._attachment.in_progress:
+            return callback_kwargs  # a run inside the one that is cached
         if step == 0:
-            if current is not None:
-                current.detach()
-            self._attachment = Attachment(pipe, self._method, *self._how, one_run=True)
-            self._attachment.attach()
-        if step + 1 >= count and self._attachment is not None:
+            self._join(pipe, run, timestep)
+        if step + 1 >= self._count and self._attachment is not None:
             self._attachment.detach()
         return callback_kwargs
+
+    def _join(self, pipe: Any, run: Key, timestep: Any) -> None:
+        if self._attachment is not None:
+            self._attachment.detach()
+        self._run = run
+        self._count = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        self._attachment = Attachment(pipe, self._method, *self._how, joined=(run, timestep))
+        self._attachment.attach()

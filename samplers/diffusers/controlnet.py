@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .patch import HostPatch
+from .frames import find_caller
+from .patch import Abandon, HostPatch
 from .runs import PipelineRuns
 
 
@@ -20,9 +22,7 @@ class ControlNetPatch(HostPatch):
     answer looks like is known from the run's first call, which is not put off.
     """
 
-    def __init__(
-        self, name: str, module: nn.Module, runs: PipelineRuns, abandon: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, name: str, module: nn.Module, runs: PipelineRuns, abandon: Abandon | None = None) -> None:
         super().__init__(name, module, abandon)
         self._runs = runs
         self._timesteps: Tensor | None = None
@@ -30,7 +30,8 @@ class ControlNetPatch(HostPatch):
         self._structure: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._runs.serves(self._runs.caller()):
+        frame = sys._getframe(1)
+        if not self._runs.serves(find_caller(frame), frame):
             return self.original(args, kwargs)
         timesteps = self._runs.scheduler.timesteps
         if self._leaves is None or timesteps is not self._timesteps:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from stepcache import Method
+from stepcache import Method, Off
 from stepcache.extend import Engine
 
 from .branches import BranchNames, ContextName
-from .call import Layout, ModuleCall
+from .call import LATENTS, Layout, ModuleCall
 from .controlnet import computed
+from .frames import find_caller
 from .guidance import Guidance
 from .parametrization import coordinate, parametrization, training_sigma
-from .patch import HostPatch
+from .patch import Abandon, HostPatch
 from .runs import PipelineRuns
 from .schedule import Place
+from .watch import Watch
+
+MAX_TURNS = 4
+"""Calls of one context in one evaluation that count as branches of their own. Each has a cache."""
 
 
-def engine_of(module: nn.Module, method: Method, scheduler: Any, guidance: Guidance) -> Engine:
+def engine_of(module: nn.Module, method: Method, scheduler: Any, guidance: Guidance, group: Any) -> Engine:
     """The engine of a denoiser whose runs follow this scheduler."""
+    idle = method.never_skips and method.name != Off().name
     return Engine(
         method,
         decide="each" if guidance.cfg_diff_compute_separate else "reference",
@@ -30,6 +38,8 @@ def engine_of(module: nn.Module, method: Method, scheduler: Any, guidance: Guida
         coordinate=coordinate(scheduler),
         network=module,
         parametrization=parametrization(scheduler),
+        group=group,
+        notes=(f"{method.name} with these options can skip nothing",) if idle else (),
     )
 
 
@@ -52,7 +62,7 @@ class DenoiserPatch(HostPatch):
         runs: PipelineRuns,
         guidance: Guidance,
         at_end: Callable[[DenoiserPatch], None],
-        abandon: Callable[[], None] | None = None,
+        abandon: Abandon | None = None,
     ) -> None:
         super().__init__(name, module, abandon)
         self.engine = engine
@@ -62,7 +72,9 @@ class DenoiserPatch(HostPatch):
         self._context = ContextName(module)
         pipe = runs.pipe
         self._branches = BranchNames(guidance, lambda: getattr(pipe, "do_perturbed_attention_guidance", False))
+        self._watch = Watch(module)
         self._waiting: ModuleCall | None = None
+        self._warned: set[str] = set()
         self._turns: list[str] = []
         self._place: Place | None = None
 
@@ -74,12 +86,14 @@ class DenoiserPatch(HostPatch):
         super().remove()
         self._context.remove()
         self.engine.end()
+        self._watch.end()
         self._waiting = None
 
     def begin(self, schedule: list[float], stages: int) -> None:
         """Another run."""
         self.engine.begin(schedule, stages)
         self._branches.forget()
+        self._watch.begin()
         self._turns, self._place, self._waiting = [], None, None
 
     def original(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -87,31 +101,60 @@ class DenoiserPatch(HostPatch):
         return super().original(args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        caller = self._runs.caller()
-        if not self._runs.serves(caller):
+        frame = sys._getframe(1)
+        caller = find_caller(frame)
+        if (self.abandon is not None and self.abandon()) or not self._runs.serves(caller, frame):
             return self.original(args, kwargs)
         call = ModuleCall(self.module, self._parameters, self._layout, self.original, args, kwargs)
-        place = self._runs.locate(call.timestep, again=self._context.name in self._turns)
-        if place is None and self._runs.over and self.abandon is not None:
-            self.abandon()
-        if place is None or self._layout.refused or call.latent is None:
+        place = self._runs.locate(caller, call.timestep, again=self._context.name in self._turns)
+        if place is None or self._obstacle(call):
             return self.original(args, kwargs)
-        turn = self._turn(place)
-        if len(self._turns) > 1 and self._guidance.enable_separate_cfg is False:
-            self.engine.report.note(
-                "enable_separate_cfg=False: further calls at the same place were computed, and are not counted"
-            )
+        call.place, call.context, call.turn = place, self._context.name, self._turn(place)
+        if self._surplus(call):
             return self.original(args, kwargs)
-        call.place, call.context, call.turn = place, self._context.name, turn
         call.names = self._names(call)
         if self._layout.candidates:
             self._choose(call)
+        if not self.engine.method.never_skips:
+            changes = self._watch.changes(call.names, len(call.latent), call.arguments)
+            call.cache_key = (call.flags, changes)
         answer = self._ask(call)
         if len(self._turns) == 1:
             self._runs.show(caller, skipped=call.computed is None)
         if self._runs.at_last:
+            self._watch.end()
             self._at_end(self)
         return answer
+
+    def _obstacle(self, call: ModuleCall) -> bool:
+        """Whether the denoiser's calls cannot be predicted at all; warns of it once."""
+        reason = self._layout.refused
+        if call.latent is None:
+            reason = (
+                f"{self.name}: its latents are not found (looked for a tensor {', '.join(LATENTS)}): such calls are "
+                "always computed"
+            )
+        if reason is None:
+            return False
+        self.engine.report.note(reason)
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(reason, stacklevel=2)
+        return True
+
+    def _surplus(self, call: ModuleCall) -> bool:
+        """Whether this is a further call at one place that no branch is expected to make."""
+        if len(self._turns) > 1 and self._guidance.enable_separate_cfg is False:
+            self.engine.report.note(
+                "enable_separate_cfg=False: further calls at the same place were computed, and are not counted"
+            )
+            return True
+        if call.turn >= MAX_TURNS:
+            self.engine.report.note(
+                f"more than {MAX_TURNS} calls at the same place: the further ones were computed, and are not counted"
+            )
+            return True
+        return False
 
     def _turn(self, place: Place) -> int:
         """How many calls of this context the evaluation has had before this one, which is counted."""
@@ -127,8 +170,9 @@ class DenoiserPatch(HostPatch):
     def _ask(self, call: ModuleCall) -> Any:
         """The engine's answer. If it is not known yet which part of the input the latents are, the call is kept."""
         answer = self.engine(call)
-        if self._layout.refused:
-            self.engine.report.note(self._layout.refused)
+        if self._layout.remark is not None:
+            self.engine.report.note(self._layout.remark)
+        self._obstacle(call)
         if call.unpaired:
             self.engine.reset()
             self._waiting = call

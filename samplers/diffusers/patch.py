@@ -15,6 +15,8 @@ from stepcache import OptionError
 SLOT = "_compiled_call_impl"
 """The attribute that `torch.nn.Module.__call__` looks into first. `module.compile()` uses it too."""
 
+Abandon = Callable[[], bool]
+
 
 @cache
 def slot_is_called() -> bool:
@@ -33,11 +35,11 @@ class HostPatch:
     Args:
         name: the module's name in its pipeline, for messages.
         module: the module.
-        abandon: removes this patch, and those installed with it, if another one needs the place: its run was never
-            finished. None: another patch is then an error.
+        abandon: removes this patch, and those installed with it, if its run was never finished, and returns whether it
+            did; called if another patch needs the place. None: it stays.
     """
 
-    def __init__(self, name: str, module: nn.Module, abandon: Callable[[], None] | None = None) -> None:
+    def __init__(self, name: str, module: nn.Module, abandon: Abandon | None = None) -> None:
         self.name, self.module, self.abandon = name, module, abandon
         self._previous: Callable[..., Any] | None = None
 
@@ -55,9 +57,8 @@ class HostPatch:
             )
         occupant = self.module.__dict__.get(SLOT)
         if isinstance(occupant, HostPatch):
-            if occupant.abandon is None:
+            if occupant.abandon is None or not occupant.abandon():
                 raise OptionError(f"{self.name} is cached already: leave the other attachment first")
-            occupant.abandon()
             occupant = self.module.__dict__.get(SLOT)
         self._previous = occupant
         self.module.__dict__[SLOT] = self

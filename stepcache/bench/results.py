@@ -103,7 +103,9 @@ class Results:
         for name in dict.fromkeys(r["name"] for r in cell if r["role"] in ("full", "method")):
             mine = _made_by(cell, name)
             yield Row(
-                *(mine[0][key] for key in ("subject", "sampler", "steps")),
+                subject=mine[0]["subject"],
+                sampler=mine[0]["sampler"],
+                steps=mine[0]["steps"],
                 method=name,
                 calls=statistics.fmean(r["calls"] for r in mine),
                 asked=statistics.fmean(full[_seeds(r)]["calls"] for r in mine),
@@ -115,19 +117,21 @@ class Results:
                 other=self._best(mine, full, rivals, "other"),
             )
 
-    def _best(self, mine: list[Record], full: dict, rivals: dict, role: str) -> Rival | None:
+    def _best(
+        self, mine: list[Record], full: dict[tuple[int, ...], Record], rivals: dict[tuple[Any, ...], Record], role: str
+    ) -> Rival | None:
         """The best rival; a batch in which nothing was skipped has the full run for its rival."""
         if all(r["calls"] >= full[_seeds(r)]["calls"] for r in mine):
             return None
         metric, found = self.metrics[0], []
         for sampler in dict.fromkeys(key[1] for key in rivals if key[0] == role):
-            theirs = [
-                full[_seeds(r)]
-                if r["calls"] >= full[_seeds(r)]["calls"]
-                else rivals.get((role, sampler, r["calls"], _seeds(r)))
-                for r in mine
+            budgets = [(r["calls"], _seeds(r)) for r in mine]
+            paired = [
+                full[seeds] if calls >= full[seeds]["calls"] else rivals.get((role, sampler, calls, seeds))
+                for calls, seeds in budgets
             ]
-            if None in theirs:
+            theirs = [r for r in paired if r is not None]
+            if len(theirs) < len(mine):
                 continue
             gains = [a - b for a, b in zip(_values(mine, metric), _values(theirs, metric), strict=True)]
             limit = None if theirs[0]["limit"] is None else statistics.fmean(_values(theirs, None))
@@ -158,7 +162,7 @@ class Results:
     def show(self, console: Any) -> None:
         """Prints the table; of columns that do not fit the last are left out, and named."""
         table = self.table()
-        left_out = []
+        left_out: list[str] = []
         wide = console.options.update(width=1000)
         while len(table.columns) > 4 and console.measure(table, options=wide).maximum > console.width:
             left_out.insert(0, table.columns.pop().header)
@@ -192,11 +196,12 @@ class Results:
         yield "same" if row.same else row.scores[first].text()
         yield "" if fewer is None else f"{fewer.scores[first]:.1f} ({fewer.gain.text(sign=True)})"
         if limits:
-            yield "" if row.limit is None else f"{row.limit.mean:.1f}" + _bracket(fewer and fewer.limit, "{:.1f}")
+            theirs = fewer.limit if fewer else None
+            yield "" if row.limit is None else f"{row.limit.mean:.1f}" + _bracket(theirs, "{:.1f}")
         yield "" if other is None else f"{_rank(other, first):.1f} {other.sampler}"
         for metric in rest:
             ours = "same" if row.same else f"{row.scores[metric].mean:.3f}"
-            yield ours + _bracket(fewer and fewer.scores[metric], "{:.3f}")
+            yield ours + _bracket(fewer.scores[metric] if fewer else None, "{:.3f}")
 
     def plot(self, path: str | Path) -> Path:
         """The first metric against calls, a panel for every cell: methods, fewer steps, the best other sampler.
@@ -218,7 +223,7 @@ class Results:
             panel.set_title("{}, {}, {} steps".format(*cell), fontsize=11)
             panel.set_xlabel("calls for one branch")
             panel.set_ylabel(f"{metric} to the full run")
-        handles = {}
+        handles: dict[str, Any] = {}
         for panel in panels.flat:
             handles |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=9)

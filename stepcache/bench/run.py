@@ -58,7 +58,7 @@ class Unit:
 
 
 def bench(
-    subjects: Subject | Sequence[Subject],
+    subjects: Subject | Iterable[Subject],
     samplers: Sequence[str] = ("euler", "dpmpp_2m", "euler_ancestral"),
     steps: Sequence[int] = (20,),
     methods: Mapping[str, Method] | None = None,
@@ -88,7 +88,7 @@ def bench(
 
     Raises OptionError for a number under 1, methods called "full run", and a folder whose records another model made.
     """
-    subjects = [subjects] if hasattr(subjects, "sample") else list(subjects)
+    subjects = list(subjects) if isinstance(subjects, Iterable) else [subjects]
     methods = dict(METHODS if methods is None else methods)
     for name, value in {"samples": samples, "batch": batch, "workers": workers, "steps": min(steps, default=0)}.items():
         if value < 1:
@@ -196,7 +196,7 @@ def compared(unit: Unit) -> list[dict[str, Any]]:
     full = subject.sample(unit.sampler, unit.steps, None, seeds)
     limit = None
     if subject.limit is not None and unit.sampler not in subject.noisy:
-        limit = exact(subject, seeds)
+        limit = exact(subject, subject.limit, seeds)
 
     def record(role: str, name: str, sampler: str, steps: int, result: Sampled, budget: float) -> dict[str, Any]:
         first = next(iter(subject.metrics.values()))
@@ -249,10 +249,10 @@ def within(spacing: tuple[float, float], budget: float) -> int | None:
 _LIMITS: dict[tuple[Any, ...], Tensor] = {}
 
 
-def exact(subject: Subject, seeds: tuple[int, ...]) -> Tensor:
+def exact(subject: Subject, limit: tuple[str, int], seeds: tuple[int, ...]) -> Tensor:
     """The images of the subject's limit; the last one made is kept, since units of the same seeds follow each other."""
-    key = (subject.name, subject.limit, seeds)
+    key = (subject.name, limit, seeds)
     if key not in _LIMITS:
         _LIMITS.clear()
-        _LIMITS[key] = subject.sample(*subject.limit, None, seeds).images
+        _LIMITS[key] = subject.sample(*limit, None, seeds).images
     return _LIMITS[key]

@@ -47,14 +47,24 @@ class Subject(Protocol):
         settings: of the cache, beside the method; records that were made with others are not taken for these.
     """
 
-    name: str
-    metrics: Mapping[str, Metric]
-    limit: tuple[str, int] | None
-    noisy: frozenset[str]
-    settings: Mapping[str, Any]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]: ...
+
+    @property
+    def limit(self) -> tuple[str, int] | None: ...
+
+    @property
+    def noisy(self) -> frozenset[str]: ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
 
     def sample(self, sampler: str, steps: int, method: Method | None, seeds: Sequence[int]) -> Sampled:
         """A batch, one sample a seed. The same seeds must give the same noise, whatever the method; None: no cache."""
+        ...
 
 
 NOISY = frozenset(

@@ -14,6 +14,7 @@ from ..methods.dbcache import DBCache
 from ..methods.off import Off
 from ..methods.registry import OF_THE_HOST
 from ..options import OptionError, flag, unknown
+from ..predictors.base import Baseline
 from ..predictors.dmd import DMD
 from ..predictors.taylorseer import TaylorSeer
 
@@ -57,7 +58,7 @@ NEUTRAL = {
 ELSEWHERE = ("parallelism_config", "attention_backend", "quantize_config")
 
 
-KINDS = {"residual": "input", "hidden_states": "zero"}
+KINDS: dict[str, Baseline] = {"residual": "input", "hidden_states": "zero"}
 
 
 def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +96,8 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     _check_length(given)
     if kind == "NONE":
         return {"method": Off(), **host}
-    chosen = DBCache if predictor is None else CacheDiT
-    return {"method": chosen(**given, **({} if predictor is None else {"predictor": predictor})), **host}
+    method = DBCache(**given) if predictor is None else CacheDiT(**given, predictor=predictor)
+    return {"method": method, **host}
 
 
 def _fields(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _predictor(given: dict[str, Any]) -> TaylorSeer | DMD | None:
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("calibrator_cache_type", str(kind), KINDS)
-    baseline = KINDS[kinds[0]] if kinds else "input"
+    baseline: Baseline = KINDS[kinds[0]] if kinds else "input"
     if dmd:
         options = {key: given.pop(f"dmd_{key}") for key in ("history", "rank", "ridge") if f"dmd_{key}" in given}
         return DMD(**options, baseline=baseline)

@@ -58,10 +58,9 @@ class MagCacheRule(Criterion):
     error: float = state(0.0)
     skips: int = state(0)
     measured: dict[int, float] = state(factory=dict)
-    _run: RunInfo | None = state()
     _curve: tuple[float, ...] = state(())
     _retained: int = state(0)
-    _note: str | None = state()
+    _note: str = state("")
 
     def __post_init__(self) -> None:
         self.ratios = as_ratios(self.ratios)
@@ -82,7 +81,7 @@ class MagCacheRule(Criterion):
     def begin(self, run: RunInfo) -> MagCacheRule:
         rule = super().begin(run)
         count = len(self.ratios) if run.evaluations is None else run.evaluations
-        rule._run, rule._curve = run, nearest(self.ratios, count)
+        rule._curve = nearest(self.ratios, count)
         rule._retained = int(self.retention_ratio * count + 0.5)
         return rule
 
@@ -105,7 +104,7 @@ class MagCacheRule(Criterion):
         self.product, self.error, self.skips = 1.0, 0.0, 0
         if self.calibrate and (place := self._place(branch)) is not None:
             self.measured[place] = self._ratio(branch)
-            self._write()
+            self._write(branch.run.notes)
 
     def _place(self, branch: Branch) -> int | None:
         """Which of the run's evaluations this is; None if the schedule, or the number of stages, does not tell."""
@@ -124,10 +123,9 @@ class MagCacheRule(Criterion):
         now, then = _magnitude(branch.x, branch.out), _magnitude(before.x, before.out)
         return float(branch.defer((now / (then + 1e-8)).mean()))
 
-    def _write(self) -> None:
+    def _write(self, notes: list[str]) -> None:
         """The note with the ratios so far, in the place of the one before."""
         text = CALIBRATION + "/".join(f"{self.measured.get(n, 1.0):.5g}" for n in range(max(self.measured) + 1))
-        notes = self._run.notes
         if self._note in notes:
             notes[notes.index(self._note)] = text
         else:

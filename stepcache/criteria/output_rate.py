@@ -43,7 +43,7 @@ class OutputRate:
     def _read(self) -> None:
         for size, output_change, input_change in self._unread:
             self.norm = float(size)
-            if output_change is None:
+            if output_change is None or input_change is None:
                 continue
             out, moved = float(output_change), float(input_change)
             if not (math.isfinite(out) and out > 0):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..branch import Branch
-from ..deferred import DeferredScalar
+from ..deferred import DeferredScalar, mean_abs, mean_abs_difference
 from ..options import number
 from ..plan import Verdict
 from ..probe import Blocks
@@ -34,8 +34,7 @@ class RelativeChange(Criterion):
     blocks: Blocks | None = None
     at_input: float = 1.0
 
-    kept: Tensor | None = state()
-    size: DeferredScalar | None = state()
+    kept: tuple[Tensor, DeferredScalar] | None = state()  # s' and mean |s'|
 
     def __post_init__(self) -> None:
         number("threshold", self.threshold)
@@ -49,14 +48,15 @@ class RelativeChange(Criterion):
         threshold = self.threshold * (self.at_input if branch.signal is branch.x else 1.0)
         if self.kept is None:
             return Verdict(False, threshold=threshold)
-        if branch.signal is None or branch.signal.shape != self.kept.shape:
+        (before, size), signal = self.kept, branch.signal
+        if signal is None or signal.shape != before.shape:
             return Verdict(False, threshold=threshold, reason=INVALID_STATE)
-        change, size = branch.signal_change(self.kept), self.size
+        change = branch.defer(mean_abs_difference(signal, before))
         share = float(change) / float(size) if float(size) > 0 else math.inf
         if not math.isfinite(share):
             return Verdict(False, threshold=threshold, reason=INVALID_STATE)
         return Verdict(share < threshold, share, threshold)
 
     def update(self, branch: Branch, forced: bool) -> None:
-        self.kept = branch.signal
-        self.size = None if branch.signal is None else branch.signal_size
+        signal = branch.signal
+        self.kept = None if signal is None else (signal, branch.defer(mean_abs(signal)))

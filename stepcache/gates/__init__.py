@@ -6,6 +6,7 @@ from .last_step import LastStep
 from .limits import MaxCached, MaxConsecutive
 from .mask import Mask
 from .second_of_two import SecondOfTwo
+from .short_run import ShortRun
 from .spectrum import SpectrumCadence
 from .warmup import Warmup
 from .window import Window, WindowUnit
@@ -19,6 +20,7 @@ __all__ = [
     "MaxCached",
     "MaxConsecutive",
     "SecondOfTwo",
+    "ShortRun",
     "SpectrumCadence",
     "Warmup",
     "Window",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,7 +20,14 @@ Answer = Callable[[Position, SkipCounts], ComputeReason | None]
 
 
 class Gate(ABC):
-    """One reason to compute, whatever the criterion would say."""
+    """One reason to compute, whatever the criterion would say.
+
+    Attributes:
+        beside_static: whether it holds beside a static mask. False for gates that choose evaluations one by one: a
+            static mask has chosen all of them.
+    """
+
+    beside_static: ClassVar[bool] = True
 
     @abstractmethod
     def begin(self, run: RunInfo) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..clock import Position
 from ..options import number
@@ -17,13 +18,15 @@ class Interval(Gate):
 
     If a step has two (Heun, DPM2, DPM++ SDE), only second ones are computed: at Heun's first one the sigma is that
     of the second one before, so that a skip there costs next to nothing. n = 1 computes all.
+    A static mask takes its place.
     """
 
     n: int = 2
     start: int = 1
+    beside_static: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        number("n", self.n, low=1, whole=True)
+        number("interval", self.n, low=1, whole=True)
         number("start", self.start, low=1, whole=True)
 
     def begin(self, run: RunInfo) -> Answer:

@@ -54,17 +54,16 @@ class Window(Gate):
 
     def place(self, run: RunInfo) -> tuple[float, float, str]:
         """(sigma at the start, sigma at the end, which meaning held)."""
-        units = {"steps": run.schedule, "training": run.training_sigma}
-        unit = self.unit if units[self.unit] is not None else next((u for u in units if units[u] is not None), None)
-        if unit is None:
-            return float("inf"), -1.0, "open throughout: neither a schedule nor a sigma table is known"
-        why = "" if unit == self.unit else {"steps": " (no sigma table)", "training": " (no schedule)"}[unit]
-        if unit == "steps":
-            high, low = sorted((self._step_sigma(run, self.start), self._step_sigma(run, self.end)), reverse=True)
-            return high, low, f"as shares of this run's {run.steps} steps{why}"
-        high = float("inf") if self.start <= 0 else run.training_sigma(self.start)
-        low = 0.0 if self.end >= 1 else run.training_sigma(self.end)
-        return high, low, f"as shares of the training timetable{why}"
-
-    def _step_sigma(self, run: RunInfo, share: float) -> float:
-        return run.schedule[min(share_of(share, run.steps), run.steps - 1)]
+        schedule, training_sigma = run.schedule, run.training_sigma
+        if schedule is not None and (self.unit == "steps" or training_sigma is None):
+            steps = len(schedule) - 1
+            ends = (schedule[min(share_of(share, steps), steps - 1)] for share in (self.start, self.end))
+            high, low = sorted(ends, reverse=True)
+            why = "" if self.unit == "steps" else " (no sigma table)"
+            return high, low, f"as shares of this run's {steps} steps{why}"
+        if training_sigma is not None:
+            high = float("inf") if self.start <= 0 else training_sigma(self.start)
+            low = 0.0 if self.end >= 1 else training_sigma(self.end)
+            why = "" if self.unit == "training" else " (no schedule)"
+            return high, low, f"as shares of the training timetable{why}"
+        return float("inf"), -1.0, "open throughout: neither a schedule nor a sigma table is known"

@@ -23,6 +23,16 @@ from ..predictors.reuse import Reuse
 MaskOption = StepMask | str | list[int] | tuple[int, ...] | None
 
 
+class MaskField:
+    """`Method.mask`: it is given as text, a list, a preset's name or a `StepMask`, and read as a `StepMask`."""
+
+    def __get__(self, method: Method | None, owner: type[Method]) -> StepMask | None:
+        return None if method is None else method.__dict__["mask"]
+
+    def __set__(self, method: Method, given: MaskOption) -> None:
+        method.__dict__["mask"] = given if given is None or isinstance(given, StepMask) else StepMask(given)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Which evaluations are skipped, and what is returned for them.
@@ -46,7 +56,8 @@ class Method:
             branch. The reference is then computed at every evaluation, and the others are predicted relative to its
             output instead of the input, `out = out_reference + ...`. Under fresh noise that difference can be
             predicted, the output cannot. Needs guidance, and saves half as much. (FasterCache calls it CFG-Cache.)
-        gates: further gates, asked after these.
+        gates: further gates, asked after these. Those that choose evaluations one by one (`Interval`) are not asked
+            if the mask is static.
         name: how the report calls it.
     """
 
@@ -55,7 +66,7 @@ class Method:
     start: float = 0.0
     end: float = 1.0
     window: WindowUnit | None = None
-    mask: MaskOption = None
+    mask: MaskField = MaskField()
     warmup: int = 0
     last_step: bool = False
     max_cached: int = -1
@@ -66,8 +77,6 @@ class Method:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        if self.mask is not None and not isinstance(self.mask, StepMask):
-            object.__setattr__(self, "mask", StepMask(self.mask))
         if self.evaluations not in ("all", "second"):
             raise unknown("evaluations", str(self.evaluations), ("all", "second"))
         if self.skip not in ("all", "uncond"):
@@ -87,13 +96,13 @@ class Method:
     @property
     def static(self) -> bool:
         """Whether the mask's zeros are skipped without asking the criterion."""
-        return isinstance(self.mask, StepMask) and self.mask.policy == "static"
+        return self.mask is not None and self.mask.policy == "static"
 
     @property
     def never_skips(self) -> bool:
         """Whether these options can never skip anything: the model is then called directly."""
         closed = 0 in (self.max_cached, self.max_consecutive)
-        mask = self.mask.mask if isinstance(self.mask, StepMask) else ()
+        mask = () if self.mask is None else self.mask.mask
         ones = bool(mask) and not isinstance(mask, str) and all(mask)
         return closed or ones or (self.criterion.never_skips and not self.static)
 
@@ -106,12 +115,12 @@ class Method:
             chosen.append(Window(self.start, self.end, "steps" if self.window is None else self.window))
         if self.warmup:
             chosen.append(Warmup(self.warmup))
-        if isinstance(self.mask, StepMask):
+        if self.mask is not None:
             chosen.append(Mask(self.mask))
         if self.last_step:
             chosen.append(LastStep())
         chosen += [MaxCached(self.max_cached), MaxConsecutive(self.max_consecutive)]
-        return (*chosen, *self.gates)
+        return (*chosen, *(gate for gate in self.gates if gate.beside_static or not self.static))
 
     def replace(self, **changes: Any) -> Method:
         """The same method with other options: `UCache().replace(mask="fast", max_consecutive=3)`."""
@@ -132,7 +141,6 @@ class BaseOptions(TypedDict, total=False):
 
     predictor: Predictor
     window: WindowUnit | None
-    mask: MaskOption
     last_step: bool
     max_cached: int
     max_consecutive: int
@@ -141,18 +149,30 @@ class BaseOptions(TypedDict, total=False):
     gates: tuple[Gate, ...]
 
 
-class OptionsWithWindow(BaseOptions, total=False):
-    """For methods with a warm-up of their own."""
+class MaskOptions(TypedDict, total=False):
+    mask: MaskOption
 
+
+class WindowOptions(TypedDict, total=False):
     start: float
     end: float
 
 
-class OptionsWithWarmup(BaseOptions, total=False):
-    """For methods with a window of their own."""
-
+class WarmupOptions(TypedDict, total=False):
     warmup: int
 
 
+class OptionsWithWindow(BaseOptions, MaskOptions, WindowOptions, total=False):
+    """For methods with a warm-up of their own."""
+
+
+class OptionsWithWarmup(BaseOptions, MaskOptions, WarmupOptions, total=False):
+    """For methods with a window of their own."""
+
+
+class OptionsWithoutMask(BaseOptions, WindowOptions, WarmupOptions, total=False):
+    """For methods with a mask of their own."""
+
+
 class CommonOptions(OptionsWithWindow, OptionsWithWarmup, total=False):
-    """For methods with neither."""
+    """For methods with none of these."""

@@ -95,7 +95,7 @@ def DBCache(
 
 def dual_block(Fn: int, Bn: int, threshold: float) -> RelativeChange | Always:
     """DBCache's criterion; `Always` from a threshold of 1 on, as cache-dit has it."""
-    Fn, Bn = int(number("Fn", Fn, low=1, whole=True)), int(number("Bn", Bn, whole=True))
+    Fn, Bn = number("Fn", Fn, low=1, whole=True), number("Bn", Bn, whole=True)
     threshold = number("threshold", threshold)
     if threshold >= 1 and not Bn:
         return Always()

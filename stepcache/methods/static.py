@@ -11,11 +11,11 @@ from .registry import register
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .base import CommonOptions
+    from .base import OptionsWithoutMask
 
 
 @register("static")
-def Static(mask: StepMask | str | list[int] | tuple[int, ...], **common: Unpack[CommonOptions]) -> Method:
+def Static(mask: StepMask | str | list[int] | tuple[int, ...], **common: Unpack[OptionsWithoutMask]) -> Method:
     """Skips exactly the zeros of a step mask, whatever the latents do. `mask` as for `StepMask`."""
     given = mask.mask if isinstance(mask, StepMask) else mask
     return Method.make(common, mask=StepMask(given, "static"), name="static")

@@ -104,11 +104,11 @@ class AdaptiveOrder(Predictor):
 
     def _kept(self, history: Sequence[CacheEntry], here: float | None, noise: Tensor | None) -> list[Tensor | float]:
         """g_0, g_1, ... as far as there are evaluations for; each a number, or one a sample."""
-        errors, kept = history[-1].backtest_errors, [1.0]
-        tested = 0 if errors is None else len(errors)
+        errors = history[-1].backtest_errors
+        kept: list[Tensor | float] = [1.0]
         for p in range(1, len(history)):
-            share = 1.0 if p == 1 else HIGHER
-            if p < tested:
+            share: Tensor | float = 1.0 if p == 1 else HIGHER
+            if errors is not None and p < len(errors):
                 trust = self.trust if p > 1 else _between(TRUST, noise)
                 ratio = errors[p] / (trust * errors[p - 1] + torch.finfo(errors.dtype).tiny)
                 share = (share / (1 + ratio**4)).nan_to_num(nan=0.0)
@@ -121,11 +121,13 @@ class AdaptiveOrder(Predictor):
 
 def lagrange(here: float | None, history: Sequence[CacheEntry], order: int) -> list[tuple[CacheEntry, float]]:
     """Each of the last order + 1 evaluations at different indices, with its weight; the last one alone at worst."""
+    if here is None or not order:
+        return [(history[-1], 1.0)]
     entries: dict[float, CacheEntry] = {}
     for entry in reversed(history):
-        if here is not None and entry.index is not None and len(entries) <= order:
+        if entry.index is not None and len(entries) <= order:
             entries.setdefault(entry.index, entry)
-    if not entries or not order:
+    if not entries:
         return [(history[-1], 1.0)]
     return [
         (entry, math.prod((here - other) / (there - other) for other in entries if other != there))

@@ -62,8 +62,8 @@ class Chebyshev(LinearPredictor):
         basis = [torch.ones_like(tau), tau]
         while len(basis) <= self.m:
             basis.append(2 * tau * basis[-1] - basis[-2])
-        *fitted, here = torch.stack(basis[: self.m + 1], dim=1)
-        fitted = torch.stack(fitted)
+        rows = torch.stack(basis[: self.m + 1], dim=1)
+        fitted, here = rows[:-1], rows[-1]
         normal = fitted.mT @ fitted
         normal.diagonal().add_(self.lam)
         weights = self.w * (fitted @ (torch.linalg.pinv(normal, hermitian=True) @ here))

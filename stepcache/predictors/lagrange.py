@@ -42,11 +42,13 @@ class Lagrange(FixedOrder):
 
 def _lagrange(here: float | None, history: Sequence[CacheEntry], order: int) -> list[tuple[CacheEntry, float]]:
     """Each of the last order + 1 evaluations at different coordinates, with its weight; the last one alone at worst."""
+    if here is None or not order:
+        return [(history[-1], 1.0)]
     entries: dict[float, CacheEntry] = {}
     for entry in reversed(history):
-        if here is not None and entry.coordinate is not None and len(entries) <= order:
+        if entry.coordinate is not None and len(entries) <= order:
             entries.setdefault(entry.coordinate, entry)
-    if not entries or not order:
+    if not entries:
         return [(history[-1], 1.0)]
     return [
         (entry, math.prod((here - other) / (there - other) for other in entries if other != there))

@@ -212,10 +212,10 @@ def denoiser() -> KDiffusion:
 
 
 def test_a_seed_gives_the_same_image_in_any_batch():
-    alone = denoiser().sample("euler", 6, Forecast(), [3])
-    among = denoiser().sample("euler", 6, Forecast(), [1, 3, 7])
+    alone = denoiser().sample("euler", 8, Forecast(), [3])
+    among = denoiser().sample("euler", 8, Forecast(), [1, 3, 7])
     torch.testing.assert_close(alone.images[0], among.images[1])
-    assert alone.calls == among.calls == 4
+    assert alone.calls == among.calls == 5
     assert not torch.equal(among.images[0], among.images[1])
 
 

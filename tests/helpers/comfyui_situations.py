@@ -27,7 +27,7 @@ RESTART = torch.tensor([14.0, 9.0, 5.5, 3.4, 2.1, 1.3, 8.0, 4.0, 2.0, 0.9, 0.3, 
 FLOW = torch.linspace(1, 0, 11)
 STEPS = len(SIGMAS) - 1
 HEUN = ("heun", "dpm_2", "dpmpp_sde")
-FOLLOWERS = "skip=uncond"
+SKIP_UNCOND = "skip=uncond"
 CRITERION = "threshold=1.5,start=0,end=1"
 """Skips some evaluations and computes others with the small random networks here."""
 
@@ -75,12 +75,11 @@ def close(a: Tensor, b: Tensor, share: float = 1e-3) -> bool:
 def test_off_is_bit_identical_with_the_same_calls(host: Any, sampler: str) -> None:
     model = host.model()
     bare, rows = run(host, model, sampler), list(host.rows)
-    followers = f"warmup=20,{FOLLOWERS}"
     for name, options in (
         ("none", ""),
         ("ucache", "threshold=0"),
         ("forecast", "mask=1111111111"),
-        ("forecast", followers),
+        ("forecast", f"warmup=20,{SKIP_UNCOND}"),
     ):
         assert torch.equal(run(host, patched(model, chosen(name, options)), sampler), bare)
         assert host.rows == rows
@@ -103,7 +102,7 @@ def test_counts_are_those_of_the_network(host: Any, sampler: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("forecast", ""), ("ucache", CRITERION), ("easycache", CRITERION), ("spectrum", ""), ("forecast", FOLLOWERS)],
+    [("forecast", ""), ("ucache", CRITERION), ("easycache", CRITERION), ("spectrum", ""), ("forecast", SKIP_UNCOND)],
 )
 def test_the_same_decisions_as_under_k_diffusion(host: Any, sampler: str, name: str, options: str) -> None:
     function = host.sampler(sampler).sampler_function
@@ -149,7 +148,7 @@ def test_the_same_decisions_as_under_k_diffusion(host: Any, sampler: str, name: 
     assert close(there, getattr(host, "latent_out", lambda x: x)(here))
 
 
-@pytest.mark.parametrize("options", ["", FOLLOWERS])
+@pytest.mark.parametrize("options", ["", SKIP_UNCOND])
 def test_no_state_after_a_run_nor_after_a_broken_one(host: Any, options: str) -> None:
     def latents() -> int:
         gc.collect()
@@ -307,7 +306,7 @@ def test_calls_of_other_guidance_pass_through_and_are_never_stored(host: Any, ch
 
     extra: list[int] = []
     plain = host.model()
-    for name, options in (("forecast", ""), ("easycache", "threshold=0.4"), ("forecast", FOLLOWERS)):
+    for name, options in (("forecast", ""), ("easycache", "threshold=0.4"), ("forecast", SKIP_UNCOND)):
         usual = patched(plain, chosen(name, options))
         alone = run(host, usual)
         guided = patched(with_option(plain, "sampler_post_cfg_function", [post_cfg]), chosen(name, options))
@@ -359,7 +358,7 @@ def test_the_positive_prompt_decides(host: Any) -> None:
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch(host: Any) -> None:
-    for options in ("", "interval=3", FOLLOWERS):
+    for options in ("", "interval=3", SKIP_UNCOND):
         model = patched(host.model(), chosen("forecast", options))
         batch = run(host, model, x=noise(4))
         report = cache_of(model).report
@@ -503,7 +502,7 @@ def test_without_guidance_there_is_one_branch(host: Any) -> None:
 
 def test_a_mask_of_another_length_is_refused_with_both_lengths(host: Any) -> None:
     model = patched(host.model(), chosen("static", "mask=1010"))
-    with pytest.raises(OptionError, match=r"4 entries, the run has 10 steps"):
+    with pytest.raises(OptionError, match=r"^in the node StepCache: the mask has 4 entries, the run has 10 steps"):
         run(host, model)
     assert torch.isfinite(run(host, model, sigmas=torch.tensor([14.0, 5.0, 2.0, 1.0, 0.0]))).all()
     assert fates(model) == "CSCS"
@@ -522,9 +521,9 @@ def test_first_block_cache_leaves_the_network_at_its_first_block(host: Any) -> N
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m_sde"])
-def test_with_followers_the_positive_prompt_is_computed_alone(host: Any, sampler: str) -> None:
-    """With one prompt for both nothing is added to cond, so that what follows is exact, whatever the noise."""
-    plain, model = host.model(), patched(host.model(), chosen("forecast", FOLLOWERS))
+def test_with_skip_uncond_the_positive_prompt_is_computed_alone(host: Any, sampler: str) -> None:
+    """If both prompts are the same, their difference is 0, so that the prediction is exact whatever the noise."""
+    plain, model = host.model(), patched(host.model(), chosen("forecast", SKIP_UNCOND))
     bare = run(host, plain, sampler, negative=host.cond(1))
     off = (run(host, patched(plain, chosen("forecast")), sampler, negative=host.cond(1)) - bare).norm()
     same = run(host, model, sampler, negative=host.cond(1))
@@ -539,14 +538,14 @@ def test_with_followers_the_positive_prompt_is_computed_alone(host: Any, sampler
     assert not report.notes
 
 
-def test_followers_that_are_asked_for_one_by_one(host: Any) -> None:
+def test_skip_uncond_if_the_prompts_are_asked_for_one_by_one(host: Any) -> None:
     def one_by_one(args: dict[str, Any]) -> list[Tensor]:
         rest = args["input"], args["sigma"], args["model_options"]
         cond, _ = host.calc_cond_batch(args["model"], [args["conds"][0], None], *rest)
         _, uncond = host.calc_cond_batch(args["model"], [None, args["conds"][1]], *rest)
         return [cond, uncond]
 
-    plain, method = host.model(), chosen("forecast", FOLLOWERS)
+    plain, method = host.model(), chosen("forecast", SKIP_UNCOND)
     together = run(host, patched(plain, method), "euler_ancestral")
     model = patched(with_option(plain, "sampler_calc_cond_batch_function", one_by_one), method)
     assert close(run(host, model, "euler_ancestral"), together, 1e-4)
@@ -554,19 +553,19 @@ def test_followers_that_are_asked_for_one_by_one(host: Any) -> None:
     assert cache_of(model).report.calls == sum(host.rows)
 
 
-def test_a_control_net_of_a_follower_is_not_asked_where_it_follows(host: Any) -> None:
+def test_a_control_net_of_a_predicted_prompt_is_not_asked(host: Any) -> None:
     control = host.control()
-    model = patched(host.model(), chosen("forecast", FOLLOWERS))
+    model = patched(host.model(), chosen("forecast", SKIP_UNCOND))
     run(host, model, "euler_ancestral", negative=host.cond(2, control=control))
     assert (fates(model), fates(model, "uncond")) == ("CCCCCCCCCC", "CSCSCSCSCC")
     assert control.asked == 6
     assert cache_of(model).report.calls == sum(host.rows) == 16
 
 
-def test_followers_of_a_prompt_with_a_control_net(host: Any) -> None:
-    """It is asked where cond is run, and what follows cond is told where its own, of half the run, ends."""
+def test_a_prompt_is_predicted_from_one_with_a_control_net(host: Any) -> None:
+    """Asked whenever cond is run. uncond is computed anew after its own ControlNet, of half the run, has ended."""
     control, half = host.control(), host.control((0.0, 0.5))
-    model = patched(host.model(), chosen("forecast", FOLLOWERS))
+    model = patched(host.model(), chosen("forecast", SKIP_UNCOND))
     end = model.get_model_object("model_sampling").percent_to_sigma(0.5)
     positive, negative = host.cond(1, control=control), host.cond(2, control=half)
     run(host, model, "euler_ancestral", positive=positive, negative=negative)
@@ -576,8 +575,8 @@ def test_followers_of_a_prompt_with_a_control_net(host: Any) -> None:
     assert half.asked == fates(model, "uncond").count("C") < STEPS
 
 
-def test_a_follower_is_computed_where_its_prompt_changes(host: Any) -> None:
-    model = patched(host.model(), chosen("forecast", FOLLOWERS))
+def test_a_predicted_prompt_is_computed_when_it_changes(host: Any) -> None:
+    model = patched(host.model(), chosen("forecast", SKIP_UNCOND))
     negative = host.cond(2, start_percent=0.0, end_percent=0.5) + host.cond(3, start_percent=0.5, end_percent=1.0)
     switch = model.get_model_object("model_sampling").percent_to_sigma(0.5)
     run(host, model, "euler_ancestral", negative=negative)
@@ -588,18 +587,18 @@ def test_a_follower_is_computed_where_its_prompt_changes(host: Any) -> None:
     assert cache_of(model).report.calls == sum(host.rows)
 
 
-def test_windows_with_followers_are_computed(host: Any) -> None:
-    """What follows cond on one window's frames says nothing of another's."""
+def test_windows_with_skip_uncond_are_computed(host: Any) -> None:
+    """cond on one window's frames predicts nothing of uncond on another's."""
     plain, x = host.windows(host.model(), 8), torch.cat([noise(1), noise(1, first=8)], -1)
     bare, rows = run(host, plain, x=x), list(host.rows)
-    model = patched(plain, chosen("forecast", FOLLOWERS))
+    model = patched(plain, chosen("forecast", SKIP_UNCOND))
     assert torch.equal(run(host, model, x=x), bare)
     assert host.rows == rows
-    assert "context windows would each need an reference" in str(cache_of(model).report.notes)
+    assert "each context window would need a reference of its own" in str(cache_of(model).report.notes)
 
 
-def test_followers_without_guidance_are_none(host: Any) -> None:
-    plain, model = host.model(), patched(host.model(), chosen("forecast", FOLLOWERS))
+def test_skip_uncond_without_guidance_skips_nothing(host: Any) -> None:
+    plain, model = host.model(), patched(host.model(), chosen("forecast", SKIP_UNCOND))
     assert torch.equal(run(host, model, cfg=1.0), run(host, plain, cfg=1.0))
     assert "where cond is the only branch nothing is skipped" in str(cache_of(model).report.notes)
 
@@ -613,27 +612,23 @@ def test_what_is_written_for_both_prompts_in_one_batch_gets_them(host: Any) -> N
 
     plain = host.model()
     bare = run(host, plain)
-    model = patched(plain, chosen("forecast", FOLLOWERS))
+    model = patched(plain, chosen("forecast", SKIP_UNCOND))
     plain.model.diffusion_model.register_forward_pre_hook(both)
     assert torch.equal(run(host, model), bare)
     assert fates(model, "uncond") == "C" * STEPS
     assert "the call for cond alone fails: not enough values to unpack" in str(cache_of(model).report.notes)
 
 
-def test_followers_need_a_deciding_reference(host: Any) -> None:
-    plain = host.model()
-    bare = run(host, plain)
-    model = patched(plain, chosen("forecast", FOLLOWERS), decide="each")
+def test_skipping_uncond_needs_a_deciding_reference(host: Any) -> None:
     with pytest.raises(OptionError, match="skip='uncond' with decide='each'"):
-        run(host, model)
-    assert torch.equal(run(host, patched(plain, chosen("none"))), bare)
+        patched(host.model(), chosen("forecast", SKIP_UNCOND), decide="each")
 
 
-@pytest.mark.parametrize("options", ["", FOLLOWERS])
+@pytest.mark.parametrize("options", ["", SKIP_UNCOND])
 def test_a_compiled_network_is_compiled_as_often_as_without_a_cache(host: Any, options: str) -> None:
-    """The built-in nodes stand inside of what is compiled: 20 graphs and more than 8 recompilations.
+    """ComfyUI's EasyCache is inside of what is compiled: 20 graphs and more than 8 recompilations.
 
-    With followers the prompt comes alone, too: for one row torch compiles some of it once more.
+    With skip="uncond" a single prompt is run, too: for one row torch compiles some of it once more.
     """
     model, graphs = host.model(), []
 

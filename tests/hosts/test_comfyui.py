@@ -1,6 +1,6 @@
 """The situations of tests/helpers/comfyui_situations.py on a real ComfyUI, and the host's own nodes beside ours.
 
-Skipped unless STEPCACHE_COMFYUI is the folder of a checkout; how to prepare one stands in docs/hosts.md.
+Skipped unless STEPCACHE_COMFYUI is the folder of a checkout; docs/hosts.md says how to prepare one.
 """
 # ruff: noqa: E402
 
@@ -22,7 +22,7 @@ pytest.register_assert_rewrite("comfyui_situations")
 
 from comfyui_real import Real
 from comfyui_situations import *  # noqa: F403
-from comfyui_situations import FOLLOWERS, SIGMAS, STEPS, chosen, fates, run
+from comfyui_situations import SIGMAS, SKIP_UNCOND, STEPS, chosen, fates, run
 
 from stepcache.cli import main
 from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, cache_of, in_one_line, patched
@@ -90,7 +90,7 @@ def test_the_hosts_guidance_nodes(host: Real, module: str, name: str, options: d
     assert rows == 3 * STEPS
     assert sum(host.rows) == report.calls + STEPS
     assert fates(model).count("S") == 4
-    follow = patched(plain, chosen("forecast", FOLLOWERS))
+    follow = patched(plain, chosen("forecast", SKIP_UNCOND))
     assert run(host, follow, "euler_ancestral", x=x).isfinite().all()
     assert sum(host.rows) == cache_of(follow).report.calls + STEPS
     assert (fates(follow), fates(follow, "uncond")) == ("C" * STEPS, "CSCSCSCSCC")
@@ -99,10 +99,10 @@ def test_the_hosts_guidance_nodes(host: Real, module: str, name: str, options: d
 def test_the_hosts_easy_cache_on_the_same_model(host: Real) -> None:
     easy = node("nodes_easycache", "EasyCacheNode")
     plain = first(easy.execute(host.model(), 0.2, 0.15, 0.95, False))
-    follow = patched(plain, chosen("forecast", FOLLOWERS))
+    follow = patched(plain, chosen("forecast", SKIP_UNCOND))
     assert run(host, follow, "euler_ancestral").isfinite().all()
     assert fates(follow, "uncond") == "CSCSCSCSCC"
-    assert not cache_of(follow).report.notes
+    assert "EasyCache is on this model too" in str(cache_of(follow).report.notes)
     for model in (
         patched(plain, chosen("forecast")),
         first(easy.execute(patched(host.model(), chosen("forecast")), 0.2, 0.15, 0.95, False)),
@@ -164,16 +164,16 @@ def test_area_branches(host: Real) -> None:
     assert torch.equal(run(host, patched(plain, chosen("none")), positive=positive), bare)
     model = patched(plain, chosen("forecast"))
     run(host, model, positive=positive)
-    assert fates(model) == "CSCSCSCSCC"
+    assert fates(model) == "CCSCSCSCSC"
     assert cache_of(model).report.branches[::-1] == ["cond", "uncond"]
 
 
-def test_area_branches_with_followers(host: Real) -> None:
-    """Both parts of cond are run where uncond follows; with the same parts for uncond what follows is exact."""
+def test_area_branches_with_skip_uncond(host: Real) -> None:
+    """Both parts of cond are run if uncond is predicted. If uncond has the same parts, the prediction is exact."""
     plain = host.model()
     parts = host.cond(1) + host.cond(3, area=(4, 8, 0, 0), strength=1.0)
     bare = run(host, plain, "euler_ancestral", positive=parts, negative=parts)
-    model = patched(plain, chosen("forecast", FOLLOWERS))
+    model = patched(plain, chosen("forecast", SKIP_UNCOND))
     assert torch.allclose(
         run(host, model, "euler_ancestral", positive=parts, negative=parts), bare, rtol=1e-3, atol=1e-3
     )
@@ -193,12 +193,12 @@ def test_guiders_of_the_custom_sampler_nodes(host: Real) -> None:
         guider.sample(x, torch.zeros_like(x), host.sampler("euler"), SIGMAS, seed=1)
     report = cache_of(model).report
     assert set(report.branches) == {"cond", "middle", "uncond"}
-    assert {report.fates(name) for name in report.branches} == {"CSCSCSCSCC"}
+    assert {report.fates(name) for name in report.branches} == {"CCSCSCSCSC"}
 
 
-def test_both_other_branches_of_dual_guidance_follow(host: Real) -> None:
+def test_both_other_branches_of_dual_guidance_are_predicted(host: Real) -> None:
     custom = __import__("comfy_extras.nodes_custom_sampler", fromlist=["Guider_DualCFG"])
-    model = patched(host.model(), chosen("forecast", FOLLOWERS))
+    model = patched(host.model(), chosen("forecast", SKIP_UNCOND))
     guider = custom.Guider_DualCFG(model)
     guider.set_conds(host.cond(1), host.cond(3), host.cond(2))
     guider.set_cfg(5.0, 3.0)

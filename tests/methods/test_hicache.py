@@ -55,7 +55,7 @@ def test_options_come_as_text_and_under_the_names_of_the_source():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"interval": 0}, "^n=0: accepted is a whole number of at least 1"),
+        ({"interval": 0}, "^interval=0: accepted is a whole number of at least 1"),
         ({"order": -1}, "^order=-1: accepted is a whole number"),
         ({"sigma": 1.5}, "^sigma=1.5: accepted is a number from 0 to 1"),
         ({"warmup": -1}, "^warmup=-1: "),

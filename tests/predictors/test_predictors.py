@@ -16,13 +16,16 @@ from stepcache import Method, OptionError, Spectrum, Static, StepMask, UCache
 from stepcache.extend import (
     DMD,
     AdaptiveOrder,
+    Branch,
     Chebyshev,
+    DeferredScalars,
     FiniteDifference,
     Lagrange,
     LinearPredictor,
     Position,
     Predictor,
     Reuse,
+    RunInfo,
     TaylorSeer,
 )
 from stepcache.samplers.k_diffusion import CachedDenoiser, FlowDenoiser
@@ -222,3 +225,12 @@ def test_lagrange_in_t_reproduces_a_velocity_that_is_a_parabola_in_t():
         answers = [model(x, level(t / (1 - t))) for t in times]
     assert fates(model) == "CCCS"
     torch.testing.assert_close(answers[3], network(x, level(0.25)), rtol=1e-5, atol=1e-7)
+
+
+def test_an_output_that_was_not_computed_and_a_prediction_that_is_not_there_are_errors():
+    branch = Branch(Position(0, 0, 1.0), RunInfo(), torch.zeros(1), [], Reuse().predict, DeferredScalars())
+    with pytest.raises(RuntimeError, match="has not been computed yet"):
+        _ = branch.out
+    with pytest.raises(RuntimeError, match="cannot be predicted"):
+        branch.predict()
+    assert not branch.finite

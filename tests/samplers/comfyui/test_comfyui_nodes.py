@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.register_assert_rewrite("comfyui_situations")
 
@@ -18,10 +19,10 @@ from comfyui_double import Double, modules
 from comfyui_situations import *  # noqa: F403
 from comfyui_situations import run
 
-from stepcache import OptionError
+from stepcache import OptionError, StepMask
 from stepcache.cli import main
 from stepcache.samplers import comfyui
-from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, OWN, cache_of, chosen_method
+from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, OWN, cache_of, chosen_method, patched
 
 SKIPS = ["all", "uncond"]
 
@@ -58,7 +59,7 @@ def test_the_node_with_its_defaults_is_forecast(host: Double) -> None:
     _, table = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({}, model, table=True)
     assert len(table.splitlines()) > 20
     _, text = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({}, host.model())
-    assert "no cache stands on this model" in text
+    assert "this model has no cache" in text
 
 
 def test_the_run_is_in_the_log_in_one_line(host: Double, caplog: Any) -> None:
@@ -75,8 +76,8 @@ def test_the_fields_make_the_method() -> None:
     made = chosen_method("ucache", 0.5, 0.1, OWN, "fast", "static", "reset=0\nwarmup=2,\n")
     assert (made.criterion.threshold, made.criterion.reset, made.start, made.end) == (0.5, False, 0.1, 0.95)
     assert (made.mask.mask, made.mask.policy, made.warmup) == ("fast", "static", 2)
-    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic").gates[0].n == 3
-    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic", "interval=4").gates[0].n == 4
+    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic").gates[1].n == 3
+    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic", "interval=4").gates[1].n == 4
     assert chosen_method("dbcache", 0.2, OWN, OWN, "none", "dynamic").criterion.threshold == 0.2
     assert chosen_method("static", OWN, OWN, OWN, "none", "dynamic", "mask=110").mask.mask == (1, 1, 0)
     rest = OWN, OWN, OWN, "none", "dynamic"
@@ -97,20 +98,26 @@ def test_none_is_off_whatever_the_other_fields_say(host: Double) -> None:
     assert cache_of(model).report.method == "none"
 
 
-def test_the_node_with_followers_runs_the_positive_prompt_alone(host: Double) -> None:
+def test_with_skip_uncond_the_node_runs_the_positive_prompt_alone(host: Double) -> None:
     given = {**defaults("StepCache"), "skip": "uncond"}
     (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **given)
     run(host, model, "euler_ancestral")
     assert host.rows == [2, 1] * 4 + [2, 2]
     kind, options = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["optional"]["skip"]
     assert kind == SKIPS
-    assert "the positive prompt is always run" in options["tooltip"]
+    assert "it still runs for the positive prompt" in options["tooltip"]
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
         (("forecast", 2.5, OWN, OWN, "none", "dynamic"), "number=2.5: forecast's interval is a whole number"),
+        (
+            ("forecast", 0, OWN, OWN, "none", "dynamic"),
+            "^number=0 sets forecast's interval: interval=0: accepted is a whole number of at least 1",
+        ),
+        (("forecast", 0, 0.9, 0.2, "none", "dynamic"), "^start=0.9, end=0.2: the window is empty"),
+        (("magcache", 0.1, OWN, OWN, "none", "dynamic"), "^ratios='': MagCache needs the ratios"),
         (("static", OWN, OWN, OWN, "none", "dynamic"), "static needs a mask"),
         (("static", 3, OWN, OWN, "fast", "dynamic"), "number=3: static has none"),
         (("ucache", OWN, 0.9, 0.2, "none", "dynamic"), "the window is empty"),
@@ -120,6 +127,79 @@ def test_the_node_with_followers_runs_the_positive_prompt_alone(host: Double) ->
 def test_wrong_fields_are_named(given: tuple, sentence: str) -> None:
     with pytest.raises(OptionError, match=sentence):
         chosen_method(*given)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"number": 0.0}, "number=0 sets forecast's interval"),
+        ({"skip": "uncond", "decide": "each"}, "skip='uncond' with decide='each'"),
+        ({"skip": "uncond", "method": "fbcache", "number": 0.1}, "skip='uncond' with fbcache"),
+        ({"decide": "all"}, "unknown value of decide 'all'"),
+        ({"method": "fbcache", "number": 0.1, "options": "block=nowhere"}, "nowhere"),
+        ({"method": "static", "options": "mask=10x"}, "mask"),
+    ],
+)
+def test_what_no_run_could_accept_is_an_error_of_our_node(host: Double, fields: dict, sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), **fields})
+
+
+def test_with_an_ultra_static_mask_nothing_but_its_ones_is_computed(host: Double) -> None:
+    given = {**defaults("StepCache"), "mask": "ultra", "policy": "static"}
+    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **given)
+    run(host, model)
+    mask = StepMask.preset("ultra", 10).mask
+    assert cache_of(model).report.fates("cond") == "".join("C" if one else "S" for one in mask)
+
+
+def test_a_run_of_four_steps_is_computed_and_the_log_says_why(host: Double, caplog: Any) -> None:
+    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **defaults("StepCache"))
+    four = torch.tensor([14.0, 5.0, 2.0, 1.0, 0.0])
+    bare = run(host, host.model(), sigmas=four)
+    with caplog.at_level("INFO", "stepcache"):
+        assert torch.equal(run(host, model, sigmas=four), bare)
+    (record,) = caplog.records
+    assert "0 skipped" in record.message
+    assert "the run has only 4 evaluations: all are computed" in record.message
+
+
+@pytest.mark.parametrize("key", ["easycache", "lazycache"])
+def test_comfyuis_own_cache_on_the_same_model_is_warned_of(host: Double, caplog: Any, key: str) -> None:
+    def other(executor: Any, *args: Any, **keywords: Any) -> Any:
+        return executor(*args, **keywords)
+
+    before = host.model()
+    before.add_wrapper_with_key("outer_sample", key, other)
+    before = patched(before, chosen_method("forecast", OWN, OWN, OWN, "none", "dynamic"))
+    behind = patched(host.model(), chosen_method("forecast", OWN, OWN, OWN, "none", "dynamic"))
+    behind.add_wrapper_with_key("outer_sample", key, other)
+    name = {"easycache": "EasyCache", "lazycache": "LazyCache"}[key]
+    for model in (before, behind):
+        caplog.clear()
+        run(host, model)
+        (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert record.message.startswith(f"StepCache: {name} is on this model too")
+        assert name in str(cache_of(model).report.notes)
+    caplog.clear()
+    run(host, patched(before, chosen_method("none", OWN, OWN, OWN, "none", "dynamic")))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_teacache_is_recognised_by_its_option(host: Double) -> None:
+    model = patched(host.model(), chosen_method("forecast", OWN, OWN, OWN, "none", "dynamic"))
+    model.model_options["transformer_options"]["rel_l1_thresh"] = 0.4
+    run(host, model)
+    assert "TeaCache is on this model too" in str(cache_of(model).report.notes)
+
+
+def test_tooltips_name_the_values_of_their_field() -> None:
+    for node in NODE_CLASS_MAPPINGS.values():
+        inputs = node.INPUT_TYPES()
+        for name, (kind, *rest) in {**inputs["required"], **inputs.get("optional", {})}.items():
+            assert name == "model" or rest[0]["tooltip"]
+            if name in ("policy", "decide", "skip"):
+                assert all(f"{value}:" in rest[0]["tooltip"] for value in kind)
 
 
 def test_apply_first_block_caches_inputs_are_kept(host: Double) -> None:

@@ -135,7 +135,7 @@ def test_the_callback_and_the_guidance_options_go_with_it():
     pipe = tiny.build()
     cache = StepCacheCallback("fbcache", threshold=1e9, max_consecutive_cache_hits=1)
     pipe(**tiny.call(pipe), callback_on_step_end=cache)
-    assert cache.report.fates("cond") == "CSCSC"
+    assert cache.report.fates("cond") == "CCSCSC"
     counts, handles = ran(pipe)
     with attach(pipe, ALTERNATE, cfg_diff_compute_separate=True):
         run(pipe, tiny)

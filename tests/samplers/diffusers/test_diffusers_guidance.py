@@ -167,7 +167,7 @@ def test_the_bar_shows_what_was_skipped_under_the_callback_too():
     shown = io.StringIO()
     pipe.set_progress_bar_config(file=shown, mininterval=0)
     pipe(**tiny.call(pipe), callback_on_step_end=StepCacheCallback(MASK))
-    assert "skipped 2/5" in shown.getvalue()
+    assert "skipped 2/6" in shown.getvalue()
 
 
 def test_a_torch_that_does_not_call_the_slot_is_refused_with_a_sentence(monkeypatch):

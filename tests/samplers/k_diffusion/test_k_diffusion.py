@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     from k_diffusion import sampling
 
 from stepcache import EasyCache, Method, OptionError, Static, StepMask, UCache
+from stepcache.extend import Lagrange
 from stepcache.samplers.k_diffusion import CachedDenoiser, FlowDenoiser, InTurn, find, sample
 
 SAMPLERS = sorted(name for name in dir(sampling) if name.startswith("sample_"))
@@ -119,7 +120,9 @@ def test_every_sampler_counts_steps_evaluations_and_calls_apart(name, method):
         assert (report.steps, report.evaluations) == (5, 12)
     assert report.calls + report.skipped == report.evaluations
     assert report.speedup == report.evaluations / report.calls
-    if name not in NO_SCHEDULE or method.mask is None:
+    if name == "sample_dpm_adaptive":
+        assert report.skipped == 0
+    elif name not in NO_SCHEDULE or method.mask is None:
         assert report.skipped > 0
 
 
@@ -593,7 +596,7 @@ def test_threads_that_share_one_wrapper_have_turns_of_their_own():
 def test_a_skipped_evaluation_has_the_dtype_of_the_computed_ones(latents, answers, skip):
     network = lambda x, sigma: (x * 0.5).to(answers)  # noqa: E731
     cached = CachedDenoiser(network, Static("10", skip=skip), sigmas=[4.0, 1.0, 0.0], branches=("uncond", "cond"))
-    made = [cached(start(sigma).to(latents), torch.full((2,), sigma)) for sigma in (4.0, 1.0)]
+    made = [cached(start(sigma)[:1].repeat(2, 1, 1, 1).to(latents), torch.full((2,), sigma)) for sigma in (4.0, 1.0)]
     assert cached.report.fates("uncond") == "CS"
     assert [one.dtype for one in made] == [answers] * 2
 
@@ -643,3 +646,136 @@ def test_churn_without_a_plan_is_understood_from_the_callback():
     sampling.sample_euler(cached, start(), SIGMAS, s_churn=3.0, callback=cached.callback(), disable=True)
     assert cached.report.steps == cached.report.evaluations == 12
     assert cached.report.fates("guided")[2:] == "".join("CS"[digit == "0"] for digit in ALTERNATE)[2:]
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_prompt_that_changes_in_mid_run_drops_the_cache(text):
+    prompts = ["a cat", "a dog"] if text else [torch.zeros(1, 3), torch.ones(1, 3)]
+    network = lambda x, sigma, prompt: x + float(prompt is prompts[1])  # noqa: E731
+    model = CachedDenoiser(network, Method(), scalings="denoised")
+    with model.run([8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.0], 1):
+        answers = [
+            float(model(torch.full((1, 1, 2, 2), 5.0 + k), torch.tensor([sigma]), prompt=prompts[k > 2]).mean())
+            for k, sigma in enumerate((8.0, 6.0, 4.0, 3.0, 2.0))
+        ]
+    assert answers == [5, 6, 7, 9, 10]
+    assert model.report.fates("guided") == "CSSCS"
+
+
+def test_a_tensor_that_is_written_into_in_mid_run_drops_the_cache():
+    model, prompt = CachedDenoiser(lambda x, sigma, prompt: x, Method(), scalings="denoised"), torch.zeros(1, 3)
+    with model.run([8.0, 6.0, 4.0, 3.0, 2.0, 0.0], 1):
+        for k, sigma in enumerate((8.0, 6.0, 4.0, 3.0)):
+            if k == 2:
+                prompt[0, 1] = 1
+            model(start(sigma), torch.full((2,), sigma), prompt=prompt)
+    assert model.report.fates("guided") == "CSCS"
+
+
+@pytest.mark.parametrize("argument", ["equal content", "another one in every call", "a number", "the same"])
+def test_arguments_that_hosts_make_anew_in_every_call_cost_no_cache(argument):
+    given = torch.ones(1, 3)
+    arguments = {
+        "equal content": lambda k: {"c": [torch.ones(1, 3)]},
+        "another one in every call": lambda k: {"c": torch.full((1, 3), float(k))},
+        "a number": lambda k: k,
+        "the same": lambda k: given,
+    }
+    model = CachedDenoiser(lambda x, sigma, cond: x, Method(), scalings="denoised", sigmas=SIGMAS)
+    for k, sigma in enumerate(SIGMAS[:-1]):
+        model(start(float(sigma)), sigma.expand(2), cond=arguments[argument](k))
+    assert model.report.fates("guided") == "C" + "S" * (len(SIGMAS) - 2)
+
+
+def test_a_new_prompt_begins_a_new_run_of_a_bare_loop_at_whatever_sigma():
+    model = CachedDenoiser(lambda x, sigma, prompt: x, Method(), scalings="denoised")
+    for sigma, prompt in ((8.0, "a cat"), (6.0, "a cat"), (4.0, "a dog"), (3.0, "a dog")):
+        model(start(sigma), torch.full((2,), sigma), prompt=prompt)
+    assert (model.report.run, model.report.fates("guided")) == (1, "CS")
+
+
+def loop(model, x, sigmas):
+    """Euler as a generator, as an asynchronous host has it: yields after every step."""
+    with model.run(sigmas, 1):
+        for sigma, following in itertools.pairwise(sigmas):
+            x = x + (x - model(x, sigma.expand(2))) / sigma * (following - sigma)
+            yield x
+
+
+def test_two_loops_at_once_in_one_wrapper_are_an_error():
+    model = CachedDenoiser(eps_model(), UCache(1.5))
+    one, two = loop(model, start(), SIGMAS), loop(model, start() + 1, SIGMAS)
+    next(one)
+    with pytest.raises(RuntimeError, match="another run of this CachedDenoiser is in progress: make one for each run"):
+        next(two)
+    *_, image = one
+    alone = CachedDenoiser(eps_model(), UCache(1.5))
+    *_, expected = loop(alone, start(), SIGMAS)
+    assert torch.equal(image, expected)
+    assert model.report.fates("guided") == alone.report.fates("guided")
+    next(loop(model, start() + 1, SIGMAS))
+
+
+def test_two_loops_at_once_with_a_wrapper_each_are_those_of_one_after_the_other():
+    network = eps_model()
+    make = [lambda k=k: loop(CachedDenoiser(network, UCache(1.5)), start() + k, SIGMAS) for k in range(2)]
+    *_, (one, two) = zip(make[0](), make[1](), strict=True)
+    for image, again in zip((one, two), make, strict=True):
+        *_, expected = again()
+        assert torch.equal(image, expected)
+
+
+def test_a_loop_broken_off_between_its_branches_leaves_the_names_of_the_next_one_right():
+    """Same sigma, another x: not the second branch, though it was its turn."""
+    turns = InTurn("cond", "uncond")
+    sigma = torch.ones(2)
+    assert turns(start(), sigma) == "cond"
+    assert [turns(x, sigma) for x in (start() + 1, start() + 1)] == ["cond", "uncond"]
+    assert turns(x := start(), sigma) == "cond"
+    assert turns(x, sigma) == "uncond"
+
+
+def test_a_prediction_that_float16_cannot_hold_is_computed_instead():
+    """denoised = x - 40 eps: eps = 2400 is a float16, -30,000 - 96,000 is none."""
+    eps = iter([2400.0, 500.0])
+    network = lambda x, sigma: (x - sigma.view(-1, 1, 1, 1) * next(eps)).to(x.dtype)  # noqa: E731
+    method = Static("10", predictor=Lagrange(0, "zero"))
+    model = CachedDenoiser(network, method, scalings="eps", sigmas=[50.0, 40.0, 0.0])
+    model(torch.full((1, 1, 2, 2), 60000.0, dtype=torch.float16), torch.tensor([50.0]))
+    answer = model(torch.full((1, 1, 2, 2), -30000.0, dtype=torch.float16), torch.tensor([40.0]))
+    assert model.report.fates("guided") == "CC"
+    assert answer.isfinite().all()
+    assert model.report.events[1].reason == "prediction not finite"
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x, sigma):
+        return self.scale * x
+
+
+def test_gradients_wanted_for_the_models_parameters_are_not_cut():
+    network = Scaled()
+    model = CachedDenoiser(network, Method(), scalings="denoised", sigmas=SIGMAS)
+    with pytest.warns(UserWarning, match="the model's parameters require gradients"):
+        sum(model(start(float(s)), s.expand(2)).sum() for s in SIGMAS[:3]).backward()
+    assert network.scale.grad == pytest.approx(sum(float(start(float(s)).sum()) for s in SIGMAS[:3]), rel=1e-4)
+    assert model.report.fates("guided") == "CCC"
+    with torch.no_grad():
+        for s in SIGMAS[:3]:
+            model(start(float(s)), s.expand(2))
+    assert model.report.fates("guided") == "CSS"
+    network.requires_grad_(False)
+    for s in SIGMAS[:3]:
+        model(start(float(s)), s.expand(2))
+    assert model.report.fates("guided") == "CSS"
+
+
+def test_under_dpm_adaptive_everything_is_computed_and_the_report_says_why():
+    model = CachedDenoiser(eps_model(), UCache(1.5))
+    image, exact = (run("sample_dpm_adaptive", one, model) for one in (model, eps_model()))
+    assert torch.equal(image, exact)
+    assert {event.reason for event in model.report.events} == {"the sampler measures its error on it"}
