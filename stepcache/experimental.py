@@ -114,8 +114,8 @@ class ToleranceRule(Criterion):
     _misses: list[_Miss] = state(factory=list)
 
     def __post_init__(self) -> None:
-        number("tolerance", self.tolerance)
-        number("guidance", self.guidance, low=-math.inf)
+        number("tolerance", self.tolerance, high=1e6)
+        number("guidance", self.guidance, low=-1e6, high=1e6)
 
     @property
     def never_skips(self) -> bool:

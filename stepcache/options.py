@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
+import sys
 from collections.abc import Iterable
-from numbers import Real
+from numbers import Integral, Rational, Real
 from typing import Any, Literal, overload
 
 
@@ -13,12 +15,27 @@ class OptionError(ValueError):
     """An option that cannot be accepted, with the sentence that says why and what is."""
 
 
+LARGEST = sys.float_info.max
+"""Whole numbers above it are no floats."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist = 3, 200, 200, 40
+
+
+def shown(value: Any) -> str:
+    """A value for an error message; shortened if it is long, nested deeply or has no text."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:
+        return f"an object of {type(value).__name__}"
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
     """The error for a name that nothing has, with the nearest one that exists."""
     known = list(known)
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100].lower(), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return OptionError(f"unknown {kind} {name!r}.{hint} Accepted: {', '.join(known) or 'none'}.")
+    return OptionError(f"unknown {kind} {shown(name)}.{hint} Accepted: {', '.join(known) or 'none'}.")
 
 
 @overload
@@ -33,19 +50,25 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, w
     """`value` as a number within [low, high]; OptionError naming the option otherwise."""
     accepted = f"a {'whole ' if whole else ''}number"
     accepted += f" from {low:g} to {high:g}" if high < math.inf else f" of at least {low:g}"
-    kind = type(value)
-    fits = issubclass(kind, Real) and not issubclass(kind, bool) and not math.isnan(value)
-    fits = fits and low <= value <= high
+    fraction = isinstance(value, Rational) and not isinstance(value, Integral)  # torch does not take it
+    fits = isinstance(value, Real) and not isinstance(value, bool) and not fraction
+    fits = fits and low <= value <= high  # False for NaN
+    if fits and LARGEST < abs(value) < math.inf:
+        raise OptionError(f"{name}={shown(value)}: accepted is {accepted}, and at most {LARGEST:g}")
     fits = fits and (not whole or (math.isfinite(value) and value == int(value)))
     if not fits:
-        raise OptionError(f"{name}={value!r}: accepted is {accepted}")
+        raise OptionError(f"{name}={shown(value)}: accepted is {accepted}")
     return int(value) if whole else float(value)
 
 
 def flag(name: str, value: Any) -> bool:
     """`value` as a boolean; OptionError naming the option where it is neither a boolean nor 0 or 1."""
-    if value not in (0, 1):
-        raise OptionError(f"{name}={value!r}: accepted is 0 or 1")
+    try:
+        fits = bool(value in (0, 1))
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor
+        fits = False
+    if not fits:
+        raise OptionError(f"{name}={shown(value)}: accepted is 0 or 1")
     return bool(value)
 
 
@@ -63,6 +86,8 @@ def parse(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
     Whitespace around keys and values and one trailing comma are allowed. Booleans are 0/1 (also true/false). Raises
     OptionError for a missing `=`, an unknown key, a key given twice, or text that is not of the default's type.
     """
+    if not isinstance(text, str):
+        raise OptionError(f"options {shown(text)}: accepted is text, key=value,key=value")
     chosen: dict[str, Any] = {}
     parts = text.split(",")
     if parts and not parts[-1].strip():

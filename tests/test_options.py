@@ -9,13 +9,17 @@ import re
 import string
 import warnings
 from collections.abc import Callable
+from datetime import date
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import cached, drive, twice
 
 from stepcache import (
     METHODS,
@@ -31,7 +35,8 @@ from stepcache import (
     UCache,
     method,
 )
-from stepcache.extend import PRESETS, Interval, UCacheRule
+from stepcache.experimental import ToleranceRule
+from stepcache.extend import PRESETS, Interval, UCacheRule, accepted_options
 
 CLI = json.loads((Path(__file__).parent / "data" / "golden.json").read_text(encoding="utf-8"))["tables"]["cli"]
 DEFAULTS = {
@@ -482,3 +487,53 @@ def test_gates_that_are_none_are_named(make, gates):
         OptionError, match=r"gates=.*: accepted are objects of classes made from Gate, in a tuple or a l"
     ):
         make(gates=gates)
+
+
+VALUES = st.sampled_from(
+    [[], {}, (), object(), 10**400, -(10**400), 10**300, 10**20, 10**6, math.nan, math.inf, -math.inf]  # noqa: RUF005
+    + [-1, 0, 1, 2, 0.5, 1e308, "x", "", b"x", None, date(2020, 1, 1), torch.ones(2), torch.ones(1), 1j, [1, 0], [[1]]]
+    + [Fraction(1, 3), range(3), True, "fast", "101010", set(), "static", "training", len]
+)
+EVERY = [(name, option) for name in METHODS for option in accepted_options(name)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(EVERY), VALUES)
+def test_any_value_of_any_option_is_refused_at_once_or_lasts_a_run(which, value):
+    name, option = which
+    mask = {"mask": "fast"} if name == "static" and option != "mask" else {}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        accepted = accepted_or_refused(lambda: method(name, **mask, **{option: value}))
+        if not isinstance(accepted, Method):
+            return
+        sigmas = [2.0**-k for k in range(6)]
+        try:
+            model = cached(twice, accepted, sigmas=[*sigmas, 0.0])
+        except OptionError:
+            return  # a mask of another length than the run, or a method that needs a network with blocks
+        with model.run([*sigmas, 0.0], 1):
+            drive(model, sigmas, range(6))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Spectrum(window_size=math.inf), "window_size=inf: accepted is a number from 1 to 1000"),
+        (lambda: Spectrum(flex_window=math.inf), "flex_window=inf: accepted is a number from 0 to 1000"),
+        (lambda: Spectrum(m=1000000), "m=1000000: accepted is a whole number from 0 to 64"),
+        (lambda: method("taylorseer", "order=1000"), "order=1000: accepted is a whole number from 0 to 64"),
+        (lambda: ToleranceRule(tolerance=1e300), "tolerance=1e+300: accepted is a number from 0 to 1e+06"),
+        (lambda: method("ucache", f"warmup={'1' * 310}"), "warmup=111111111111111111...1111111111111111111: accepted"),
+        (lambda: UCache(warmup=torch.ones(2)), "warmup=tensor([1., 1.]): accepted is a whole number of at least 0"),
+        (lambda: UCache(reset=torch.ones(2)), "reset=tensor([1., 1.]): accepted is 0 or 1"),
+        (lambda: UCache(threshold=Fraction(1, 3)), "threshold=Fraction(1, 3): accepted is a number of at least 0"),
+        (lambda: method("ucache", name="x"), "unknown option 'name'."),
+        (lambda: method([]), "unknown method '[]'."),
+        (lambda: method("ucache", 5), "options 5: accepted is text, key=value,key=value"),
+    ],
+)
+def test_values_that_could_act_in_mid_run_only_are_refused_at_once(make, message):
+    with pytest.raises(OptionError) as refusal:
+        make()
+    assert str(refusal.value).startswith(message)

@@ -13,7 +13,7 @@ from ..methods.cache_dit import CacheDiT
 from ..methods.dbcache import DBCache
 from ..methods.off import Off
 from ..methods.registry import OF_THE_HOST
-from ..options import OptionError, flag, unknown
+from ..options import OptionError, flag, number, shown, unknown
 from ..predictors.base import Baseline
 from ..predictors.dmd import DMD
 from ..predictors.taylorseer import TaylorSeer
@@ -83,12 +83,14 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if key in NEUTRAL and value != NEUTRAL[key]:
             raise OptionError(
-                f"{key}={value!r}: cache-dit has this, here it cannot act; leave it out or set it to {NEUTRAL[key]!r}"
+                f"{key}={shown(value)}: cache-dit has this, here it cannot act; "
+                f"leave it out or set it to {NEUTRAL[key]!r}"
             )
         if key not in FIELDS and key not in NEUTRAL:
-            raise unknown("field", str(key), ["cache_config", *FIELDS])
+            raise unknown("field", key if isinstance(key, str) else shown(key), ["cache_config", *FIELDS])
     given = {key: value for key, value in given.items() if key in FIELDS}
-    kind = str(given.pop("cache_type", "DBCache"))
+    kind = given.pop("cache_type", "DBCache")
+    kind = kind if isinstance(kind, str) else shown(kind)
     if kind not in ("DBCache", "NONE"):
         raise unknown("cache_type", kind, ("DBCache", "NONE"))
     host = _host_options(given)
@@ -101,21 +103,9 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fields(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(source, Mapping):
-        text, path = Path(source).read_text(encoding="utf-8"), Path(source)
-        if path.suffix.lower() == ".json":
-            try:
-                source = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise OptionError(f"{path.name}: {error}") from None
-        else:
-            yaml = require("yaml", "yaml")
-            try:
-                source = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise OptionError(f"{path.name}: {error}") from None
-        if not isinstance(source, Mapping):
-            raise OptionError(f"{path.name}: accepted are fields with values, {', '.join(FIELDS[:4])}, ...")
+    from_file = not isinstance(source, Mapping)
+    if from_file:
+        source = _loaded(Path(source))
     fields = dict(source)
     for key in ELSEWHERE:
         if key in fields:
@@ -125,9 +115,30 @@ def _fields(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         if fields:
             raise OptionError(f"{', '.join(map(str, fields))}: beside cache_config; put all fields under it, or none")
         if not isinstance(nested, Mapping):
-            raise OptionError(f"cache_config={nested!r}: accepted are fields with values")
+            raise OptionError(f"cache_config={shown(nested)}: accepted are fields with values")
         fields = dict(nested)
+    for key, value in fields.items() if from_file else ():
+        if not all(item is None or isinstance(item, (bool, int, float, str)) for item in _items(value)):
+            raise OptionError(f"{shown(key)}={shown(value)}: accepted are numbers, booleans, text, and lists of them")
     return fields
+
+
+def _loaded(path: Path) -> Mapping[str, Any]:
+    """The fields in a file, as it has them; OptionError if there are none in it."""
+    yaml = None if path.suffix.lower() == ".json" else require("yaml", "yaml")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+        fields = json.loads(text) if yaml is None else yaml.safe_load(text)
+    except Exception as error:  # of PyYAML nearly any: a date that is none, a tag that does not fit, deep nesting
+        raise OptionError(f"{path.name} cannot be read: {type(error).__name__}: {error}"[:500]) from None
+    if not isinstance(fields, Mapping):
+        raise OptionError(f"{path.name}: accepted are fields with values, {', '.join(FIELDS[:4])}, ...")
+    return fields
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _host_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -149,11 +160,11 @@ def _predictor(given: dict[str, Any]) -> TaylorSeer | DMD | None:
     for key, acts in own.items():
         if key in given and not acts:
             needed = "enable_dmd" if key.startswith("dmd") else "enable_taylorseer"
-            raise OptionError(f"{key}={given[key]!r}: it does nothing without {needed}: true")
+            raise OptionError(f"{key}={shown(given[key])}: it does nothing without {needed}: true")
     kinds = [given.pop(key) for key in ("taylorseer_cache_type", "calibrator_cache_type") if key in given]
     for kind in kinds:
-        if kind not in KINDS:
-            raise unknown("calibrator_cache_type", str(kind), KINDS)
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise unknown("calibrator_cache_type", kind if isinstance(kind, str) else shown(kind), KINDS)
     baseline: Baseline = KINDS[kinds[0]] if kinds else "input"
     if dmd:
         options = {key: given.pop(f"dmd_{key}") for key in ("history", "rank", "ridge") if f"dmd_{key}" in given}
@@ -164,5 +175,7 @@ def _predictor(given: dict[str, Any]) -> TaylorSeer | DMD | None:
 def _check_length(given: dict[str, Any]) -> None:
     """`num_inference_steps` is not needed here; if it is given, a mask must fit it."""
     steps = given.pop("num_inference_steps", None)
+    if steps is not None:
+        steps = int(number("num_inference_steps", steps, low=1, whole=True))
     if steps is not None and "steps_computation_mask" in given:
         StepMask(given["steps_computation_mask"]).for_steps(steps)

@@ -12,7 +12,7 @@ from ..masks import StepMask
 from ..methods import METHODS, Method, method
 from ..methods.off import Off
 from ..methods.registry import presets_of
-from ..options import OptionError, unknown
+from ..options import OptionError, shown, unknown
 
 OPTIONS = ("--cache-mode", "--cache-option", "--cache-preset", "--scm-mask", "--scm-policy")
 
@@ -40,7 +40,7 @@ def parse(command: str | Sequence[str]) -> Method:
     Raises `OptionError` for an unknown option that begins with --cache or --scm (with the nearest name), one without a
     value, and whatever `method` does not accept.
     """
-    given = _read(shlex.split(command) if isinstance(command, str) else list(command))
+    given = _read(_words(command))
     name, text, preset = (given.get(f"--cache-{kind}") for kind in ("mode", "option", "preset"))
     mask, policy = given.get("--scm-mask"), given.get("--scm-policy")
     if name is None and text is not None:
@@ -56,6 +56,18 @@ def parse(command: str | Sequence[str]) -> Method:
         keywords = {"mask": _masked(name, mask, preset, policy)}
     text = _renamed(text or "", OPTION_KEYS.get(name, {}))
     return method(name, text, **{key: value for key, value in keywords.items() if value is not None})
+
+
+def _words(command: str | Sequence[str]) -> list[str]:
+    if isinstance(command, str):
+        try:
+            return shlex.split(command)
+        except ValueError as error:  # a quotation mark without its other
+            raise OptionError(f"command {shown(command)}: {error}") from None
+    words = list(command) if isinstance(command, Sequence) else [command]
+    if not all(isinstance(word, str) for word in words):
+        raise OptionError(f"command {shown(command)}: accepted are a text and a list of words")
+    return words
 
 
 def _read(words: list[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..clock import Position
+from ..masks import LONGEST
 from ..options import number
 from ..plan import ComputeReason
 from ..run_info import RunInfo, SkipCounts
@@ -31,8 +32,8 @@ class SpectrumCadence(Gate):
     stop: float = 0.9
 
     def __post_init__(self) -> None:
-        number("window_size", self.window_size, low=1)
-        number("flex_window", self.flex_window)
+        number("window_size", self.window_size, low=1, high=LONGEST)
+        number("flex_window", self.flex_window, high=LONGEST)
         number("warmup", self.warmup, whole=True)
         number("stop", self.stop, high=1.0)
 

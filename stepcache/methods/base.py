@@ -16,7 +16,7 @@ from ..gates.second_of_two import SecondOfTwo
 from ..gates.warmup import Warmup
 from ..gates.window import Window, WindowUnit
 from ..masks import StepMask
-from ..options import OptionError, flag, unknown
+from ..options import OptionError, flag, number, unknown
 from ..predictors.base import Predictor
 from ..predictors.reuse import Reuse
 
@@ -81,6 +81,9 @@ class Method:
             raise unknown("evaluations", str(self.evaluations), ("all", "second"))
         if self.skip not in ("all", "uncond"):
             raise unknown("skip", str(self.skip), ("all", "uncond"))
+        for name in ("start", "end"):
+            number(name, getattr(self, name), high=1.0)
+        number("warmup", self.warmup, whole=True)
         object.__setattr__(self, "last_step", flag("last_step", self.last_step))
         for name, kind in (("criterion", Criterion), ("predictor", Predictor)):
             if not isinstance(value := getattr(self, name), kind):

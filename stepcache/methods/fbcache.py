@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..criteria.relative_change import RelativeChange
+from ..options import number
 from ..probe import Blocks
 from .base import Method
 from .registry import register
@@ -49,6 +50,7 @@ def FBCache(
     which restores it; the report says so.
     """
     rule = RelativeChange(residual_diff_threshold, Blocks(1, block, object_to_patch))
+    start, end = number("start", start, high=1.0), number("end", end, high=1.0)
     return Method.make(
         common,
         criterion=rule,

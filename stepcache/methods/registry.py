@@ -158,7 +158,7 @@ def _as_text(key: str, default: Any, entry: Entry) -> Any:
     return 0 if parameter is not None and str(parameter.annotation).startswith("int") else ""
 
 
-def method(name: str, option_text: str = "", **keywords: Any) -> Method:
+def method(name: str, option_text: str = "", /, **keywords: Any) -> Method:
     """A method by its published name, with options as text, as keywords, or both.
 
     Raises `OptionError` naming the option, the value and what is accepted: for an unknown name or key (with the nearest
@@ -169,8 +169,8 @@ def method(name: str, option_text: str = "", **keywords: Any) -> Method:
         >>> stepcache.method("ucache", "threshold=1.5,start=0.2", mask="fast").start
         0.2
     """
-    if name not in METHODS:
-        raise options.unknown("method", str(name), METHODS)
+    if not isinstance(name, str) or name not in METHODS:
+        raise options.unknown("method", name if isinstance(name, str) else options.shown(name), METHODS)
     entry = _ENTRIES[name]
     typed = {key: _as_text(key, default, entry) for key, default in _accepted(entry.function).items()}
     typed |= {other: typed[usual] for other, usual in entry.other_names.items() if usual in typed}

@@ -13,7 +13,7 @@ from ..branch import Branch, CacheEntry, History
 from ..clock import near
 from ..options import number
 from ..parametrization import Parametrization
-from .base import Predictor
+from .base import HIGHEST, Predictor
 
 RESPONSE = 0.25, 0.8
 """The share of denoised in the prediction, without noise and under fresh noise."""
@@ -69,7 +69,7 @@ class AdaptiveOrder(Predictor):
     sampler_aware = True
 
     def __post_init__(self) -> None:
-        number("order", self.order, whole=True)
+        number("order", self.order, high=HIGHEST, whole=True)
         number("trust", self.trust)
 
     @property

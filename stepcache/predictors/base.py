@@ -23,6 +23,9 @@ Baseline = Literal["input", "zero"]
 
 Terms = Sequence[tuple[CacheEntry, float | Tensor]]
 
+HIGHEST = 64
+"""The highest order or degree: every one more keeps a latent more of each branch."""
+
 
 class Predictor(ABC):
     """Predicts the network's raw output from the evaluations computed before."""
@@ -84,7 +87,7 @@ class FixedOrder(LinearPredictor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("order", self.order, whole=True)
+        number("order", self.order, high=HIGHEST, whole=True)
 
     @property
     def memory(self) -> int:

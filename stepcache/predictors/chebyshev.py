@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ..branch import Branch
+from ..masks import LONGEST
 from ..options import number
-from .base import Baseline, LinearPredictor, Terms, on_host
+from .base import HIGHEST, Baseline, LinearPredictor, Terms, on_host
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Chebyshev(LinearPredictor):
     def __post_init__(self) -> None:
         super().__post_init__()
         number("w", self.w, high=1.0)
-        number("m", self.m, whole=True)
-        number("lam", self.lam)
+        number("m", self.m, high=HIGHEST, whole=True)
+        number("lam", self.lam, high=1e6)
         if self.steps is not None:
-            number("steps", self.steps, low=1, whole=True)
+            number("steps", self.steps, low=1, high=LONGEST, whole=True)
 
     @property
     def memory(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..branch import Branch, CacheEntry
 from ..options import number
-from .base import Baseline, Predictor, weighted
+from .base import HIGHEST, Baseline, Predictor, weighted
 from .taylorseer import TaylorSeer
 
 
@@ -49,8 +49,8 @@ class DMD(Predictor):
     baseline: Baseline = "input"
 
     def __post_init__(self) -> None:
-        number("history", self.history, low=4, whole=True)
-        number("rank", self.rank, whole=True)
+        number("history", self.history, low=4, high=HIGHEST, whole=True)
+        number("rank", self.rank, high=HIGHEST, whole=True)
         number("ridge", self.ridge)
         TaylorSeer(self.order, self.baseline)
 

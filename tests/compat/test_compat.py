@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import warnings
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stepcache import (
     CacheDiT,
     DBCache,
     EasyCache,
     Forecast,
+    Method,
     Off,
     OptionError,
     Spectrum,
@@ -22,7 +27,23 @@ from stepcache import (
     load_config,
     parse,
 )
+from stepcache.compat.cache_dit import FIELDS, NEUTRAL
 from stepcache.extend import DMD, Chebyshev, TaylorSeer
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.dates()
+    | st.sampled_from([10**400, -1, 0, 1, 2, 10**20, "fast", "dynamic", "static", "residual", "NONE"])
+)
+VALUES = SCALARS | st.lists(SCALARS)
+PIECES = st.sampled_from(
+    ["--cache-mode", "--cache-option", "--cache-preset", "--scm-mask", "--scm-policy", "--cache-mode=", "ucache"]  # noqa: RUF005
+    + ["cache-dit", "spectrum", "threshold=1", "window=inf", "m=1000000", "fast", "1,0,1", "static", "--", "-1"]
+    + [",", "=", "'", '"']
+)
 
 MASK = "1,1,1,1,0,0,1,0,0,0,1,0,0,0,1,0,0,0,1,1"
 
@@ -207,6 +228,58 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(OptionError, match=f"^{name[0]}\\."):
         load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "warmup_interval: 2024-13-45",
+        "enable_dmd: !!bool maybe",
+        "[" * 1000,
+        "a: &a [*a]",
+        "steps_computation_mask: &a [*a, *a]",
+        "max_warmup_steps: 2024-01-01",
+        "taylorseer_cache_type: [residual]\nenable_taylorseer: true",
+        "cache_type: [DBCache]",
+        "steps_computation_mask: {1: 0}",
+        "num_inference_steps: [1]\nsteps_computation_mask: fast",
+        f"max_warmup_steps: {'1' * 5000}",
+        "max_warmup_steps: " + "1" * 310,
+        "<<: 3",
+        "? [a]\n: b",
+        "a: !!python/object:os.system 1",
+        "x: &x [1,1,1]\ny: &y [*x,*x,*x]\n" + "".join(f"z{k}: &z{k} [*y,*y]\n" for k in range(3)),
+        b"\xff\xfe\x00",
+        b"max_warmup_steps: \xe9",
+    ],
+)
+def test_a_file_with_anything_in_it_is_accepted_or_refused_with_a_sentence(tmp_path, text):
+    (tmp_path / "a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(OptionError) as refusal:
+        load_config(tmp_path / "a.yaml")
+    assert 3 < len(str(refusal.value).split()) < 100
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.dictionaries(st.sampled_from([*FIELDS, *NEUTRAL, "cache_config", "x", 1]), VALUES, max_size=3))
+def test_any_fields_are_accepted_or_refused_with_a_sentence(fields):
+    with warnings.catch_warnings(), contextlib.suppress(OptionError):
+        warnings.simplefilter("ignore")
+        assert isinstance(load_config(fields)["method"], Method)
+
+
+@settings(deadline=None)
+@given(st.text() | st.lists(st.text()) | st.lists(PIECES, max_size=6).map(" ".join))
+def test_any_command_line_is_accepted_or_refused_with_a_sentence(line):
+    with warnings.catch_warnings(), contextlib.suppress(OptionError):
+        warnings.simplefilter("ignore")
+        assert isinstance(parse(line), Method)
+
+
+@pytest.mark.parametrize("line", ["--cache-mode 'ucache", '--cache-mode ucache --cache-option "threshold=1', [1, 2], 5])
+def test_a_command_that_is_no_words_is_refused(line):
+    with pytest.raises(OptionError, match=r"^command "):
+        parse(line)
 
 
 def test_without_pyyaml_json_still_loads_and_yaml_says_what_to_install(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from k_diffusion import sampling
 
 from stepcache import EasyCache, Method, OptionError, Static, StepMask, UCache
-from stepcache.extend import Lagrange
+from stepcache.extend import Lagrange, TaylorSeer
 from stepcache.samplers.k_diffusion import CachedDenoiser, FlowDenoiser, InTurn, find, sample
 
 SAMPLERS = sorted(name for name in dir(sampling) if name.startswith("sample_"))
@@ -739,7 +739,7 @@ def test_a_prediction_that_float16_cannot_hold_is_computed_instead():
     """denoised = x - 40 eps: eps = 2400 is a float16, -30,000 - 96,000 is none."""
     eps = iter([2400.0, 500.0])
     network = lambda x, sigma: (x - sigma.view(-1, 1, 1, 1) * next(eps)).to(x.dtype)  # noqa: E731
-    method = Static("10", predictor=Lagrange(0, "zero"))
+from stepcache.extend import Lagrange, TaylorSeer
     model = CachedDenoiser(network, method, scalings="eps", sigmas=[50.0, 40.0, 0.0])
     model(torch.full((1, 1, 2, 2), 60000.0, dtype=torch.float16), torch.tensor([50.0]))
     answer = model(torch.full((1, 1, 2, 2), -30000.0, dtype=torch.float16), torch.tensor([40.0]))
