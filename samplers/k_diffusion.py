@@ -160,17 +160,18 @@ class CachedDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
-        if self.engine.method.never_skips and not isinstance(sigma, Tensor):
-            return self._bare(x, sigma, extra)
+        off = self.engine.method.never_skips
+        if off and not (isinstance(x, Tensor) and isinstance(sigma, Tensor) and x.ndim and x.numel() and sigma.numel()):
+            return self.inner_model(x, sigma, **extra)  # what no evaluation is known by, as a sigma that is a float
         names = self.branches(x, sigma, **extra) if callable(self.branches) else self.branches
         names = distinct(names)
-        if x.shape[0] % len(names):
+        if x.shape[0] % len(names) and not off:
             raise OptionError(
                 f"a batch of {x.shape[0]} does not divide into the {len(names)} branches {', '.join(names)}: "
                 "name the branches that come in one call, in their order"
             )
         call = DenoiserCall(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes)
-        if not self.engine.method.never_skips:
+        if not off:
             call.cache_key = (self._changes(names, extra),)
         try:
             return self.engine(call)

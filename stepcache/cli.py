@@ -8,7 +8,8 @@ from pathlib import Path
 
 from . import __version__, method
 from ._optional import require
-from .options import unknown
+from .masks import LONGEST
+from .options import number, unknown
 from .samplers.install import HOSTS
 
 
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         {"demo": _demo, "bench": _bench, "install": _install}[options.command](options)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
         parser.exit(1, f"stepcache {options.command}: {error}\n")
     return 0
 
@@ -65,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _demo(options: argparse.Namespace) -> None:
     from stepcache.demo.run import demo
 
+    _check_numbers(options)
+    options.out.mkdir(parents=True, exist_ok=True)
     demo(options.out, options.samples, options.seed)
 
 
@@ -72,6 +75,7 @@ def _bench(options: argparse.Namespace) -> None:
     from stepcache.bench import bench
     from stepcache.demo import sampling, zoo
 
+    _check_numbers(options)
     console = require("rich.console", "bench").Console()
     methods = {text: method(*text.split(":", 1)) for text in options.method} if options.method else None
     shipped = ("unet", "dit")
@@ -81,6 +85,7 @@ def _bench(options: argparse.Namespace) -> None:
     subjects = [
         sampling.subject(name, options.guidance) if name in shipped else zoo.subject(name) for name in options.network
     ]
+    options.out.mkdir(parents=True, exist_ok=True)
     results = bench(
         subjects,
         options.sampler,
@@ -96,6 +101,16 @@ def _bench(options: argparse.Namespace) -> None:
     )
     results.show(console)
     console.print(f"Written to {options.out}: table.md, results.json, pareto.png, records.jsonl")
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Refuses numbers that would fail after a while of sampling."""
+    number("--seed", options.seed, high=2**31, whole=True)
+    for name in ("samples", "batch", "workers"):
+        number(f"--{name}", getattr(options, name, 1), low=1, whole=True)
+    for steps in getattr(options, "steps", ()):
+        number("--steps", steps, low=1, high=LONGEST, whole=True)
+    number("--guidance", getattr(options, "guidance", 0), low=-1000, high=1000)
 
 
 def _install(options: argparse.Namespace) -> None:

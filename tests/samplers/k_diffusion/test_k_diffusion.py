@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from k_diffusion import sampling
 
 from stepcache import EasyCache, Method, OptionError, Static, StepMask, UCache
-from stepcache.extend import Lagrange, TaylorSeer
+from stepcache.extend import Lagrange
 from stepcache.samplers.k_diffusion import CachedDenoiser, FlowDenoiser, InTurn, find, sample
 
 SAMPLERS = sorted(name for name in dir(sampling) if name.startswith("sample_"))
@@ -739,7 +739,7 @@ def test_a_prediction_that_float16_cannot_hold_is_computed_instead():
     """denoised = x - 40 eps: eps = 2400 is a float16, -30,000 - 96,000 is none."""
     eps = iter([2400.0, 500.0])
     network = lambda x, sigma: (x - sigma.view(-1, 1, 1, 1) * next(eps)).to(x.dtype)  # noqa: E731
-from stepcache.extend import Lagrange, TaylorSeer
+    method = Static("10", predictor=Lagrange(0, "zero"))
     model = CachedDenoiser(network, method, scalings="eps", sigmas=[50.0, 40.0, 0.0])
     model(torch.full((1, 1, 2, 2), 60000.0, dtype=torch.float16), torch.tensor([50.0]))
     answer = model(torch.full((1, 1, 2, 2), -30000.0, dtype=torch.float16), torch.tensor([40.0]))
@@ -779,3 +779,22 @@ def test_under_dpm_adaptive_everything_is_computed_and_the_report_says_why():
     image, exact = (run("sample_dpm_adaptive", one, model) for one in (model, eps_model()))
     assert torch.equal(image, exact)
     assert {event.reason for event in model.report.events} == {"the sampler measures its error on it"}
+
+
+@pytest.mark.parametrize(
+    ("x", "sigma"),
+    [
+        (torch.ones(2, 3), 1.5),
+        (torch.ones(0, 3), torch.ones(0, 1)),
+        (torch.ones(5), torch.tensor(2.0)),
+        (torch.tensor(3.0), torch.tensor(2.0)),
+        (torch.ones(2, 3, dtype=torch.complex64), torch.ones(2, 1)),
+        (torch.ones(3, 1), torch.ones(3, 1)),
+    ],
+    ids=["a float sigma", "an empty batch", "1-D x", "0-D x", "complex x", "rows that do not divide"],
+)
+def test_with_the_cache_off_the_wrapper_takes_what_the_model_takes(x, sigma):
+    network = lambda x, sigma: x * sigma  # noqa: E731
+    for branches in (None, ("cond", "uncond")):
+        model = CachedDenoiser(network, None, branches=branches)
+        assert torch.equal(model(x, sigma), x * sigma)
