@@ -123,6 +123,8 @@ def _write(folder: Path, files: dict[str, str]) -> str:
     for written in (folder, *((folder / name).parent for name in files), *(folder / name for name in files)):
         if written.is_symlink():
             raise OptionError(f"{written} is a link to {written.readlink()}: remove the link, then install again")
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"{folder} is a file. Nothing can be installed there: move it away, then install again")
     there = {
         name: (folder / name).read_text(encoding="utf-8", errors="replace")
         for name in files

@@ -104,9 +104,7 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 def _fields(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     from_file = not isinstance(source, Mapping)
-    if from_file:
-        source = _loaded(Path(source))
-    fields = dict(source)
+    fields = dict(source if isinstance(source, Mapping) else _loaded(Path(source)))
     for key in ELSEWHERE:
         if key in fields:
             raise OptionError(f"{key}: cache-dit's own, not about skipping steps; leave it out and set it up there")

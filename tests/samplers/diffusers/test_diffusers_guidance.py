@@ -85,7 +85,7 @@ def test_a_second_run_puts_off_what_it_can_and_draws_the_same():
     tiny = PIPELINES["sd-controlnet"]
     pipe = tiny.build()
     runs = Runs(pipe.controlnet)
-    with attach(pipe, Forecast()):
+    with attach(pipe, Forecast(min_evaluations=0)):
         first, second = run(pipe, tiny), run(pipe, tiny)
     assert torch.equal(first, second)
     assert runs.count == 2 * "CSCSCC".count("C")
@@ -95,7 +95,7 @@ def test_a_second_run_puts_off_what_it_can_and_draws_the_same():
     ("name", "fates"), [("sd-pndm", "CCSCSCC"), ("sd-heun", "CCSCSCSCSCC"), ("sd", "CCSCSC"), ("flux", "CCSCSC")]
 )
 def test_forecast_computes_every_second_evaluation(name, fates):
-    _, report = cached(name, Forecast())
+    _, report = cached(name, Forecast(min_evaluations=0))
     assert {report.fates(branch) for branch in report.branches} == {fates}
 
 
