@@ -50,8 +50,9 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, w
     """`value` as a number within [low, high]; OptionError naming the option otherwise."""
     accepted = f"a {'whole ' if whole else ''}number"
     accepted += f" from {low:g} to {high:g}" if high < math.inf else f" of at least {low:g}"
-    fraction = isinstance(value, Rational) and not isinstance(value, Integral)  # torch does not take it
-    fits = isinstance(value, Real) and not isinstance(value, bool) and not fraction
+    kind = type(value)
+    fraction = issubclass(kind, Rational) and not issubclass(kind, Integral)  # torch does not take it
+    fits = issubclass(kind, Real) and not issubclass(kind, bool) and not fraction
     fits = fits and low <= value <= high  # False for NaN
     if fits and LARGEST < abs(value) < math.inf:
         raise OptionError(f"{name}={shown(value)}: accepted is {accepted}, and at most {LARGEST:g}")

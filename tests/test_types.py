@@ -98,7 +98,7 @@ def _lines(pattern, text):
 
 
 def test_an_editor_shows_a_methods_own_options():
-    assert list(inspect.signature(Forecast).parameters) == ["interval", "common"]
+    assert list(inspect.signature(Forecast).parameters) == ["interval", "min_evaluations", "common"]
     own = inspect.signature(UCache).parameters
     assert list(own) == ["threshold", "start", "end", "decay", "relative", "reset", "common"]
     assert own["threshold"].default == 1.0

@@ -64,7 +64,7 @@ def _words(command: str | Sequence[str]) -> list[str]:
             return shlex.split(command)
         except ValueError as error:  # a quotation mark without its other
             raise OptionError(f"command {shown(command)}: {error}") from None
-    words = list(command) if isinstance(command, Sequence) else [command]
+    words: list[Any] = list(command) if isinstance(command, Sequence) else [command]
     if not all(isinstance(word, str) for word in words):
         raise OptionError(f"command {shown(command)}: accepted are a text and a list of words")
     return words
