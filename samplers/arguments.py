@@ -52,6 +52,8 @@ class ArgumentChanges:
 
     def __call__(self, names: tuple[str, ...], extra: dict[str, Any]) -> int:
         """The number of changes so far in the calls for these branches."""
+        if not extra:
+            return 0
         count = self._count.get(names, 0)
         self._count[names] = count + sum([self._changed((names, *path), value) for path, value in _leaves((), extra)])
         return self._count[names]

@@ -160,7 +160,7 @@ class CachedDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
-        off = self.engine.method.never_skips
+        off = self.engine.off
         if off and not (isinstance(x, Tensor) and isinstance(sigma, Tensor) and x.ndim and x.numel() and sigma.numel()):
             return self.inner_model(x, sigma, **extra)  # what no evaluation is known by, as a sigma that is a float
         names = self.branches(x, sigma, **extra) if callable(self.branches) else self.branches
@@ -350,11 +350,12 @@ class DenoiserCall(Call):
         dtype = self._dtypes.get(self.latent.dtype, self.latent.dtype)
         return torch.addcmul(skipped, out, c_out).to(dtype)
 
-    @torch.no_grad()
     def rounded(self, name: str, output: Tensor) -> Tensor:
         dtype = self._dtypes.get(self.latent.dtype, self.latent.dtype)
-        if dtype != torch.float16:
-            return output
+        return output if dtype != torch.float16 else self._in_half_precision(name, output, dtype)
+
+    @torch.no_grad()
+    def _in_half_precision(self, name: str, output: Tensor, dtype: torch.dtype) -> Tensor:
         kept = rows_of(self.names, name, len(self.latent))
         c_skip, c_out, _ = self._factors()
         c_skip, c_out = None if c_skip is None else _of_rows(c_skip, kept), _of_rows(c_out, kept)

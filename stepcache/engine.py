@@ -112,6 +112,7 @@ class Engine:
                 f"reference={reference!r} with decide='each': where each branch decides there is no reference"
             )
         self.method = method or Off()
+        self.off = self.method.never_skips
         self.clock = Clock(sigmas, lowest_sigma)
         self.report = Report(self.method.name)
         self._reference = reference
@@ -238,7 +239,7 @@ class Engine:
         rows = call.latent.shape[0] // len(call.names)
         latent = call.latent
         key = (rows, *latent.shape[1:], latent.dtype, latent.device, threading.get_ident(), call.cache_key)
-        numbered = self.method.never_skips or call.evaluation is not None or call.place is not None
+        numbered = self.off or call.evaluation is not None or call.place is not None
         if self._run is not None and not numbered and (twice := self._called_twice(self._run, call)):
             return twice
         if self._run is not None:
@@ -282,14 +283,15 @@ class Engine:
         current = run.evaluation
         if current is None or call.names not in current.latents:
             return None
+        again = run.repeats or (run.repeats is None and current.position.evaluation == 1)
+        same = current.same_latent(call)
+        if not (same or again or self.clock.one_evaluation(current.position)):
+            return None
         if current.sigma is not call.sigma and (
             call.sigma.device.type != "cpu" or not same_sigma(current.sigma, call.sigma)
         ):
             return None
-        if not current.same_latent(call):
-            again = run.repeats or (run.repeats is None and current.position.evaluation == 1)
-            if not again and not self.clock.one_evaluation(current.position):
-                return None
+        if not same:
             run.repeats = True
             run.forget()
         sentence = (
@@ -343,7 +345,7 @@ class Engine:
     def _pass_reason(self, call: Call, evaluation: Evaluation) -> str | None:
         """Why the model is called without a look at the tensors; None if it is not."""
         run, position = evaluation.run, evaluation.position
-        if self.method.never_skips:
+        if self.off:
             return "off"
         if self._computed is not None:
             return self._computed
