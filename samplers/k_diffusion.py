@@ -41,7 +41,7 @@ EVALUATIONS = {
 """Evaluations of one step in those samplers of k-diffusion 0.1.1 that take a schedule; the last step has one."""
 
 ADAPTIVE = ("sample_dpm_adaptive",)
-"""Samplers that measure their error on the model's answers: of predictions it would be the wrong one."""
+"""Samplers that measure their error on the model's answers: on predicted answers that estimate would mean nothing."""
 
 
 class FlowDenoiser(nn.Module):
@@ -162,7 +162,7 @@ class CachedDenoiser(nn.Module):
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
         off = self.engine.off
         if off and not (isinstance(x, Tensor) and isinstance(sigma, Tensor) and x.ndim and x.numel() and sigma.numel()):
-            return self.inner_model(x, sigma, **extra)  # what no evaluation is known by, as a sigma that is a float
+            return self.inner_model(x, sigma, **extra)  # inputs that cannot identify an evaluation, e.g. a float sigma
         names = self.branches(x, sigma, **extra) if callable(self.branches) else self.branches
         names = distinct(names)
         if x.shape[0] % len(names) and not off:

@@ -18,6 +18,7 @@ from .methods.forecast import Forecast
 from .methods.hicache import HiCache
 from .methods.magcache import MagCache
 from .methods.off import Off
+from .methods.seacache import SeaCache
 from .methods.spectrum import Spectrum
 from .methods.static import Static
 from .methods.taylorseer import TaylorSeerCache
@@ -58,6 +59,7 @@ __all__ = [
     "Off",
     "OptionError",
     "Report",
+    "SeaCache",
     "Spectrum",
     "Static",
     "StepMask",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class DeferredScalar:
-    """One number; `float(reading)` fetches it, and with it every other reading of the same pool."""
+    """One number; `float(scalar)` fetches it, and with it every other one of the same pool."""
 
     __slots__ = ("_pool", "_value")
 
@@ -25,11 +25,11 @@ class DeferredScalar:
         return float(self._value)
 
     def __repr__(self) -> str:
-        return f"Reading({float(self):.6g})"
+        return f"DeferredScalar({float(self):.6g})"
 
 
 class DeferredScalars:
-    """The readings of one run."""
+    """The deferred numbers of one run."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[DeferredScalar, Tensor]] = []

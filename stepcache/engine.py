@@ -570,7 +570,7 @@ class Engine:
             mask.for_steps(steps)
 
     def _warn(self, sentence: str) -> None:
-        """Warns of a thing once an engine."""
+        """Issues each warning once per engine."""
         if sentence not in self._warned:
             self._warned.add(sentence)
             warnings.warn(sentence, stacklevel=2)

@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("same examples in every run", derandomize=True)
+settings.load_profile("same examples in every run")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 
-def active_parts(cond: list[dict[str, Any]], timestep: Tensor) -> tuple:
+def active_parts(cond: list[dict[str, Any]], timestep: Tensor) -> tuple[Any, ...]:
     """The active parts of a branch: its prompts, ControlNets and weight keyframes may each have a start and an end.
 
     The result is compared between evaluations: if it changes, the cache is dropped. Sigma is only read, which waits

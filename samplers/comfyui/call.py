@@ -29,8 +29,8 @@ class BatchCall(Call):
         places: dict[int, str],
         x: Tensor,
         sigma: Tensor,
-        evaluation: int,
-        cache_key: tuple,
+        evaluation: int | None,
+        cache_key: tuple[Any, ...],
         each: bool,
     ) -> None:
         self._compute, self._conds, self._x = compute, conds, x

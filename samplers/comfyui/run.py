@@ -31,8 +31,8 @@ class Run:
         self.sampling = guider.model_patcher.get_model_object("model_sampling")
         self.notes: list[str] = []
         self.evaluation = 0
-        self._seen: list[tuple[str, tuple | None]] = []
-        self._active: dict[str, tuple] = {}
+        self._seen: list[tuple[str, tuple[Any, ...] | None]] = []
+        self._active: dict[str, tuple[Any, ...]] = {}
         self._changes = 0
         if sampler in ADAPTIVE:
             self.notes.append("the sampler chooses its steps by comparing evaluations: all are computed")
@@ -94,7 +94,7 @@ class Run:
             self._note("the guider does not announce its evaluations: all are computed")
             return None
         names: dict[int, str] = {}
-        active_by_name: dict[str, tuple] = {}
+        active_by_name: dict[str, tuple[Any, ...]] = {}
         seen = [*self._seen]
         frames = None if window is None else tuple(getattr(window, "index_list", ()))
         for place, cond in enumerate(conds):

@@ -27,14 +27,13 @@ async def comfy_entrypoint() -> Any:
     """The same nodes for ComfyUI's second interface (V3), made from the classes in `nodes`."""
     latest = import_module("comfy_api.latest")
 
-    class Extension(latest.ComfyExtension):
-        async def get_node_list(self) -> list[type]:
-            return [_as_v3(latest.io, node_id, node) for node_id, node in NODE_CLASS_MAPPINGS.items()]
+    async def get_node_list(self: Any) -> list[type]:
+        return [_as_v3(latest.io, node_id, node) for node_id, node in NODE_CLASS_MAPPINGS.items()]
 
-    return Extension()
+    return type("Extension", (latest.ComfyExtension,), {"get_node_list": get_node_list})()
 
 
-def _as_v3(io: Any, node_id: str, node: type) -> type:
+def _as_v3(io: Any, node_id: str, node: Any) -> type:
     kinds = {
         "MODEL": io.Model,
         "LATENT": io.Latent,
@@ -55,7 +54,7 @@ def _as_v3(io: Any, node_id: str, node: type) -> type:
                     found.append(kinds[kind].Input(name, **options))
         return found
 
-    def define_schema(cls: type) -> Any:
+    def define_schema(cls: Any, /) -> Any:
         names = getattr(node, "RETURN_NAMES", node.RETURN_TYPES)
         return io.Schema(
             node_id=node_id,
@@ -68,7 +67,7 @@ def _as_v3(io: Any, node_id: str, node: type) -> type:
             ],
         )
 
-    def execute(cls: type, **given: Any) -> Any:
+    def execute(cls: Any, /, **given: Any) -> Any:
         return io.NodeOutput(*getattr(node(), node.FUNCTION)(**given))
 
     methods = {"define_schema": classmethod(define_schema), "execute": classmethod(execute), "__module__": __name__}

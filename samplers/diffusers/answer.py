@@ -22,9 +22,9 @@ def opened(answer: Any) -> tuple[list[Tensor], Rebuild | None]:
         return tensors, None if rebuild is None else lambda new: kind(**dict(zip(keys, rebuild(new), strict=True)))
     if isinstance(answer, tuple):
         items = [opened(item) for item in answer]
-        if any(rebuild is None or len(tensors) != 1 for tensors, rebuild in items):
+        rebuilds = [rebuild for tensors, rebuild in items if rebuild is not None and len(tensors) == 1]
+        if len(rebuilds) < len(items):
             return [], None
-        rebuilds = [rebuild for _, rebuild in items]
         tensors = [tensor for (tensor,), _ in items]
         return tensors, lambda new: tuple(rebuild([item]) for rebuild, item in zip(rebuilds, new, strict=True))
     tensor = stacked(answer)

@@ -219,7 +219,7 @@ def _denoisers(pipe: Any, components: Sequence[str] | None) -> list[str]:
 def chosen_method(given: Any, mask: Any, options: dict[str, Any]) -> Method:
     """The method that a user has given, or named with its options."""
     if type(given).__name__ == "FirstBlockCacheConfig":
-        given = FBCache(threshold=given.threshold)
+        given = FBCache(given.threshold)
     if isinstance(given, str):
         chosen = method_named(given, **options, **({} if mask is None else {"mask": mask}))
         if chosen.never_skips and not options and chosen.name != Off().name:

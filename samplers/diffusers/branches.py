@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class BranchNames:
         """Batched branches in diffusers' order: uncond and cond; with perturbed attention; InstructPix2Pix' three."""
         if chunks == 1:
             return (context or "call",)
+        labels: tuple[str, ...]
         if not self._perturbed():
             labels = ("uncond", "cond") if chunks == 2 else ("cond", "image", "uncond")
         else:
@@ -77,13 +78,14 @@ class ContextName:
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         before, self.name = self.name, name
         try:
-            with self._original(name, *args, **kwargs):
+            with nullcontext() if self._original is None else self._original(name, *args, **kwargs):
                 yield
         finally:
             self.name = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        return types.MethodType(type(self._module).cache_context, memo[id(self._module)])
+        kind: Any = type(self._module)
+        return types.MethodType(kind.cache_context, memo[id(self._module)])
 
 
 def _repeats(x: Tensor, n: int) -> bool:

@@ -36,7 +36,7 @@ class Layout:
         self.name = name
         self.pairing: Pairing | None = None
         self.candidates: list[Pairing] = []
-        self.rebuilds: dict[tuple, Rebuild] = {}
+        self.rebuilds: dict[tuple[Any, ...], Rebuild] = {}
         self.refused: str | None = None
         self.remark: str | None = None
 
@@ -62,6 +62,10 @@ class Layout:
 
     def latents(self, x: Tensor) -> Tensor:
         return x if self.pairing is None else self.pairing.input(x)
+
+
+UNREAD = torch.zeros(())
+"""The sigma of a call whose place is known: nobody reads it."""
 
 
 class ModuleCall(Call):
@@ -92,25 +96,27 @@ class ModuleCall(Call):
         module: nn.Module,
         parameters: list[str],
         layout: Layout,
-        original: Callable[[tuple, dict[str, Any]], Any],
-        args: tuple,
+        original: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
         self.module, self.parameters, self.layout, self.original = module, parameters, layout, original
         self.args, self.keywords = args, kwargs
+        self.computed: Any
         self.arguments = given = dict(zip(parameters, args, strict=False)) | kwargs
-        parts = [next((given[name] for name in LATENTS if name in given), None)]
-        parts = [stacked(part) for part in parts + [given[name] for name in BESIDE if name in given]]
-        known = all(part is not None and part.is_floating_point() for part in parts)
+        latents = [next((given[name] for name in LATENTS if name in given), None)]
+        stacks = [stacked(part) for part in latents + [given[name] for name in BESIDE if name in given]]
+        parts = [part for part in stacks if part is not None and part.is_floating_point()]
+        known = len(parts) == len(stacks)
         self.shapes = [part.shape[1:] for part in parts] if known else []
-        self.latent = packed(parts) if known else None
+        self.latent: Any = packed(parts) if known else None
         self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
-        self.sigma = self.computed = None
+        self.sigma, self.computed = UNREAD, None
         self.unpaired = False
         self.requires_grad = self.latent is not None and self.latent.requires_grad
 
     @property
-    def flags(self) -> tuple:
+    def flags(self) -> tuple[Any, ...]:
         """Words and switches that it is called with: an answer may look different with others."""
         return tuple((name, value) for name, value in self.arguments.items() if isinstance(value, (bool, str)))
 
@@ -126,7 +132,7 @@ class ModuleCall(Call):
 
     def run_model(self) -> Any:
         if self.computed is None:
-            self.computed = self.original(self.args, self.keywords)
+            self.computed = self.original(self.args, dict(self.keywords))
         return self.computed
 
     @torch.no_grad()
@@ -140,10 +146,12 @@ class ModuleCall(Call):
             return None
         self.unpaired = True
         if len(parts) != len(self.shapes):
-            return layout.refuse(f"{layout.name} returns {len(parts)} tensors for {len(self.shapes)} of latents")
+            layout.refuse(f"{layout.name} returns {len(parts)} tensors for {len(self.shapes)} of latents")
+            return None
         shapes = [part.shape[1:] for part in parts]
         if len(parts) > 1 and shapes != self.shapes:
-            return layout.refuse(f"{layout.name}: {listed(self.shapes)} in and {listed(shapes)} out cannot be paired")
+            layout.refuse(f"{layout.name}: {listed(self.shapes)} in and {listed(shapes)} out cannot be paired")
+            return None
         out = packed(parts)
         layout.rebuilds[self.flags] = rebuild
         self.unpaired = not layout.pair(self.latent, out)
@@ -159,7 +167,7 @@ class ModuleCall(Call):
         except Uncut as why:
             self.indivisible, self.notes = True, (*self.notes, f"{self.layout.name}: {why}")
             return None
-        part = ModuleCall(self.module, self.parameters, self.layout, self.original, args, keywords)
+        part = ModuleCall(self.module, self.parameters, self.layout, self.original, args, dict(keywords))
         part.names = (name,)
         return part
 
@@ -171,5 +179,5 @@ class ModuleCall(Call):
             return self.run_model()
         if len(self.shapes) == 1:
             return rebuild([out])
-        flat = out.split([shape.numel() for shape in self.shapes], dim=1)
-        return rebuild([part.unflatten(1, shape) for part, shape in zip(flat, self.shapes, strict=True)])
+        flat = torch.split(out, [shape.numel() for shape in self.shapes], dim=1)
+        return rebuild([part.reshape(len(part), *shape) for part, shape in zip(flat, self.shapes, strict=True)])

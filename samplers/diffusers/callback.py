@@ -48,7 +48,7 @@ class StepCacheCallback:
         self._run: Key | None = None
         self._count = 0
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         """A `PipelineCallback` if `also` is one: pipelines pass `tensor_inputs` to nothing else."""
         return type(self._also) if hasattr(self._also, "tensor_inputs") else StepCacheCallback

@@ -65,6 +65,9 @@ class _Work:
 class _Deferred(Tensor):
     """One tensor of a `_Work`. Whatever is done with it is done with the result."""
 
+    work: _Work
+    k: int
+
     @classmethod
     def of(cls, work: _Work, k: int) -> _Deferred:
         deferred = Tensor._make_subclass(cls, torch.empty(0))
@@ -72,7 +75,9 @@ class _Deferred(Tensor):
         return deferred
 
     @classmethod
-    def __torch_function__(cls, func: Any, kinds: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         args, kwargs = computed((args, kwargs or {}))
         return func(*args, **kwargs)
 

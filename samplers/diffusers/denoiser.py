@@ -96,7 +96,7 @@ class DenoiserPatch(HostPatch):
         self._watch.begin()
         self._turns, self._place, self._waiting = [], None, None
 
-    def original(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = computed((args, kwargs))
         return super().original(args, kwargs)
 

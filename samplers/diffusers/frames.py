@@ -46,7 +46,7 @@ def find_caller(frame: FrameType | None) -> Caller | None:
             if current.f_code.co_name == "__call__":
                 break
         below = current
-    if run is None:
+    if run is None or nearest is None or called is None:
         return None
     return Caller(pipe, nearest, key(run), _is_callback(run, called))
 

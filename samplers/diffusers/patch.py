@@ -75,6 +75,6 @@ class HostPatch:
         else:
             self.module.__dict__[SLOT] = self._previous
 
-    def original(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own answer."""
         return (self._previous or self.module._call_impl)(*args, **kwargs)

@@ -33,7 +33,8 @@ class PipelineRuns:
         self._others: Tensor | None = None  # as a run inside this one has set them
         self._timesteps: list[float] = []
         self._plan: list[Place] = []
-        self._first, self._at = 0, None
+        self._first = 0
+        self._at: int | None = None
         self._joined = False  # the first evaluation is over, and was not seen
         self._shown = 0, 0
 
@@ -76,7 +77,7 @@ class PipelineRuns:
         """Counts an evaluation on the progress bar of the calling pipeline, if it has one."""
         self._shown = self._shown[0] + skipped, self._shown[1] + 1
         bar = caller.nearest.f_locals.get("progress_bar") if caller is not None else None
-        if hasattr(bar, "set_postfix_str"):
+        if bar is not None and hasattr(bar, "set_postfix_str"):
             bar.set_postfix_str("skipped {}/{}".format(*self._shown), refresh=False)
 
     def join(self, timestep: Tensor | float) -> None:

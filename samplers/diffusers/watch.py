@@ -41,7 +41,7 @@ class Watch:
         self._given: dict[str, list[Any]] = {}
         self._weights: Any = None
         self._adapters: Any = None
-        self._tensors: list[dict[str, Tensor | None]] = []
+        self._tensors: list[Mapping[str, Tensor | None]] = []
         self._lora_layers: list[nn.Module] = []
 
     def begin(self) -> None:
@@ -73,7 +73,7 @@ class Watch:
         self._count += changed
         return self._count
 
-    def _weights_now(self) -> tuple:
+    def _weights_now(self) -> tuple[Any, ...]:
         """What changes with the weights: torch's count of changes in place, and what LoRA adapters are set to."""
         adapters = tuple(
             (name, id(config)) for name, config in (getattr(self._module, "peft_config", None) or {}).items()
@@ -125,7 +125,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _adapter_state(layer: Any) -> tuple:
+def _adapter_state(layer: Any) -> tuple[Any, ...]:
     return (
         tuple(layer.active_adapters),
         getattr(layer, "disable_adapters", False),

@@ -50,7 +50,7 @@ class A1111Patch(HostPatch):
             else:
                 own["forward"] = replaced
 
-        forward.stepcache_patch = self
+        forward.__dict__["stepcache_patch"] = self
         inner.forward = forward
         self._undo.append(undo)
 
@@ -61,7 +61,7 @@ class A1111Patch(HostPatch):
         host splits its calls along slices. None for rows beyond the evaluation's own, and if the images have different
         numbers of prompts, so that there are no such slices.
         """
-        evaluation = self._evaluation
+        evaluation = self.evaluation
         images, prompts = len(evaluation.prompts), sum(evaluation.prompts)
         first = self._seen["rows"]
         self._seen["rows"] += rows
@@ -75,7 +75,7 @@ class A1111Patch(HostPatch):
 
     def unpaired(self) -> str | None:
         """The slices are for the same images only if there is one image, or one prompt per image."""
-        prompts = self._evaluation.prompts
+        prompts = self.evaluation.prompts
         if len(prompts) == 1 or max(prompts) == 1:
             return None
         return "with prompts joined by AND in a batch of several images, every branch is computed"

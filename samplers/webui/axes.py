@@ -29,7 +29,7 @@ def add_axes(scripts: Any) -> None:
             ("Mask", "mask", str, None),
             ("Negative prompt only", "negative_only", _is_true, ["True", "False"]),
         ):
-            more = {} if choices is None else {"choices": functools.partial(list, choices)}
+            more: dict[str, Any] = {} if choices is None else {"choices": functools.partial(list, choices)}
             plot.axis_options.append(plot.AxisOption(f"[{TITLE}] {label}", kind, _setter(option), **more))
 
 

@@ -74,7 +74,7 @@ class ForgePatch(HostPatch):
             else:
                 options[SLOT] = previous
 
-        wrapper.stepcache_patch = self
+        wrapper.__dict__["stepcache_patch"] = self
         unet.set_model_unet_function_wrapper(wrapper)
         self._undo.append(undo)
 
@@ -91,7 +91,7 @@ class ForgePatch(HostPatch):
             kind = "uncond" if label else "cond"
             count[kind] += 1
             names.append(kind if count[kind] == 1 else f"{kind} {count[kind]}")
-        most = {"cond": min(self._evaluation.prompts), "uncond": 1}
+        most = {"cond": min(self.evaluation.prompts), "uncond": 1}
         if any(self._seen[kind] and count[kind] > max(most[kind], self._seen[kind]) for kind in count):
             return None
         self._seen.update(count - self._seen)

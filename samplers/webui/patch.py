@@ -64,12 +64,19 @@ class HostPatch(ABC):
         """Whether a call is ours: an evaluation was announced, and the call does not come from within another one."""
         return self._evaluation is not None and not self._answering
 
+    @property
+    def evaluation(self) -> Evaluation:
+        """The evaluation that the host has announced."""
+        if self._evaluation is None:
+            raise RuntimeError("the host has announced no evaluation")
+        return self._evaluation
+
     def answer(
         self,
         names: tuple[str, ...] | None,
         x: Tensor,
         sigma: Tensor,
-        cache_key: tuple,
+        cache_key: tuple[Any, ...],
         compute: Callable[[], Tensor],
         cut: Cut,
     ) -> Tensor:
@@ -78,8 +85,8 @@ class HostPatch(ABC):
             self.auxiliary += 1
             return compute()
         call = WebuiCall(compute, self.scalings, names, x, sigma, cut)
-        call.evaluation = self._evaluation.number
-        call.cache_key = (*self._evaluation.cache_key, *cache_key)
+        call.evaluation = self.evaluation.number
+        call.cache_key = (*self.evaluation.cache_key, *cache_key)
         self._answering = True
         try:
             return self._answer(call)

@@ -74,7 +74,7 @@ class Run:
         if self.engine.method.skip == "uncond" and (reason := self.patch.unpaired()):
             self.indivisible_because = reason
             return call.run_model()
-        call.place = self.schedule.place(call.evaluation)
+        call.place = None if call.evaluation is None else self.schedule.place(call.evaluation)
         try:
             return self.engine(call)
         except Exception as error:

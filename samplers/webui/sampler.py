@@ -33,7 +33,7 @@ def wrap_sampler(p: Any) -> None:
         with running(p, job, func, denoiser, keywords, hires):
             return func(denoiser, x, *arguments, **keywords)
 
-    cached.stepcache_wrapper = True
+    cached.__dict__["stepcache_wrapper"] = True
     sampler.func = cached
 
 

@@ -78,7 +78,7 @@ class RunSchedule:
 
     @cached_property
     def _sigmas(self) -> list[float]:
-        return self.sigmas.float().tolist()
+        return [] if self.sigmas is None else self.sigmas.float().tolist()
 
 
 def unipc_times(image_to_image: bool, timesteps: Tensor) -> Tensor | None:

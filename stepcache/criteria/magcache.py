@@ -40,7 +40,7 @@ class MagCacheRule(Criterion):
 
     Args:
         ratios: g_0, g_1, ... as numbers. Empty only with `calibrate`.
-        threshold: the error that is let accumulate. Default 0.06. 0 never skips.
+        threshold: how much error may accumulate. Default 0.06. 0 never skips.
         max_skip_steps: at most so many skips in a row. Default 3. 0 never skips.
         retention_ratio: the share of the run that is computed first. Default 0.2.
         calibrate: computes everything and writes the ratios into the report's notes; `calibration` reads them.

@@ -31,7 +31,7 @@ class Gate(ABC):
 
     @abstractmethod
     def begin(self, run: RunInfo) -> Answer:
-        """The answer for one run: a function of the place and the tally."""
+        """The answer for one run: a function of the position and the counts."""
 
 
 def as_gates(given: Any) -> tuple[Gate, ...]:

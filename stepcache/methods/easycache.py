@@ -24,7 +24,7 @@ def EasyCache(
     as a formula is at `stepcache.criteria.EasyCacheRule`. A skipped evaluation reuses the residual.
 
     Args:
-        threshold: the error that is let accumulate. Higher is faster and worse. At 0 nothing is skipped.
+        threshold: how much error may accumulate. Higher is faster and worse. At 0 nothing is skipped.
         start, end: the window, as shares of the training timetable: for img2img and shifted flows 0.15 is not 15 % of
             your steps. `window="steps"` makes it so.
         **common: every option of `Method`: mask, warmup, last_step, max_cached, max_consecutive, predictor, ...

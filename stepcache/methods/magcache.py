@@ -34,7 +34,7 @@ def MagCache(
     Args:
         ratios (mag_ratios): of a calibration run, as text (1/0.98/0.97, also with ; or spaces) or numbers. They belong
             to one model and one sampler. For another number of steps the nearest are taken.
-        threshold (magcache_thresh): the error that is let accumulate. Higher is faster and worse. 0 never skips.
+        threshold (magcache_thresh): how much error may accumulate. Higher is faster and worse. 0 never skips.
         max_skip_steps (K): at most so many skips in a row, then one evaluation is computed. 0 never skips.
         retention_ratio: the share of the run that is computed first.
         calibrate: computes everything, whatever else is given, and writes the ratios of the deciding branch into

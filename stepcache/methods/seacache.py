@@ -35,7 +35,7 @@ class SeaCacheRule(Criterion):
     all of them at the end: the image is measured as it emerges.
 
     Args:
-        threshold: the change that is let accumulate. Higher is faster and worse. 0 never skips.
+        threshold: how much change may accumulate. Higher is faster and worse. 0 never skips.
         power: how steeply the power of images falls. 2 for images, published; 3 for video.
 
     Published is y of the first block's modulated input, here it is the network's input. The axes are the last two, or
@@ -53,7 +53,7 @@ class SeaCacheRule(Criterion):
 
     def __post_init__(self) -> None:
         number("threshold", self.threshold)
-        number("power", self.power)
+        number("power", self.power, high=10.0)
 
     @property
     def never_skips(self) -> bool:
@@ -108,7 +108,7 @@ def SeaCache(threshold: float = 0.3, power: float = 2.0, **common: Unpack[Common
     A skipped evaluation reuses the residual. The last step is computed, as published.
 
     Args:
-        threshold: the change that is let accumulate; 0.3 and 0.6 are published for FLUX. 0 never skips.
+        threshold: how much change may accumulate; 0.3 and 0.6 are published for FLUX. 0 never skips.
         power: 2 for images, 3 for video.
         **common: every option of `Method`: start, end, mask, warmup, last_step, max_cached, predictor, ...
 

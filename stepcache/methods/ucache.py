@@ -30,7 +30,7 @@ def UCache(
     as a formula is at `stepcache.criteria.ucache.UCacheRule`. A skipped evaluation reuses the residual.
 
     Args:
-        threshold: the error that is let accumulate. Higher is faster and worse. At 0 nothing is skipped.
+        threshold: how much error may accumulate. Higher is faster and worse. At 0 nothing is skipped.
         start, end: the window, as shares of this run's steps.
         decay: what of the error is kept at each evaluation, 0 to 1.
         relative: measure the change against the size of the output; else against threshold times that size.
