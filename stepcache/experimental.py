@@ -72,8 +72,8 @@ class ToleranceRule(Criterion):
 
     u_k the change of the scaled latent by one unit of output over the step (`error_gain`):
     |d sigma| / sqrt(sigma^2 + 1) for a network that predicts noise, |dt| / sqrt(t^2 + (1 - t)^2) for a flow. Errors of
-    one gap add up, those of different gaps in squares. The factor 0.4 accounts for damping in
-    the rest of the run and for errors of different gaps that cancel. After every computed evaluation n, with a and b the two before it,
+    one gap add up, those of different gaps in squares. The factor 0.4 accounts for damping in the rest of the run and
+    for errors that cancel. After every computed evaluation n, with a and b the two before it,
 
         e_k = r |(s_k - s_a) (s_k - s_b)|,   r = e_n / |(s_n - s_a) (s_n - s_b)|
 
