@@ -90,8 +90,6 @@ class Call(ABC):
             (x,), outputs = part.inputs(), part.outputs(part.run_model())
             if outputs is None or outputs[0].shape != x.shape:
                 raise ValueError(f"it returned another shape than its input's {tuple(x.shape)}")
-        except torch.cuda.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
             # Arguments that are not ordered by rows. If the model itself fails, the whole call fails as well.
             self.indivisible, self.notes = True, (*self.notes, f"the call for {name} alone fails: {error}"[:300])
