@@ -7,47 +7,29 @@ from typing import Any
 from torch import Tensor
 
 
-def cut(value: Any, rows: int, kept: slice) -> Any:
-    """What of an argument belongs to `kept` of the batch's `rows` rows.
-
-    Tensors whose length is the number of rows are cut, and lists of as many things; what they lie in is rebuilt, and
-    everything else belongs to all rows. A tuple has places, not rows: a pair of cos and sin is not a batch of two.
-    """
-    if isinstance(value, Tensor):
-        return value[kept] if value.ndim and len(value) == rows else value
-    if isinstance(value, dict):
-        return {key: cut(item, rows, kept) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        batched = any(isinstance(item, Tensor) and item.ndim and len(item) == rows for item in value)
-        if isinstance(value, list) and len(value) == rows and not batched:
-            return value[kept]
-        items = [cut(item, rows, kept) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
-class Uncut(ValueError):
+class CannotSplit(ValueError):
     """Why a batched call cannot be taken apart with certainty."""
 
 
-def cut_exactly(value: Any, rows: int, kept: slice, shared: bool = False) -> Any:
-    """As `cut`, for arguments whose every tensor is ordered by rows; `Uncut` where that is not certain.
+def cut_rows(value: Any, rows: int, kept: slice, shared: bool = False) -> Any:
+    """The part of an argument that belongs to `kept` of the batch's `rows` rows; `CannotSplit` if that is not certain.
 
     Tensors must be as long as the batch, or have no length at all; with `shared`, those of length 1 belong to all
-    rows. Other lists are rebuilt as they are, but not those of as many numbers or words as there are rows.
+    rows. Dictionaries, lists and tuples are rebuilt around their parts, but not lists of as many numbers or words as
+    there are rows.
     """
     if isinstance(value, Tensor):
         if value.ndim and len(value) == rows:
             return value[kept]
         if not value.ndim or (shared and len(value) == 1):
             return value
-        raise Uncut(f"a tensor of length {len(value)} in a call of {rows} rows")
+        raise CannotSplit(f"a tensor of length {len(value)} in a call of {rows} rows")
     if isinstance(value, dict):
-        return {key: cut_exactly(item, rows, kept, shared) for key, item in value.items()}
+        return {key: cut_rows(item, rows, kept, shared) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         if len(value) == rows and any(isinstance(item, (int, float, str)) for item in value):
-            raise Uncut(f"a list of {len(value)} in a call of {rows} rows")
-        items = [cut_exactly(item, rows, kept, shared) for item in value]
+            raise CannotSplit(f"a list of {len(value)} in a call of {rows} rows")
+        items = [cut_rows(item, rows, kept, shared) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 

@@ -18,7 +18,7 @@ from stepcache import Method, OptionError, Report, method
 from stepcache.extend import Call, Engine, require, unknown, wide, widened
 
 from .arguments import ArgumentChanges
-from .batching import Uncut, cut_exactly, rows_of
+from .batching import CannotSplit, cut_rows, rows_of
 from .branches import InTurn, distinct
 from .parametrization import SCALINGS, Scalings, ScalingsAsFloats, eps_scalings
 
@@ -375,8 +375,8 @@ class DenoiserCall(Call):
             return None
         sigma = self.sigma[kept] if self.sigma.ndim and len(self.sigma) == rows else self.sigma
         try:
-            extra = cut_exactly(self.keywords, rows, kept)
-        except Uncut as error:
+            extra = cut_rows(self.keywords, rows, kept)
+        except CannotSplit as error:
             self.indivisible, self.notes = True, (*self.notes, f"{error}: it may belong to all rows or to some")
             return None
         x = self.latent[kept]

@@ -16,7 +16,7 @@ from stepcache import Forecast, Method, OptionError, Static, UCache
 from stepcache.bench import METRICS
 from stepcache.demo import sampling
 from stepcache.extend import Lagrange
-from stepcache.samplers.batching import cut
+from stepcache.samplers.batching import CannotSplit, cut_rows
 from stepcache.samplers.diffusers import attach
 from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn
 
@@ -230,25 +230,20 @@ def test_it_is_an_option_of_every_method_and_needs_a_deciding_reference():
         cached(Rows(), FOLLOW, branches=BOTH, decide="each")
 
 
-def test_arguments_are_cut_by_rows_wherever_they_lie():
-    x, pair = torch.arange(4.0), (torch.ones(7), torch.zeros(7))
-    value = {
-        "c": [torch.eye(4)],
-        "names": ["a", "b", "c", "d"],
-        "rope": pair,
-        "n": 3,
-        "mask": None,
-        "one": torch.ones(1, 4),
-    }
-    got = cut({"x": x, **value}, 4, slice(2, 4))
+def test_arguments_are_cut_by_rows_however_deep_they_are():
+    value = {"x": torch.arange(4.0), "c": [torch.eye(4)], "pair": (torch.ones(4), 2.0), "n": 3, "mask": None}
+    got = cut_rows(value, 4, slice(2, 4))
     assert got["x"].tolist() == [2, 3]
     assert got["c"][0].shape == (2, 4)
-    assert got["names"] == ["c", "d"]
-    assert got["rope"] is not pair
-    assert torch.equal(got["rope"][0], pair[0])
-    assert got["n"] == 3
-    assert got["one"].shape == (1, 4)
-    assert len(cut(pair, 2, slice(0, 1))) == 2
+    assert [len(got["pair"][0]), got["pair"][1]] == [2, 2.0]
+    assert (got["n"], got["mask"]) == (3, None)
+    assert cut_rows(torch.ones(1, 4), 4, slice(2, 4), shared=True).shape == (1, 4)
+
+
+@pytest.mark.parametrize("value", [torch.ones(7), torch.ones(1, 4), ["a", "b", "c", "d"], (1, 2, 3, 4)])
+def test_arguments_that_may_or_may_not_be_ordered_by_rows_are_not_cut(value):
+    with pytest.raises(CannotSplit):
+        cut_rows({"deep": [value]}, 4, slice(2, 4))
 
 
 def test_forecast_continues_the_difference_in_a_line():

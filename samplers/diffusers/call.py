@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepcache.extend import Call, wide, widened
 
-from ..batching import Uncut, cut_exactly, rows_of
+from ..batching import CannotSplit, cut_rows, rows_of
 from .answer import Rebuild, listed, opened, packed, stacked
 from .controlnet import computed
 from .pairing import Pairing, pairings
@@ -163,8 +163,8 @@ class ModuleCall(Call):
         rows = len(self.latent)
         given = computed((self.args, dict(self.keywords)))
         try:
-            args, keywords = cut_exactly(given, rows, rows_of(self.names, name, rows), shared=True)
-        except Uncut as why:
+            args, keywords = cut_rows(given, rows, rows_of(self.names, name, rows), shared=True)
+        except CannotSplit as why:
             self.indivisible, self.notes = True, (*self.notes, f"{self.layout.name}: {why}")
             return None
         part = ModuleCall(self.module, self.parameters, self.layout, self.original, args, dict(keywords))

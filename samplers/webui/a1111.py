@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepcache.extend import Parametrization
 
-from ..batching import cut_exactly
+from ..batching import cut_rows
 from ..k_diffusion import ModelScalings, TrainingTable
 from ..parametrization import denoised_scalings, flow_scalings
 from .patch import HostPatch
@@ -34,7 +34,7 @@ class A1111Patch(HostPatch):
 
         def forward(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
             def cut(kept: slice) -> Callable[[], Tensor]:
-                return functools.partial(previous, x[kept], sigma[kept], **cut_exactly(extra, len(x), kept))
+                return functools.partial(previous, x[kept], sigma[kept], **cut_rows(extra, len(x), kept))
 
             compute = functools.partial(previous, x, sigma, **extra)
             if not self.active:

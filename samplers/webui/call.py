@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..batching import Uncut, rows_of
+from ..batching import CannotSplit, rows_of
 from ..k_diffusion import DenoiserCall
 from ..parametrization import Scalings
 
 Cut = Callable[[slice], Callable[[], Tensor]]
-"""From some rows of a batched call to a function that calls the model for these alone. Raises `Uncut`."""
+"""From some rows of a batched call to a function that calls the model for these alone. Raises `CannotSplit`."""
 
 
 class WebuiCall(DenoiserCall):
@@ -49,7 +49,7 @@ class WebuiCall(DenoiserCall):
         kept = rows_of(self.names, name, len(self.latent))
         try:
             compute = self._cut(kept)
-        except Uncut as reason:
+        except CannotSplit as reason:
             self.indivisible_because = str(reason)
             return None
         return WebuiCall(compute, self._scalings, (name,), self.latent[kept], self.sigma[kept], self._cut)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batching import Uncut, cut_exactly, may_be_ordered
+from ..batching import CannotSplit, cut_rows, may_be_ordered
 from .patch import HostPatch
 
 SLOT = "model_function_wrapper"
@@ -55,7 +55,7 @@ class ForgePatch(HostPatch):
 
             def cut(kept: slice) -> Callable[[], Tensor]:
                 if previous is not None and arguments["c"].get("control") is not None:
-                    raise Uncut("another extension wraps the model, and may ask the ControlNet for all rows")
+                    raise CannotSplit("another extension wraps the model, and may ask the ControlNet for all rows")
                 return functools.partial(ask, one_chunk(arguments, kept))
 
             compute = functools.partial(ask, arguments)
@@ -121,17 +121,17 @@ class ForgePatch(HostPatch):
 def one_chunk(arguments: dict[str, Any], kept: slice) -> dict[str, Any]:
     """The arguments of the slot's call for one of its chunks, as the host makes them if it splits its calls.
 
-    Cuts what the host orders by rows or by chunks. Raises `Uncut` for anything else that may be ordered by them. Lists
+    Cuts what the host orders by rows or by chunks. Raises `CannotSplit` for anything else that may be ordered so. Lists
     of a ControlNet are copied, because the U-Net empties them.
     """
     rows = len(arguments["input"])
     place = kept.start // (kept.stop - kept.start)
     rest = {key: value for key, value in arguments.items() if key not in ("c", "cond_or_uncond")}
     c = {key: value for key, value in arguments["c"].items() if key not in ("transformer_options", "control")}
-    chunk = cut_exactly(rest, rows, kept) | {"cond_or_uncond": arguments["cond_or_uncond"][place : place + 1]}
-    chunk["c"] = cut_exactly(c, rows, kept)
+    chunk = cut_rows(rest, rows, kept) | {"cond_or_uncond": arguments["cond_or_uncond"][place : place + 1]}
+    chunk["c"] = cut_rows(c, rows, kept)
     if "control" in arguments["c"]:
-        chunk["c"]["control"] = cut_exactly(arguments["c"]["control"], rows, kept, shared=True)
+        chunk["c"]["control"] = cut_rows(arguments["c"]["control"], rows, kept, shared=True)
     if "transformer_options" in arguments["c"]:
         options = arguments["c"]["transformer_options"]
         lengths = (rows, len(arguments["cond_or_uncond"]))
@@ -150,5 +150,5 @@ def _options_of_chunk(options: dict[str, Any], kept: slice, place: int, lengths:
         chosen["cond_mark"] = options["cond_mark"][kept]
     for key in options.keys() - BY_CHUNKS - ROW_NUMBERS - NOT_BY_ROWS - {"cond_mark"}:
         if may_be_ordered(options[key], lengths):
-            raise Uncut(f"the transformer option {key!r} may be ordered by rows")
+            raise CannotSplit(f"the transformer option {key!r} may be ordered by rows")
     return chosen

@@ -55,7 +55,7 @@ def test_the_colour_network_samples():
 @pytest.mark.parametrize("name", sorted(galaxy.FILES))
 def test_every_galaxy_network_samples(name):
     if find_spec("galaxygrad") is None:  # to import it would need JAX
-        pytest.skip("galaxygrad is not installed")
+        pytest.skip("galaxygrad is not installed: pip install --no-deps galaxygrad==0.2.0")
     (subject,) = zoo.subjects([name])
     assert str(subject.model.inner_model.size) in name
     two(subject)
@@ -75,7 +75,7 @@ def test_every_galaxy_network_samples(name):
 def test_forecast_is_above_fewer_steps_and_taylorseer(name, sampler, every, over_fewer, over_taylorseer):
     """Bars below what was measured, in dB, far above what extrapolating the residual reaches; 8 samples, 20 steps."""
     if name in galaxy.FILES and find_spec("galaxygrad") is None:
-        pytest.skip("galaxygrad is not installed")
+        pytest.skip("galaxygrad is not installed: pip install --no-deps galaxygrad==0.2.0")
     subject, seeds = zoo.subject(name), range(8)
     full = subject.sample(sampler, 20, None, seeds)
 
