@@ -23,6 +23,7 @@ from .criteria import (
 )
 from .deferred import DeferredScalar, DeferredScalars, mean_abs, mean_abs_difference, wide, widened
 from .engine import Engine
+from .event import Event
 from .gates import (
     Answer,
     Gate,
@@ -59,7 +60,7 @@ from .predictors import (
     TaylorSeer,
 )
 from .probe import Blocks
-from .report import Event, Report
+from .report import Report
 from .run_info import RunInfo, SkipCounts
 
 __all__ = [

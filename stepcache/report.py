@@ -11,38 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._optional import require
+from torch import Tensor
+
+from . import trace
 from .branch import Branch
 from .clock import Position
-from .deferred import DeferredScalar
+from .event import Event
+from .options import OptionError, number
 from .plan import Plan
-
-
-@dataclass
-class Event:
-    """The fate of one branch at one evaluation.
-
-    `estimate` and `threshold` are the criterion's numbers, None if it was not asked or could not tell.
-    `prediction_error`, on computed evaluations of a deciding branch, is mean |prediction - output| and `size` mean
-    |output|, in network space: how far a skip would have been off.
-    """
-
-    position: Position
-    branch: str
-    computed: bool
-    reason: str
-    estimate: float | None = None
-    threshold: float | None = None
-    prediction_error: DeferredScalar | None = None
-    size: DeferredScalar | None = None
-
-    @property
-    def error_share(self) -> float | None:
-        """`prediction_error` as a share of `size`; None if the prediction was not checked, or not finite."""
-        if self.prediction_error is None or self.size is None:
-            return None
-        error, size = float(self.prediction_error), float(self.size)
-        return error / size if size > 0 and math.isfinite(error / size) else None
 
 
 @dataclass
@@ -50,7 +26,8 @@ class Report:
     """One run's events and totals. Three things are counted apart: steps, evaluations and calls.
 
     `print(report)` is a summary, `report.table()` has a row for every evaluation, `report.to_json()` everything,
-    `report.plot(path)` a picture. The report holds numbers only, never latents.
+    `report.plot(path)` a picture, `report.strip()` a small one without words. The report holds numbers only, never
+    latents.
     """
 
     method: str
@@ -208,36 +185,38 @@ class Report:
         return text
 
     def plot(self, path: str | Path) -> Path:
-        """Draws estimate, threshold, what was computed, and how far predictions would have been off, to `path`.
+        """Draws the run to `path`: what was computed and why, step by step, with the noise levels above.
 
-        Needs matplotlib: `pip install 'stepcache[demo]'`.
+        A method with a criterion also shows its estimate and threshold, and a run in which predictions were checked
+        how far a skip would have been off. Needs matplotlib: `pip install 'stepcache[demo]'`.
         """
-        figure_module = require("matplotlib.figure", "demo")
-        figure = figure_module.Figure(figsize=(9, 4.5), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
-        deciding = [event for event in self.events if event.threshold is not None or event.prediction_error is not None]
-        asked = [event for event in deciding if event.estimate is not None]
-        at = [event.position.evaluation for event in asked]
-        upper.plot(at, [event.threshold for event in asked], color="0.5", drawstyle="steps-mid", label="threshold")
-        upper.plot(at, [event.estimate for event in asked], color="C0", marker=".", label="estimated error")
-        checked = [
-            (event.position.evaluation, event.error_share) for event in deciding if event.error_share is not None
-        ]
-        if checked:
-            upper.plot(*zip(*checked, strict=True), "x", color="C3", label="off by, if computed")
-        upper.set_ylabel("error")
-        upper.legend(loc="upper left")
-        upper.xaxis.get_major_locator().set_params(integer=True)
-        upper.set_title(f"{self.method}: {self.calls} of {len(self.events)} calls made")
-        for row, branch in enumerate(self.branches):
-            mine = [event for event in self.events if event.branch == branch]
-            colors = ["C0" if event.computed else "0.85" for event in mine]
-            lower.bar([event.position.evaluation for event in mine], 0.8, bottom=row + 0.1, width=0.8, color=colors)
-        lower.set_yticks([row + 0.5 for row in range(len(self.branches))], self.branches)
-        lower.set_xlabel("evaluation (blue: computed, grey: skipped)")
         path = Path(path)
-        figure.savefig(path, dpi=120)
+        title = f"{self.method}: {self.calls} of {len(self.events)} calls made"
+        trace.figure(self.events, self.branches, title).savefig(path, dpi=120)
         return path
+
+    def strip(self, width: int = 640, row: int = 24) -> Tensor:
+        """The run as a small picture without words: uint8 (height, width, 3) RGB on the CPU. Needs nothing but torch.
+
+        There is one row of cells for each branch, in the order of `branches`, and one cell for each evaluation;
+        evaluations of the same step are closer together. Grey: skipped. Dark blue: computed, the method chose so.
+        Light colours: computed, the method had no choice (warm-up, last step, ...). Orange to red: computed, because a
+        skip was not possible. The red bars below show how far predictions were off if they were checked, relative to
+        the largest. All white if nothing was evaluated.
+
+        `width` and `row` (the height of a row of cells) are in pixels; an evaluation needs 2 pixels or more.
+
+        Example:
+            `report.strip()[None].float() / 255` is a batch of one image (1, height, width, 3) from 0 to 1.
+        """
+        row = number("row", row, low=4, high=512, whole=True)
+        narrowest = row + 2 * max(1, self.evaluations)
+        if not narrowest <= number("width", width, low=1, whole=True) <= 16384:
+            raise OptionError(
+                f"width={width}: accepted is a whole number from {narrowest} (2 pixels for each of "
+                f"{self.evaluations} evaluations, and a border) to 16384"
+            )
+        return trace.strip(self.events, self.branches, int(width), int(row))
 
     def _reasons(self, computed: bool) -> str:
         counted = Counter(event.reason for event in self.events if event.computed == computed)

@@ -22,6 +22,8 @@ _optional options
 parametrization clock deferred masks plan call noise probe
 run_info
 branch
+event
+trace
 report
 gates.base criteria.base predictors.base
 gates.* criteria.* predictors.*
