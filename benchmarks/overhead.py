@@ -127,8 +127,8 @@ def measure(
             if k >= 8:
                 ours.append(elapsed)
                 copies.append(copy)
-        fates = model.report.fates("guided")[8:]
-        assert set(fates) == {"S" if kind == "skipped" else "C"}, fates
+        decisions = model.report.decisions("guided")[8:]
+        assert set(decisions) == {"S" if kind == "skipped" else "C"}, decisions
         kept = sum(entry.x.nbytes + entry.out.nbytes for h in model.engine._state.histories.values() for entry in h)
         with Allocations() as memory, Transfers() as transfers:
             model(latents[0], sigmas[-2].to(device).expand(shape[0]))

@@ -78,8 +78,8 @@ def call(size: Size, device: torch.device, dtype: torch.dtype, calls: int) -> tu
 
 
 @torch.no_grad()
-def bookkeeping(method: Method, fate: str, side: int, device: torch.device) -> float:
-    """Median seconds of an evaluation of that fate, latents in float32 as samplers keep them."""
+def bookkeeping(method: Method, decision: str, side: int, device: torch.device) -> float:
+    """Median seconds of an evaluation of that decision, latents in float32 as samplers keep them."""
     answers = [torch.randn(2, 4, side, side, device=device) for _ in range(4)]
     turn = iter(range(10_000))
     model = CachedDenoiser(lambda x, sigma: answers[next(turn) % 4], method, branches=("uncond", "cond"))
@@ -89,8 +89,8 @@ def bookkeeping(method: Method, fate: str, side: int, device: torch.device) -> f
         for k, sigma in enumerate(sigmas):
             level = sigma.to(device).expand(2)
             times.append(seconds(lambda level=level, k=k: model(answers[(k + 1) % 4], level), device))
-        fates = model.report.fates("cond")
-    return statistics.median(t for t, f in list(zip(times, fates, strict=True))[10:] if f == fate)
+        decisions = model.report.decisions("cond")
+    return statistics.median(t for t, f in list(zip(times, decisions, strict=True))[10:] if f == decision)
 
 
 def main() -> None:
@@ -104,8 +104,8 @@ def main() -> None:
     parameters, one = call(size, device, getattr(torch, options.dtype), options.calls)
     console = Console()
     console.print(f"{options.size}, {parameters / 1e6:.0f} M, {options.dtype}: a call of both takes {one * 1e3:.1f} ms")
-    for name, (method, fate) in METHODS.items():
-        ours = bookkeeping(method, fate, size.side, device)
+    for name, (method, decision) in METHODS.items():
+        ours = bookkeeping(method, decision, size.side, device)
         console.print(f"{name:<20} {ours * 1e3:8.3f} ms  {ours / one:8.3%} of a call")
 
 

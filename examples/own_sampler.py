@@ -43,7 +43,7 @@ class FlowCall(Call):
 def sample(net, x, times, engine=None):
     """Euler from t = 1 to 0: dx/dt = v."""
     if engine is not None:
-        engine.begin(times, stages=1)
+        engine.announce(times, stages=1)
     for t, following in pairwise(times):
         v = net(x, t) if engine is None else engine(FlowCall(net, x, t))
         x = x + (following - t) * v

@@ -211,12 +211,12 @@ class CachedDenoiser(nn.Module):
         on_schedule: bool | None,
         computed: str | None = None,
     ) -> Iterator[None]:
-        if self.engine.clock.bounded:
+        if self.engine.clock.announced:
             raise RuntimeError(
                 "another run of this CachedDenoiser is in progress: make one for each run, "
                 "CachedDenoiser(model, method), around the same model"
             )
-        self.engine.begin(sigmas, stages, on_schedule, computed=computed)
+        self.engine.announce(sigmas, stages, on_schedule, computed=computed)
         self._reset_turns()
         try:
             yield
@@ -227,7 +227,7 @@ class CachedDenoiser(nn.Module):
         """A callback for k-diffusion's samplers that tells the clock which step it is, then calls `also`."""
 
         def callback(info: dict[str, Any]) -> Any:
-            self.engine.note(int(info["i"]))
+            self.engine.set_step(int(info["i"]))
             return also(info) if also is not None else None
 
         return callback

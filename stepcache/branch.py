@@ -126,7 +126,7 @@ class Branch:
         """Registers a number (0-dimensional), to be transferred together with the others."""
         return self._deferred.defer(number)
 
-    def retake(self, x: Tensor) -> None:
+    def replace_input(self, x: Tensor) -> None:
         """Replaces the input: the host has learnt from its model's answer which part of it the latents are."""
         if self.signal is self.x:
             self.signal = x
@@ -195,7 +195,7 @@ class Branch:
         """mean |out - out'| with out' the last computed output before this one; None without one."""
         return self.defer(mean_abs_difference(self.out, self.history[-1].out)) if self.history else None
 
-    def check(self) -> None:
+    def measure_error(self) -> None:
         """Measures how far a prediction is off, now that the output is known: before it joins the cache.
 
         mean |prediction - out| on every fourth row (of the last dimension but one): it is for the report and must not

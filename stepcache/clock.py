@@ -1,6 +1,6 @@
 """Where an evaluation stands: which run, which step of the schedule, which evaluation of that step.
 
-Known from three sources, the surest first: a plan (the host said which schedule this run follows and how many
+Known from three sources, the surest first: the host's announcement (which schedule this run follows, how many
 evaluations a step has), the sampler's callback (which names the step just begun), and the sigmas themselves.
 """
 
@@ -18,7 +18,7 @@ CHURN = 2**0.5
 RISE = 1.5
 """Without a schedule, sigma rising by more than this factor begins a new run: more than churn can do.
 
-A Restart interval may do it too; that costs the evaluations that refill the memory. A missed run costs the image."""
+A Restart interval may do it too; that costs the evaluations that refill the cache. A missed run costs the image."""
 
 SAME = 1e-5
 """Sigmas that differ by less than this share are one; by more where their dtype is coarser."""
@@ -56,7 +56,7 @@ def as_schedule(sigmas: Tensor | Iterable[float] | None) -> tuple[float, ...] | 
 class Clock:
     """Follows the evaluations of one model and says where each stands.
 
-    `sigmas` is the schedule of runs that the host does not announce with `begin`; None means unknown. `lowest` is the
+    `sigmas` is the schedule of runs that the host does not announce; None means unknown. `lowest` is the
     lowest sigma that a run reaches, 0 if that is not known: a run without a schedule is complete there.
     """
 
@@ -65,14 +65,14 @@ class Clock:
         self._lowest = lowest * (1 + 1e-4)
         self.schedule = self._default
         self.stages: int | None = None
-        self.bounded = False
+        self.announced = False
         self._loops = True
         self._run = -1
         self._last: Position | None = None
         self._first_sigma = 0.0
         self._corrector = False
         self._pairs = True
-        self._on_plan = False
+        self._follows_schedule = False
         self._on_schedule = False
         self._single = False
         self._noted_at: int | None = None
@@ -81,7 +81,7 @@ class Clock:
     def steps(self) -> int | None:
         return None if self.schedule is None else len(self.schedule) - 1
 
-    def begin(
+    def announce(
         self,
         sigmas: Tensor | Iterable[float] | None = None,
         stages: int | None = None,
@@ -102,36 +102,38 @@ class Clock:
             raise ValueError(f"stages={stages!r}: accepted are 1, 2 and None (not known)")
         self.restart()
         self.schedule = as_schedule(sigmas) if sigmas is not None else self._default
-        self.stages, self.bounded, self._on_plan, self._loops = stages, True, True, loops
+        self.stages, self.announced, self._follows_schedule, self._loops = stages, True, True, loops
         self._on_schedule = stages == 1 if on_schedule is None else on_schedule
 
     def end(self) -> None:
         """The announced run is over."""
         self.restart()
-        self.schedule, self.stages, self.bounded = self._default, None, False
+        self.schedule, self.stages, self.announced = self._default, None, False
 
     def restart(self) -> None:
         """Whatever comes next begins a run; where in the schedule it begins must be read from its sigma."""
-        self._last, self._corrector, self._on_plan = None, False, False
+        self._last, self._corrector, self._follows_schedule = None, False, False
         self._noted_at, self._single = None, False
 
     def locate(self, sigma: Tensor) -> Position:
         """The place of the evaluation that the sampler asks for at `sigma` (any shape)."""
-        planned, mixed, schedule = self._planned(), False, self.schedule
+        due, mixed, schedule = self._due(), False, self.schedule
         place: tuple[int | None, int]
-        if schedule is not None and planned is not None and self._on_schedule and sigma.device.type != "cpu":
-            value, place = schedule[sum(planned)], planned
+        if schedule is not None and due is not None and self._on_schedule and sigma.device.type != "cpu":
+            value, place = schedule[sum(due)], due
         else:
             value, tolerance, mixed = _read(sigma)
-            if self._last is not None and self._loops_again(self._last, value, tolerance):
+            if self._last is not None and self._is_new_loop(self._last, value, tolerance):
                 self.restart()
-                self._on_plan = self.bounded  # another loop over the same plan begins with its first evaluation
-                planned = self._planned()
-            value, place = (value, (None, 0)) if mixed else self._place(value, tolerance, planned)
+                self._follows_schedule = (
+                    self.announced
+                )  # another loop over the same schedule begins with its first evaluation
+                due = self._due()
+            value, place = (value, (None, 0)) if mixed else self._place(value, tolerance, due)
 
         return self._next(value, place, mixed)
 
-    def put(self, sigma: float, step: int, stage: int = 0) -> Position:
+    def advance(self, sigma: float, step: int, stage: int = 0) -> Position:
         """The place of the next evaluation where the host keeps count itself; nothing is read."""
         return self._next(sigma, (step, stage))
 
@@ -144,7 +146,7 @@ class Clock:
         self._last = Position(self._run, evaluation, sigma, *place, mixed)
         return self._last
 
-    def note(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """The sampler's callback names the step whose first evaluation came last."""
         if self._last is not None and (self.steps is None or 0 <= step < self.steps):
             # Two steps begun by two evaluations in a row: this sampler has one a step.
@@ -156,37 +158,37 @@ class Clock:
         return self.steps is not None and position.step == self.steps - 1
 
     def one_evaluation(self, position: Position) -> bool:
-        """Whether the announced plan has no second evaluation at this sigma, in this run or at the start of another."""
-        if not self.bounded or self.stages != 1 or self.schedule is None or position.step is None:
+        """Whether an announced run has no second evaluation at this sigma, nor another run its first one."""
+        if not self.announced or self.stages != 1 or self.schedule is None or position.step is None:
             return False
         return not self.is_last(position) and not near(self.schedule[position.step + 1], position.sigma)
 
-    def _loops_again(self, last: Position, value: float, tolerance: float) -> bool:
+    def _is_new_loop(self, last: Position, value: float, tolerance: float) -> bool:
         """Whether another sampling loop has begun: in an announced run, only on its schedule.
 
         There it begins after the last step, or at the first sigma if the loop before was broken off.
         """
-        if self.bounded:
+        if self.announced:
             schedule = self.schedule
             if not self._loops or schedule is None:
                 return False
-            if not self.is_last(last) and self._starts_again(last, schedule, value, tolerance):
+            if not self.is_last(last) and self._is_back_at_start(last, schedule, value, tolerance):
                 return True
             over = self.is_last(last) and schedule[-1] == 0
             if not over:
                 return False
             if not any(near(value, sigma, tolerance) for sigma in schedule):
                 return False
-        return self._begins_run(last, value, tolerance)
+        return self._is_new_run(last, value, tolerance)
 
-    def _starts_again(self, last: Position, schedule: tuple[float, ...], value: float, tolerance: float) -> bool:
-        """Whether the schedule's first sigma comes again, though the plan has another one next."""
+    def _is_back_at_start(self, last: Position, schedule: tuple[float, ...], value: float, tolerance: float) -> bool:
+        """Whether the schedule's first sigma comes again, though another one is due."""
         if last.step is None or not near(value, schedule[0], tolerance):
             return False
         return not any(near(value, sigma, tolerance) for sigma in (schedule[last.step + 1], last.sigma))
 
-    def _planned(self) -> tuple[int, int] | None:
-        if not self._on_plan or self.stages is None or self.schedule is None:
+    def _due(self) -> tuple[int, int] | None:
+        if not self._follows_schedule or self.stages is None or self.schedule is None:
             return None
         if self._last is None:
             return 0, 0
@@ -197,7 +199,7 @@ class Clock:
             return step, stage + 1
         return (step + 1, 0) if step + 2 < len(self.schedule) else None
 
-    def _begins_run(self, last: Position, value: float, tolerance: float) -> bool:
+    def _is_new_run(self, last: Position, value: float, tolerance: float) -> bool:
         schedule = self.schedule
         has_fallen = last.sigma < self._first_sigma or last.evaluation == 0
         again = has_fallen and value >= self._first_sigma * (1 - tolerance)
@@ -239,7 +241,7 @@ class Clock:
         return (rises or last.sigma <= self._lowest) and not (rises and corrected)
 
     def _place(
-        self, value: float, tolerance: float, planned: tuple[int, int] | None
+        self, value: float, tolerance: float, due: tuple[int, int] | None
     ) -> tuple[float, tuple[int | None, int]]:
         """The sigma, snapped to the schedule, with its step and stage."""
         schedule, last = self.schedule, self._last
@@ -247,11 +249,11 @@ class Clock:
             if last is not None and self._noted_at is not None:
                 return value, (last.step, last.stage + 1)
             return value, (None, 0)
-        if planned is not None:
-            step, stage = planned
+        if due is not None:
+            step, stage = due
             low, high = (schedule[step], schedule[step]) if stage == 0 else sorted(schedule[step : step + 2])
             if low * (1 - tolerance) <= value <= high * CHURN * (1 + tolerance):
-                return _snapped(schedule, value, step, tolerance), planned
+                return _snapped(schedule, value, step, tolerance), due
         if last is None or last.step is None:
             return self._entry(schedule, value, tolerance)
 

@@ -28,7 +28,7 @@ from .report import Report
 from .run import OTHERS_PREDICTED, Evaluation, Run
 from .run_info import RunInfo
 
-NO_CACHE = ComputeReason("no memory yet")
+NO_CACHE = ComputeReason("no cache yet")
 BEFORE_REFERENCE = ComputeReason("before the reference", observe=False)
 NOT_FINITE = ComputeReason("prediction not finite")
 CRITERION = ComputeReason("criterion")
@@ -50,7 +50,7 @@ class Engine:
             "cond" if there is one, else the first; of branches in separate calls, the first one called.
         decide: "reference" (default), or "each": every branch decides for itself; branches batched in one call are
             skipped if all of them agree.
-        sigmas: the schedule, sigmas[0..n], of runs that the host does not announce with `begin`.
+        sigmas: the schedule, sigmas[0..n], of runs that the host does not announce with `announce`.
         training_sigma: share of the training timetable (0 to 1) -> sigma, if the model has such a table.
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: log sigma.
         parametrization: sigma -> what the network's input and output mean there; None: not known. Forecast needs it.
@@ -85,7 +85,7 @@ class Engine:
         >>> engine = Engine(Static("101"), sigmas=(3.0, 2.0, 1.0, 0.0))
         >>> for sigma in (3.0, 2.0, 1.0):
         ...     answer = engine(Half(torch.ones(1, 4), torch.tensor([sigma])))
-        >>> engine.report.fates("cond")
+        >>> engine.report.decisions("cond")
         'CSC'
     """
 
@@ -189,7 +189,7 @@ class Engine:
 
     # Announcements of the host.
 
-    def begin(
+    def announce(
         self,
         sigmas: Tensor | Iterable[float] | None = None,
         stages: int | None = None,
@@ -197,13 +197,13 @@ class Engine:
         loops: bool = True,
         computed: str | None = None,
     ) -> None:
-        """The host announces a run, which lasts until `end`; see `Clock.begin`.
+        """The host announces a run, which lasts until `end`; see `Clock.announce`.
 
         `computed` is why everything in it is computed, if it is; the report gives it as the reason.
         """
         with self._lock:
             self._run, self._computed = None, computed
-            self.clock.begin(sigmas, stages, on_schedule, loops)
+            self.clock.announce(sigmas, stages, on_schedule, loops)
             try:
                 self._check_mask()
             except BaseException:
@@ -228,9 +228,9 @@ class Engine:
             if self._run is not None:
                 self._run.forget()
 
-    def note(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """The sampler's callback: the first evaluation of this step has just been answered."""
-        self.clock.note(step)
+        self.clock.set_step(step)
 
     # Which run, which evaluation.
 
@@ -247,13 +247,13 @@ class Engine:
         current = self._run.evaluation if self._run is not None else None
         if current is not None and not current.names & set(call.names) and _same_evaluation(current, call):
             current.names.update(call.names)
-            current.note(call)
+            current.add(call)
             if self._each:
                 current.gated = current.run.gated(current.position, call.names)
             return current
-        position = self.clock.locate(call.sigma) if call.place is None else self.clock.put(*call.place)
+        position = self.clock.locate(call.sigma) if call.place is None else self.clock.advance(*call.place)
         if self._run is None or self._run.number != position.run:
-            self._run = self._begin_run(position)
+            self._run = self._new_run(position)
             self._run.cache_keys.update(dict.fromkeys(call.names, key))
             if current is not None and current.position.evaluation == 0 and position.sigma == current.position.sigma:
                 self._run.repeats = None  # a second image at the first sigma, or the second part of a batch
@@ -269,7 +269,7 @@ class Engine:
             frozenset(current.names if current is not None else ()),
             set(call.names),
         )
-        run.evaluation.note(call)
+        run.evaluation.add(call)
         return run.evaluation
 
     def _called_twice(self, run: Run, call: Call) -> Evaluation | None:
@@ -305,16 +305,16 @@ class Engine:
     def _drop_if_changed(self, run: Run, names: tuple[str, ...], key: tuple[Any, ...]) -> None:
         """If a branch's cache key has changed, the run ends; if the host announced it, only the branch's cache goes."""
         changed = [name for name in names if run.cache_keys.setdefault(name, key) != key]
-        if changed and not self.clock.bounded:
+        if changed and not self.clock.announced:
             self.reset()
         elif changed:
-            sentence = "shape, dtype, device, thread, prompt or model changed within the run: the memory was dropped"
+            sentence = "shape, dtype, device, thread, prompt or model changed within the run: the cache was dropped"
             if sentence not in run.info.notes:
                 run.info.notes.append(sentence)
             run.forget(changed)
             run.cache_keys.update(dict.fromkeys(changed, key))
 
-    def _begin_run(self, position: Position) -> Run:
+    def _new_run(self, position: Position) -> Run:
         clock = self.clock
         fits = position.step is not None or position.mixed or clock.schedule is None
         info = RunInfo(
@@ -451,16 +451,16 @@ class Engine:
         else:
             outputs = call.compute(plan.computed)
         if plan.computed and not outputs:
-            plan = plan.but(UNRELATED)
+            plan = plan.all_computed(UNRELATED)
         elif plan.predicted and len(outputs) == len(branches):
             run.indivisible = call.indivisible
             self._obstacle(
                 *call.notes, "branches that come in one call are computed together: it cannot be taken apart"
             )
-            plan = plan.but(INDIVISIBLE)
+            plan = plan.all_computed(INDIVISIBLE)
         if any(outputs[name].shape != branch.x.shape for name, branch in branches.items() if name in outputs):
             for branch, x in zip(branches.values(), call.inputs(), strict=True):
-                branch.retake(x)
+                branch.replace_input(x)
         run.rebase(branches, outputs)
         return plan, outputs
 
@@ -489,7 +489,7 @@ class Engine:
             look(call.signal)
         outputs = probe.call(partial(call.compute, call.names), look) or {}
         if PENDING in plan.reasons.values():
-            plan = plan.but(ComputeReason(INVALID_STATE))
+            plan = plan.all_computed(ComputeReason(INVALID_STATE))
         if any(reason is not None and reason.reason == INVALID_STATE for reason in plan.reasons.values()):
             self.report.note(
                 "invalid cache state: the signal was not reached, not finite, or of another shape than the one kept; "
@@ -508,7 +508,7 @@ class Engine:
         possible = all(branch.predictable for branch in predicted)
         if self._agree(possible and all(map(self._sound, predicted)), branches):
             return plan, outputs
-        return self._compute(call, run, plan.but(NOT_FINITE if possible else NO_CACHE), branches)
+        return self._compute(call, run, plan.all_computed(NOT_FINITE if possible else NO_CACHE), branches)
 
     def _sound(self, branch: Branch) -> bool:
         """Whether a prediction is finite; seen from its cache, without a transfer, if that is enough.

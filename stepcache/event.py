@@ -11,7 +11,7 @@ from .deferred import DeferredScalar
 
 @dataclass
 class Event:
-    """The fate of one branch at one evaluation.
+    """What was decided for one branch at one evaluation.
 
     `estimate` and `threshold` are the criterion's numbers, None if it was not asked or could not tell.
     `prediction_error`, on computed evaluations of a deciding branch, is mean |prediction - output| and `size` mean

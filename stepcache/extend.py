@@ -25,8 +25,8 @@ from .deferred import DeferredScalar, DeferredScalars, mean_abs, mean_abs_differ
 from .engine import Engine
 from .event import Event
 from .gates import (
-    Answer,
     Gate,
+    GateCheck,
     Interval,
     LastStep,
     Mask,
@@ -41,7 +41,7 @@ from .gates import (
 )
 from .masks import PRESETS, StepMask
 from .methods import METHODS, CommonOptions, Method, accepted_options, main_number, method, register
-from .methods.registry import OF_THE_HOST
+from .methods.registry import GUIDANCE_OPTIONS
 from .noise import FreshNoise
 from .options import OptionError, flag, number, unknown
 from .parametrization import Parametrization
@@ -65,13 +65,12 @@ from .run_info import RunInfo, SkipCounts
 
 __all__ = [
     "DMD",
+    "GUIDANCE_OPTIONS",
     "INVALID_STATE",
     "METHODS",
-    "OF_THE_HOST",
     "PRESETS",
     "AdaptiveOrder",
     "Always",
-    "Answer",
     "Blocks",
     "Branch",
     "CacheEntry",
@@ -90,6 +89,7 @@ __all__ = [
     "FixedOrder",
     "FreshNoise",
     "Gate",
+    "GateCheck",
     "Hermite",
     "History",
     "Interval",

@@ -63,7 +63,7 @@ class FreshNoise:
         innovation = ((rest.square().sum(1) - floor) / moved.square().sum(1)).clamp(min=0)
         return (innovation / (innovation + HALF**2)).nan_to_num(nan=0.0)
 
-    def give(self, evaluation: int, x: Tensor, outputs: Iterable[Tensor]) -> None:
+    def record(self, evaluation: int, x: Tensor, outputs: Iterable[Tensor]) -> None:
         """What the sampler was answered at x, computed or predicted, for one branch or several; outputs shaped as x."""
         outputs = [out for out in outputs if out.shape == x.shape and out.device == x.device]
         if self._given and self._given[-1][0] == evaluation:

@@ -61,6 +61,6 @@ class Plan:
         """Every branch is predicted."""
         return cls(dict.fromkeys(names), verdicts or {})
 
-    def but(self, reason: ComputeReason) -> Plan:
+    def all_computed(self, reason: ComputeReason) -> Plan:
         """The same plan, but every branch is computed, for this reason."""
         return Plan(dict.fromkeys(self.reasons, reason), self.verdicts, self.deciding)

@@ -101,7 +101,7 @@ class Report:
         """Calls asked for over calls made: an estimate that leaves out everything but the network. 1 without any."""
         return len(self.events) / self.calls if self.calls else 1.0
 
-    def fates(self, branch: str) -> str:
+    def decisions(self, branch: str) -> str:
         """One letter an evaluation of `branch`: C computed, S skipped."""
         return "".join("C" if event.computed else "S" for event in self.events if event.branch == branch)
 
@@ -112,7 +112,7 @@ class Report:
         lines = [
             ("method", f"{self.method}: {steps}, {self.evaluations} evaluations, {len(self.events)} calls asked for"),
             ("calls", f"{self.calls} made, {self.skipped} skipped: {self.speedup:.2f}x fewer calls"),
-            *[(branch, self.fates(branch)) for branch in self.branches],
+            *[(branch, self.decisions(branch)) for branch in self.branches],
             ("computed", self._reasons(computed=True)),
         ]
         if self.skipped:
@@ -129,7 +129,7 @@ class Report:
 
     def table(self) -> str:
         """A row for every branch of every evaluation."""
-        head = ("eval", "step", "sigma", "branch", "fate", "reason", "estimate", "threshold", "off by")
+        head = ("eval", "step", "sigma", "branch", "decision", "reason", "estimate", "threshold", "off by")
         rows: list[tuple[str, ...]] = [head]
         for event in self.events:
             position, off = event.position, event.error_share
@@ -139,10 +139,12 @@ class Report:
                 else f"{position.step}{'abc'[min(position.stage, 2)] if position.stage else ''}"
             )
             estimates = ("" if n is None else f"{n:.4f}" for n in (event.estimate, event.threshold))
-            fate = "computed" if event.computed else "skipped"
+            decision = "computed" if event.computed else "skipped"
             sigma = f"{position.sigma:.4g}"
             percent = "" if off is None else f"{off:.1%}"
-            rows.append((str(position.evaluation), step, sigma, event.branch, fate, event.reason, *estimates, percent))
+            rows.append(
+                (str(position.evaluation), step, sigma, event.branch, decision, event.reason, *estimates, percent)
+            )
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join(
             "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -17,7 +17,7 @@ from .call import Call
 from .clock import Position
 from .criteria.base import Criterion
 from .deferred import DeferredScalars
-from .gates.base import Answer
+from .gates.base import GateCheck
 from .methods.base import Method
 from .noise import FreshNoise
 from .plan import ComputeReason, Plan
@@ -58,7 +58,7 @@ class Evaluation:
     latents: dict[tuple[str, ...], tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
     repeated: bool = False
 
-    def note(self, call: Call) -> None:
+    def add(self, call: Call) -> None:
         """Keeps which latent these branches were called with, without keeping it alive."""
         self.latents[call.names] = ref(call.latent), _version(call.latent)
 
@@ -93,7 +93,7 @@ class Run:
         self._named_reference = reference
         self.static, self.relative = method.static, method.baseline == "reference"
         self.deferred = DeferredScalars()
-        self.gates: list[Answer] = [] if method.never_skips else [gate.begin(info) for gate in method.all_gates()]
+        self.gates: list[GateCheck] = [] if method.never_skips else [gate.begin(info) for gate in method.all_gates()]
         self.counts: defaultdict[str | None, SkipCounts] = defaultdict(SkipCounts)
         self.reference: str | None = None
         self.rules: dict[str, Criterion] = {}
@@ -202,19 +202,19 @@ class Run:
             for rule in self.rules.values():
                 rule.update_any(name, branch)
         if name in self.rules or branch.rebased:
-            branch.check()
+            branch.measure_error()
         if reason.observe and name in self.rules:
             verdict = plan.verdicts.get(name)
             self.rules[name].update(branch, forced=verdict is None or verdict.skip)
         if reason.record and branch.has_baseline:
-            cache = self.caches.setdefault(name, deque(maxlen=self.method.predictor.memory))
+            cache = self.caches.setdefault(name, deque(maxlen=self.method.predictor.history_size))
             self.method.predictor.remember(cache, branch.entry(storage))
 
     def _remember_answers(self, branches: dict[str, Branch], outputs: dict[str, Tensor]) -> None:
         """What the sampler is answered, from which the next evaluation's noise level is measured."""
         if self._noise is not None and self._known_noise is None and not self.relative and outputs:
             first = next(iter(branches.values()))
-            self._noise.give(first.position.evaluation, first.x, outputs.values())
+            self._noise.record(first.position.evaluation, first.x, outputs.values())
 
     def _count(self, call: Call, plan: Plan) -> None:
         """Counts the evaluation once, when its reference was answered; or for every branch that decides for itself."""

@@ -24,7 +24,7 @@ def walk(clock: Clock, sigmas, notes=None) -> list[Position]:
     for k, sigma in enumerate(sigmas):
         places.append(clock.locate(sigma if isinstance(sigma, torch.Tensor) else level(sigma)))
         if notes is not None and notes[k] is not None:
-            clock.note(notes[k])
+            clock.set_step(notes[k])
     return places
 
 
@@ -60,7 +60,7 @@ def test_euler_walks_the_schedule():
 
 def test_a_known_number_of_stages_names_heuns_corrector_at_once():
     clock = Clock()
-    clock.begin(SIX, stages=2)
+    clock.announce(SIX, stages=2)
     seen = []
     for sigma in heun(SIX):
         position = clock.locate(level(sigma))
@@ -108,13 +108,13 @@ def test_dpm2_midpoints_are_the_second_stage():
 
 def test_dpm2_midpoints_with_a_plan():
     clock = Clock()
-    clock.begin(SIX, stages=2)
+    clock.announce(SIX, stages=2)
     assert steps(walk(clock, dpm2(SIX))) == TWO_A_STEP
 
 
 def test_churn_with_a_plan_keeps_its_steps():
     clock = Clock()
-    clock.begin(SIX, stages=1)
+    clock.announce(SIX, stages=1)
     places = walk(clock, [sigma * CHURN for sigma in SIX[:-1]])
     assert steps(places) == PLAIN_STEPS
     assert runs(places) == [0] * 6
@@ -122,7 +122,7 @@ def test_churn_with_a_plan_keeps_its_steps():
 
 def test_churned_heun_with_a_plan_keeps_its_steps():
     clock = Clock()
-    clock.begin(SIX, stages=2)
+    clock.announce(SIX, stages=2)
     asked = []
     for high, low in itertools.pairwise(SIX):
         asked += [high * 1.4, low] if low > 0 else [high * 1.4]
@@ -149,7 +149,7 @@ def test_a_restart_schedule_given_whole_is_walked_in_order():
     ):
         clock = Clock(restart)
         if announced:
-            clock.begin(stages=1)
+            clock.announce(stages=1)
         places = walk(clock, asked)
         assert steps(places) == expected
         assert set(runs(places)) == {0}
@@ -234,7 +234,7 @@ def test_a_run_whose_first_sigma_is_not_on_the_schedule_has_no_steps():
 
 def test_one_sigma_off_the_schedule_loses_the_step_and_the_next_one_on_it_finds_it():
     clock = Clock()
-    clock.begin(SIX)
+    clock.announce(SIX)
     places = walk(clock, [10, 8, 3, 2, 1])
     assert steps(places) == [(0, 0), (1, 0), (None, 0), (4, 0), (5, 0)]
     assert runs(places) == [0] * 5
@@ -317,13 +317,13 @@ def test_the_callback_tells_the_stages_of_a_run_without_a_schedule():
 
 def test_the_callback_before_any_evaluation_says_nothing():
     clock = Clock(SIX)
-    clock.note(3)
+    clock.set_step(3)
     assert steps(walk(clock, [10])) == [(0, 0)]
 
 
 def test_an_announced_run_ends_with_its_announcement():
     clock = Clock()
-    clock.begin(SIX, stages=1)
+    clock.announce(SIX, stages=1)
     places = walk(clock, [10, 8])
     assert clock.steps == 6
     clock.end()
@@ -336,7 +336,7 @@ def test_an_announced_run_ends_with_its_announcement():
 @pytest.mark.parametrize(("stages", "again"), [(None, SIX[:-1]), (1, SIX[:-1]), (None, heun(SIX)), (2, heun(SIX))])
 def test_a_second_loop_within_an_announced_run_is_another_run(stages, again):
     clock = Clock()
-    clock.begin(SIX, stages)
+    clock.announce(SIX, stages)
     places = walk(clock, [*again, *again])
     assert runs(places) == [0] * len(again) + [1] * len(again)
     assert evaluations(places) == [*range(len(again))] * 2
@@ -348,7 +348,7 @@ def test_a_second_loop_within_an_announced_run_is_another_run(stages, again):
 @pytest.mark.parametrize("stages", [None, 1])
 def test_a_second_loop_within_an_announced_run_may_begin_inside_the_schedule(stages):
     clock = Clock()
-    clock.begin(SIX, stages)
+    clock.announce(SIX, stages)
     places = walk(clock, [*SIX[:-1], *SIX[2:-1], *SIX[2:-1]])
     assert runs(places) == [0] * 6 + [1] * 4 + [2] * 4
     assert steps(places)[6:] == PLAIN_STEPS[2:] * 2
@@ -357,7 +357,7 @@ def test_a_second_loop_within_an_announced_run_may_begin_inside_the_schedule(sta
 def test_the_plan_holds_for_the_second_loop_at_once():
     """Heun's first corrector is named before its sigma comes again, in either loop."""
     clock = Clock()
-    clock.begin(SIX, stages=2)
+    clock.announce(SIX, stages=2)
     seen = []
     for sigma in heun(SIX) * 2:
         position = clock.locate(level(sigma))
@@ -369,7 +369,7 @@ def test_the_plan_holds_for_the_second_loop_at_once():
 def test_of_a_second_loop_on_an_accelerator_only_the_first_sigma_is_read(stages, expected):
     unreadable = torch.full((2,), 3.0, device="meta")
     clock = Clock()
-    clock.begin(SIX, stages, on_schedule=True)
+    clock.announce(SIX, stages, on_schedule=True)
     asked = [unreadable] * len(expected) + [level(10).as_subclass(OnAccelerator)] + [unreadable] * (len(expected) - 1)
     places = walk(clock, asked)
     assert runs(places) == [0] * len(expected) + [1] * len(expected)
@@ -380,7 +380,7 @@ def test_of_a_second_loop_on_an_accelerator_only_the_first_sigma_is_read(stages,
 @pytest.mark.parametrize("loops", [True, False])
 def test_an_announced_loop_begun_again_at_the_first_sigma_is_another_run_if_the_sampler_may_loop(stages, loops):
     clock = Clock()
-    clock.begin(SIX, stages, loops=loops)
+    clock.announce(SIX, stages, loops=loops)
     places = walk(clock, [*SIX[:-2], *SIX[:-2]])
     assert runs(places) == [0] * 5 + [int(loops)] * 5
     assert evaluations(places) == [*range(5), *range(5)] if loops else list(range(10))
@@ -389,7 +389,7 @@ def test_an_announced_loop_begun_again_at_the_first_sigma_is_another_run_if_the_
 @pytest.mark.parametrize("stages", [None, 1])
 def test_a_plan_that_returns_to_its_first_sigma_stays_one_run(stages):
     clock = Clock()
-    clock.begin((10.0, 5.0, 10.0, 5.0, 0.0), stages)
+    clock.announce((10.0, 5.0, 10.0, 5.0, 0.0), stages)
     places = walk(clock, [10, 5, 10, 5])
     assert runs(places) == [0] * 4
     assert steps(places) == [(0, 0), (1, 0), (2, 0), (3, 0)]
@@ -397,14 +397,14 @@ def test_a_plan_that_returns_to_its_first_sigma_stays_one_run(stages):
 
 def test_an_announced_run_that_ends_above_zero_has_no_last_evaluation_and_goes_on():
     clock = Clock()
-    clock.begin((10.0, 5.0, 2.0))
+    clock.announce((10.0, 5.0, 2.0))
     assert runs(walk(clock, [10, 5, 2, 10, 5, 2])) == [0] * 6
 
 
 def test_an_announcement_begins_a_run_without_any_rise():
     clock = Clock(SIX)
     places = walk(clock, [10, 8])
-    clock.begin((6.0, 4.0, 0.0), stages=1)
+    clock.announce((6.0, 4.0, 0.0), stages=1)
     places += walk(clock, [6, 4])
     assert runs(places) == [0, 0, 1, 1]
     assert steps(places) == [(0, 0), (1, 0), (0, 0), (1, 0)]
@@ -412,9 +412,9 @@ def test_an_announcement_begins_a_run_without_any_rise():
 
 def test_an_announcement_without_a_schedule_takes_the_default_one():
     clock = Clock(SIX)
-    clock.begin()
+    clock.announce()
     assert steps(walk(clock, heun(SIX))) == TWO_A_STEP
-    clock.begin((3.0, 0.0))
+    clock.announce((3.0, 0.0))
     clock.end()
     assert clock.schedule == SIX
 
@@ -422,11 +422,11 @@ def test_an_announcement_without_a_schedule_takes_the_default_one():
 def test_an_announcement_that_is_refused_changes_nothing():
     clock = Clock(SIX)
     with pytest.raises(ValueError, match="stages=3"):
-        clock.begin((5.0, 0.0), stages=3)
+        clock.announce((5.0, 0.0), stages=3)
     with pytest.raises(ValueError, match="two or more finite numbers"):
-        clock.begin([5.0], stages=1)
+        clock.announce([5.0], stages=1)
     assert clock.schedule == SIX
-    assert not clock.bounded
+    assert not clock.announced
 
 
 def test_restart_makes_the_next_evaluation_the_first_of_a_run():
@@ -453,7 +453,7 @@ def test_schedules_are_float32_numbers_from_tensors_and_lists_alike():
 def test_with_a_plan_nothing_is_read_off_an_accelerator(stages, expected):
     unreadable = torch.full((2,), 3.0, device="meta")
     clock = Clock()
-    clock.begin(SIX, stages, on_schedule=True)
+    clock.announce(SIX, stages, on_schedule=True)
     places = walk(clock, [unreadable] * len(expected))
     assert steps(places) == expected
     assert evaluations(places) == list(range(len(expected)))
@@ -465,7 +465,7 @@ def test_a_plan_on_an_accelerator_begins_again_with_the_next_announcement():
     unreadable = torch.full((2,), 3.0, device="meta")
     clock = Clock()
     for _ in range(2):
-        clock.begin((10.0, 5.0, 0.0), stages=1)
+        clock.announce((10.0, 5.0, 0.0), stages=1)
         places = walk(clock, [unreadable] * 2)
         clock.end()
         assert steps(places) == [(0, 0), (1, 0)]
@@ -476,7 +476,7 @@ def test_a_plan_that_was_interrupted_is_not_counted_on_without_looking():
     """An announced run goes on after an exception or a change of shape: its steps must not shift."""
     for sigma_type in (torch.Tensor, OnAccelerator):
         clock = Clock()
-        clock.begin(SIX, stages=1)
+        clock.announce(SIX, stages=1)
         asked = [level(sigma).as_subclass(sigma_type) for sigma in SIX[:-1]]
         walk(clock, asked[:2])
         clock.restart()
@@ -495,7 +495,7 @@ falling = st.builds(
 def test_euler_visits_every_step_once_announced_or_not(sigmas, announced, stages_known):
     clock = Clock(None if announced else (*sigmas, 0.0))
     if announced:
-        clock.begin((*sigmas, 0.0), 1 if stages_known else None)
+        clock.announce((*sigmas, 0.0), 1 if stages_known else None)
     places = walk(clock, sigmas)
     assert steps(places) == [(step, 0) for step in range(len(sigmas))]
     assert evaluations(places) == list(range(len(sigmas)))
@@ -508,7 +508,7 @@ def test_heun_makes_two_evaluations_a_step_but_for_the_last(sigmas, announced, s
     schedule, n = (*sigmas, 0.0), len(sigmas)
     clock = Clock(None if announced else schedule)
     if announced:
-        clock.begin(schedule, 2 if stages_known else None)
+        clock.announce(schedule, 2 if stages_known else None)
     places = walk(clock, heun(schedule))
     assert len(places) == 2 * n - 1
     assert steps(places) == [(step, stage) for step in range(n - 1) for stage in (0, 1)] + [(n - 1, 0)]
@@ -562,25 +562,25 @@ def test_evaluations_count_up_by_one_within_a_run_and_runs_by_one(schedule, aske
 
 
 def test_a_loop_broken_off_and_begun_again_further_down_is_a_new_run():
-    """A callback raised in step 3; the next loop begins at 1: reusing the old loop's memory would cost the image."""
+    """A callback raised in step 3; the next loop begins at 1: reusing the old loop's cache would cost the image."""
     assert runs(walk(Clock(SIX), [10, 8, 6, 4, 1])) == [0] * 4 + [1]
 
 
 def test_two_steps_begun_in_a_row_tell_that_there_is_one_evaluation_a_step():
     """Churn: from the third step on a sigma between two of the schedule's is the next step's, not a midpoint."""
     clock = Clock()
-    clock.begin(SIX)
+    clock.announce(SIX)
     places = []
     for step, sigma in enumerate([10, 9, 7, 5]):
         places.append(clock.locate(level(sigma)))
         if step == 3:
             break
-        clock.note(step)
+        clock.set_step(step)
     assert steps(places) == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
 def test_a_schedule_that_comes_back_to_a_sigma_goes_on_to_its_next_occurrence():
     restart = (8.0, 4.0, 2.0, 1.0, 3.0, 2.0, 1.0, 0.5, 0.0)
     clock = Clock()
-    clock.begin(restart)
+    clock.announce(restart)
     assert [step for step, _ in steps(walk(clock, [8, 4, 2, 1, 2, 1, 0.5]))] == [0, 1, 2, 3, 5, 6, 7]

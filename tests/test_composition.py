@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from toys import SIX, LogSigmaLine, SkipOdd, Toy, cached, drive, fates, filled, heun, level, twice
+from toys import SIX, LogSigmaLine, SkipOdd, Toy, cached, decisions, drive, filled, heun, level, twice
 
 from stepcache import Method, StepMask
 from stepcache.extend import (
@@ -59,11 +59,11 @@ SEAM = {
 
 @pytest.mark.parametrize("gate", SEAM)
 def test_a_new_criterion_and_a_new_predictor_work_under_every_gate(gate):
-    options, expected_fates, expected = SEAM[gate]
+    options, expected_decisions, expected = SEAM[gate]
     method = Method(**{"criterion": SkipOdd(), "predictor": LogSigmaLine(), **options})
     model = cached(lambda x, sigma: x * sigma.reshape(-1, 1, 1, 1), method, sigmas=OCTAVES)
     assert drive(model, OCTAVES[:-1], 1.0) == pytest.approx(expected, rel=1e-6)
-    assert fates(model) == expected_fates
+    assert decisions(model) == expected_decisions
 
 
 def test_a_new_criterion_and_a_new_predictor_work_on_second_evaluations_only():
@@ -77,7 +77,7 @@ def test_a_new_criterion_and_a_new_predictor_work_on_second_evaluations_only():
     with model.run(schedule, stages=2):
         answers = drive(model, heun(schedule), 1.0)
     assert answers == [64, 32, 32, 16, 16, 0, 8, -16, 4]
-    assert fates(model) == "CCCCCSCSC"
+    assert decisions(model) == "CCCCCSCSC"
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ def test_every_criterion_goes_with_every_predictor():
             assert drive(model, TEN[:3], [10, 8, 7.5]) == [20, 16, expected]
 
 
-def test_a_predictor_is_given_at_most_the_memory_it_asks_for_oldest_first():
+def test_a_predictor_is_given_at_most_the_cache_it_asks_for_oldest_first():
     given = []
 
     class Listening(LogSigmaLine):
-        memory = 3
+        history_size = 3
 
         def predict(self, branch):
             given.append([entry.position.sigma for entry in branch.history])

@@ -100,4 +100,4 @@ def test_the_readmes_python_runs(pipe):
         if cache := names.pop("cache", None):
             assert cache.report.calls < cache.report.evaluations * 2
         if (cached := names.pop("cached", None)) is not None:
-            assert cached.report.fates(cached.report.branches[0]).count("S") > 0
+            assert cached.report.decisions(cached.report.branches[0]).count("S") > 0

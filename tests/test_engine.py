@@ -25,8 +25,8 @@ from toys import (
     SkipOdd,
     Toy,
     cached,
+    decisions,
     drive,
-    fates,
     filled,
     heun,
     level,
@@ -95,7 +95,7 @@ def test_what_is_computed_is_the_models_own_tensor_and_sees_the_callers_own():
     model = cached(network, Method(criterion=SkipOdd()), sigmas=SIX)
     asked = [(filled(k), level(sigma)) for k, sigma in enumerate(SIX[:-1])]
     answers = [model(x, sigma) for x, sigma in asked]
-    assert fates(model) == "CSCSCS"
+    assert decisions(model) == "CSCSCS"
     for k in (0, 2, 4):
         assert answers[k] is network.returned[k // 2]
         assert asked[k][0] is network.seen[k // 2][0]
@@ -127,7 +127,7 @@ def begun(method: Method | None = None, **keywords) -> CachedDenoiser:
     """Two evaluations into a run of six; the next one, at sigma 6, would be skipped."""
     model = cached(twice, method or Method(), sigmas=SIX, **keywords)
     drive(model, (10, 8), (1, 2))
-    assert fates(model) == "CS"
+    assert decisions(model) == "CS"
     return model
 
 
@@ -135,7 +135,7 @@ def assert_clean(model: CachedDenoiser, run: int = 1) -> None:
     """The run in progress is another one, and its first evaluation was computed."""
     assert model.report.run == run
     assert model.report.events[0].position.evaluation == 0
-    assert reasons(model)[0] == "no memory yet"
+    assert reasons(model)[0] == "no cache yet"
 
 
 @pytest.mark.parametrize(
@@ -164,9 +164,9 @@ def test_another_device_begins_a_new_run():
     assert_clean(model)
 
 
-# In a run that the host announced, such a change costs the memory alone.
+# In a run that the host announced, such a change costs the cache alone.
 
-DROPPED = "shape, dtype, device, thread, prompt or model changed within the run: the memory was dropped"
+DROPPED = "shape, dtype, device, thread, prompt or model changed within the run: the cache was dropped"
 
 
 @pytest.mark.parametrize("stages", [None, 1])
@@ -181,7 +181,7 @@ DROPPED = "shape, dtype, device, thread, prompt or model changed within the run:
     ],
     ids=["size", "channels", "batch", "half", "double"],
 )
-def test_another_shape_batch_or_dtype_within_an_announced_run_begins_with_a_clean_memory(x, stages):
+def test_another_shape_batch_or_dtype_within_an_announced_run_begins_with_a_clean_cache(x, stages):
     model = cached(twice, Method(last_step=True))
     with model.run(SIX, stages):
         drive(model, (10, 8), (1, 2))
@@ -189,8 +189,8 @@ def test_another_shape_batch_or_dtype_within_an_announced_run_begins_with_a_clea
     report = model.report
     assert [float(answer.flatten()[0]) for answer in answers] == [6, 4 + 3, 5 + 3, 12]
     assert {(answer.shape, answer.dtype) for answer in answers} == {(x.shape, x.dtype)}
-    assert fates(model) == "CSCSSC"
-    assert reasons(model) == ["no memory yet", "criterion"] * 2 + ["criterion", "last step"]
+    assert decisions(model) == "CSCSSC"
+    assert reasons(model) == ["no cache yet", "criterion"] * 2 + ["criterion", "last step"]
     assert [(e.position.run, e.position.evaluation, e.position.step) for e in report.events] == [
         (0, k, k) for k in range(6)
     ]
@@ -203,11 +203,11 @@ def test_a_change_within_an_announced_run_is_noted_once_and_nothing_else_twice()
     with model.run(SIX, 1):
         for x, sigma in zip((filled(1.0).half(), filled(1.0)) * 3, SIX[:-1], strict=True):
             model(x, level(sigma))
-    assert fates(model) == "CCCCCC"
+    assert decisions(model) == "CCCCCC"
     assert model.report.notes == ["window 0.15 to 0.95 as shares of this run's 6 steps: 10 >= sigma > 1", DROPPED]
 
 
-def test_another_thread_or_device_within_an_announced_run_begins_with_a_clean_memory():
+def test_another_thread_or_device_within_an_announced_run_begins_with_a_clean_cache():
     model = cached(twice, Method())
     with model.run(SIX):
         drive(model, (10, 8), 1.0)
@@ -216,22 +216,22 @@ def test_another_thread_or_device_within_an_announced_run_begins_with_a_clean_me
         thread.join()
         drive(model, (2,), 1.0)
         model(filled(1.0).to("meta"), level(1))
-    assert fates(model) == "CSCSCC"
-    assert reasons(model)[0::2] == ["no memory yet"] * 3
-    assert reasons(model)[5] == "no memory yet"
+    assert decisions(model) == "CSCSCC"
+    assert reasons(model)[0::2] == ["no cache yet"] * 3
+    assert reasons(model)[5] == "no cache yet"
     assert [event.position.step for event in model.report.events] == [0, 1, 2, 3, 4, 5]
     assert model.report.notes == [DROPPED]
 
 
 def test_a_criterion_learns_anew_after_a_change_within_an_announced_run():
-    """The walk of `walked`, in float64, then in float32: the same fates and estimates again, two steps later."""
+    """The walk of `walked`, in float64, then in float32: the same decisions and estimates again, two steps later."""
     eight = (12.0, 11.0, *SIX)
     model = cached(twice, EasyCache(0.2, window=None, start=0, end=1))
     with model.run(eight, 1):
         for k, sigma in enumerate(eight[:2]):
             model(filled(100.0 / (k + 1)).double(), level(sigma))
         drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
-    assert fates(model) == "CC" + "CCSSCS"
+    assert decisions(model) == "CC" + "CCSSCS"
     assert [e.estimate for e in model.report.events][2:] == [None, None, 0.0625, 0.1875, 0.375, 1 / 13]
 
 
@@ -240,13 +240,13 @@ def test_caps_count_on_through_a_change_within_an_announced_run():
     with model.run(SIX):
         for k, sigma in enumerate(SIX[:-1]):
             model(filled(1.0).half() if k < 2 else filled(1.0), level(sigma))
-    assert fates(model) == "CSCSCC"
+    assert decisions(model) == "CSCSCC"
     assert reasons(model)[4:] == ["max_cached"] * 2
 
 
 @pytest.mark.parametrize("stages", [None, 1])
 def test_branches_of_two_sizes_keep_the_steps_of_an_announced_run(stages):
-    """One evaluation is asked for both, in separate calls: each has a memory of its own size."""
+    """One evaluation is asked for both, in separate calls: each has a cache of its own size."""
     close = (10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 0.0)
     model = cached(Toy(twice_named), Static("101010"), branches=by_name)
     with model.run(close, stages):
@@ -257,7 +257,7 @@ def test_branches_of_two_sizes_keep_the_steps_of_an_announced_run(stages):
     places = [(event.position.step, event.branch) for event in model.report.events]
     assert places == [(step, name) for step in range(6) for name in ("cond", "uncond")]
     assert (model.report.run, model.report.evaluations) == (0, 6)
-    assert fates(model, "cond") == fates(model, "uncond") == "CSCSCS"
+    assert decisions(model, "cond") == decisions(model, "uncond") == "CSCSCS"
 
 
 KARRAS = (*((14.6 ** (1 / 7) + k / 19 * (0.03 ** (1 / 7) - 14.6 ** (1 / 7))) ** 7 for k in range(20)), 0.0)
@@ -281,7 +281,7 @@ def test_latents_that_a_sampler_widens_keep_their_run(sampler, stages, method):
     ones = StepMask("fast").for_steps(20) if method.static else (0,) * 20
     assert [event.computed for event in report.events] == [True, True] + [bool(ones[step]) for step, _ in places[2:]]
     if not method.static:
-        assert reasons(model)[:2] == ["no memory yet"] * 2
+        assert reasons(model)[:2] == ["no cache yet"] * 2
 
 
 # Two loops in one announced run are two runs.
@@ -297,13 +297,13 @@ def test_two_loops_within_one_announced_run_are_two_runs(stages):
             answers = drive(model, asked, [run + 1.0 + k for k in range(len(asked))])
             assert answers[0] == 2 * (run + 1)
             assert_clean(model, run)
-            assert fates(model) == expected
+            assert decisions(model) == expected
             assert [event.position.evaluation for event in model.report.events] == list(range(len(asked)))
             assert (model.report.scheduled_steps, model.report.steps) == (6, 6)
             reports.append(model.report)
     assert [report.run for report in reports] == [0, 1]
     assert reports[0] is not reports[1]
-    assert [report.fates("guided") for report in reports] == [expected] * 2
+    assert [report.decisions("guided") for report in reports] == [expected] * 2
 
 
 def test_nothing_a_criterion_learned_reaches_the_second_loop_of_an_announced_run():
@@ -312,7 +312,7 @@ def test_nothing_a_criterion_learned_reaches_the_second_loop_of_an_announced_run
         for run in range(2):
             drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
             assert_clean(model, run)
-            assert fates(model) == "CCSSCS"
+            assert decisions(model) == "CCSSCS"
             assert [e.estimate for e in model.report.events] == [None, None, 0.0625, 0.1875, 0.375, 1 / 13]
 
 
@@ -322,8 +322,8 @@ def test_two_loops_of_branches_in_turn_within_one_announced_run_are_two_runs():
         for run in range(2):
             drive(model, [sigma for sigma in SIX[:-1] for _ in range(2)], 1.0)
             assert model.report.run == run
-            assert fates(model, "cond") == fates(model, "uncond") == "CSSSSS"
-            assert reasons(model, "cond")[0] == reasons(model, "uncond")[0] == "no memory yet"
+            assert decisions(model, "cond") == decisions(model, "uncond") == "CSSSSS"
+            assert reasons(model, "cond")[0] == reasons(model, "uncond")[0] == "no cache yet"
 
 
 def test_an_exception_in_the_model_ends_the_run():
@@ -504,7 +504,7 @@ def test_branches_that_share_a_name_are_never_predicted_from_each_other(stages, 
     assert answers[1] == (2 + 1 * 2 - 1 + 0, 2 * 2 + 100)
     assert [uncond for _, uncond in answers] == [2 * (1 + k) + 100 for k in range(len(sigmas))]
     assert any(TWICE in note for note in model.report.notes)
-    assert fates(model) == "CC" + "SC" * (len(sigmas) - 1)
+    assert decisions(model) == "CC" + "SC" * (len(sigmas) - 1)
 
 
 @pytest.mark.parametrize("stages", [None, 1])
@@ -543,10 +543,10 @@ def test_a_refused_announcement_leaves_the_engine_as_it_was():
     with pytest.raises(OptionError, match="6 entries, the run has 2 steps"), model.run((5.0, 1.0, 0.0)):
         pass
     drive(model, SIX[:-1], 1.0)
-    assert fates(model) == "CSCSCS"
+    assert decisions(model) == "CSCSCS"
     drive(model, SIX[:-1], 1.0)
     assert model.report.run == 1
-    assert fates(model) == "CSCSCS"
+    assert decisions(model) == "CSCSCS"
 
 
 def test_a_run_whose_first_sigma_is_not_on_the_schedule_is_taken_without_one_and_says_so():
@@ -554,7 +554,7 @@ def test_a_run_whose_first_sigma_is_not_on_the_schedule_is_taken_without_one_and
     lacks, last = "the schedule given lacks the run's first sigma, 9", "the last step cannot be protected"
     with pytest.warns(UserWarning, match=lacks), pytest.warns(UserWarning, match=last):
         drive(model, (9, 7, 5), 1.0)
-    assert fates(model) == "CSS"
+    assert decisions(model) == "CSS"
     assert model.report.scheduled_steps is None
 
 
@@ -645,14 +645,14 @@ def test_latents_are_freed_after_the_last_step_of_every_branch_in_turn():
     assert alive() > 0
     evaluate_odd(model, SIX[-2:-1])
     assert alive() == 0
-    assert fates(model, "cond") == fates(model, "uncond") == "CSSSSS"
+    assert decisions(model, "cond") == decisions(model, "uncond") == "CSSSSS"
 
 
 def test_an_references_output_that_the_others_lean_on_is_freed_with_the_run():
     method = Static("110101", skip="uncond")
     model = cached(Forgetful(), method, sigmas=SIX, branches=InTurn("cond", "uncond"))
     evaluate_odd(model, [sigma for sigma in SIX[:-1] for _ in range(2)])
-    assert fates(model, "uncond") == "CCSCSC"
+    assert decisions(model, "uncond") == "CCSCSC"
     assert alive() == 0
 
 
@@ -662,7 +662,7 @@ def test_latents_of_a_branch_that_was_dropped_on_the_way_are_freed_with_the_run(
     for name in ("cond", "uncond"):
         evaluate_odd(model, SIX[:1], name=name)
     evaluate_odd(model, SIX[1:-1], name="cond")
-    assert fates(model, "cond") == "CCSCSC"
+    assert decisions(model, "cond") == "CCSCSC"
     assert alive() == 0
 
 
@@ -744,7 +744,7 @@ def twice_named(x: Tensor, sigma: Tensor, name: str | tuple[str, ...]) -> Tensor
 @pytest.mark.parametrize("how", HOW)
 def test_the_reference_decides_for_all_branches(how):
     model, answers = guide(how, Method(criterion=Near()))
-    assert fates(model, "cond") == fates(model, "uncond") == "CSCSSS"
+    assert decisions(model, "cond") == decisions(model, "uncond") == "CSCSSS"
     assert answers["cond"] == pytest.approx([2, 1.5 + 1, 18, 9.5 + 9, 9.6 + 9, 9.7 + 9])
     assert answers["uncond"] == pytest.approx([2, 1.5 + 1, 3.2, 1.7 + 1.6, 5 + 1.6, 5.1 + 1.6])
 
@@ -752,7 +752,7 @@ def test_the_reference_decides_for_all_branches(how):
 @pytest.mark.parametrize("how", HOW)
 def test_every_branch_is_told_the_same_reason(how):
     model, _ = guide(how, Method(criterion=Near(), max_cached=2))
-    expected = ["no memory yet", "criterion", "criterion", "criterion", "max_cached", "max_cached"]
+    expected = ["no cache yet", "criterion", "criterion", "criterion", "max_cached", "max_cached"]
     assert reasons(model, "cond") == expected
     assert reasons(model, "uncond") == expected
 
@@ -760,8 +760,8 @@ def test_every_branch_is_told_the_same_reason(how):
 @pytest.mark.parametrize("method", [UCache(1.0), EasyCache(0.3), Static("110100"), Method(max_consecutive=2)])
 def test_batched_and_separate_calls_agree(method):
     (a, first), (b, second) = guide("batched", method), guide("separate", method)
-    assert fates(a, "cond") == fates(b, "cond")
-    assert fates(a, "uncond") == fates(b, "uncond")
+    assert decisions(a, "cond") == decisions(b, "cond")
+    assert decisions(a, "uncond") == decisions(b, "uncond")
     assert first == second
     assert [event.estimate for event in a.report.events] == [event.estimate for event in b.report.events]
     assert str(a.report) == str(b.report)
@@ -778,12 +778,12 @@ def test_cond_is_the_reference_of_a_batch_unless_named_otherwise():
         model = cached(twice, Method(criterion=Near()), sigmas=SIX, branches=names)
         for first, second, sigma in zip(UNCOND, COND, SIX[:-1], strict=True):
             model(torch.cat([filled(first), filled(second)]), level(sigma, rows=2))
-        assert fates(model, names[0]) == fates(model, names[1]) == expected
+        assert decisions(model, names[0]) == decisions(model, names[1]) == expected
 
 
 def test_a_named_reference_decides():
     model, _ = guide("batched", Method(criterion=Near()), reference="uncond")
-    assert fates(model, "cond") == fates(model, "uncond") == "CSSSCS"
+    assert decisions(model, "cond") == decisions(model, "uncond") == "CSSSCS"
 
 
 def test_an_unknown_reference_is_an_error_with_the_nearest_name():
@@ -800,8 +800,8 @@ def test_an_reference_that_is_called_second_warns_once_and_what_comes_before_it_
     with pytest.warns(UserWarning, match="'cond' is evaluated before the reference 'uncond'") as caught:
         model, answers = guide("separate", method, reference="uncond")
     assert len(caught) == 1
-    assert fates(model, "cond") == "CCCCCC"
-    assert fates(model, "uncond") == "CSSSCS"
+    assert decisions(model, "cond") == "CCCCCC"
+    assert decisions(model, "uncond") == "CSSSCS"
     assert answers["cond"] == pytest.approx([2 * x for x in COND])
     assert answers["uncond"] == pytest.approx([2, 2.5, 2.6, 2.7, 10, 10.1])
 
@@ -810,14 +810,14 @@ def test_an_reference_that_never_comes_computes_everything():
     said = "evaluated before the reference 'nobody'"
     with pytest.warns(UserWarning, match=f"'cond' is {said}"), pytest.warns(UserWarning, match=f"'uncond' is {said}"):
         model, answers = guide("separate", Method(), reference="nobody")
-    assert fates(model, "cond") == fates(model, "uncond") == "CCCCCC"
+    assert decisions(model, "cond") == decisions(model, "uncond") == "CCCCCC"
     assert answers["uncond"] == pytest.approx([2 * x for x in UNCOND])
 
 
 def test_each_branch_can_decide_for_itself():
     model, answers = guide("separate", Method(criterion=Near()), decide="each")
-    assert fates(model, "cond") == "CSCSSS"
-    assert fates(model, "uncond") == "CSSSCS"
+    assert decisions(model, "cond") == "CSCSSS"
+    assert decisions(model, "uncond") == "CSSSCS"
     assert answers["cond"][2] == 18
     assert answers["uncond"][2] == pytest.approx(1.6 + 1)
 
@@ -829,8 +829,8 @@ def test_limits_hold_for_every_branch_that_decides_for_itself(limit, expected):
     model, _ = guide(
         "separate", Method(criterion=Near(), **limit), cond=[1, 9, 1, 9, 1, 9], uncond=[1] * 6, decide="each"
     )
-    assert fates(model, "cond") == "CCCCCC"
-    assert fates(model, "uncond") == expected
+    assert decisions(model, "cond") == "CCCCCC"
+    assert decisions(model, "uncond") == expected
 
 
 def test_a_branch_that_decides_for_itself_computes_when_it_was_away():
@@ -840,27 +840,27 @@ def test_a_branch_that_decides_for_itself_computes_when_it_was_away():
         model(filled(1.0), level(sigma), name="cond")
         if k not in (2, 3):
             model(filled(1.0), level(sigma), name="uncond")
-    assert fates(model, "cond") == "CCSSSS"
-    assert fates(model, "uncond") == "CCCS"
-    assert reasons(model, "uncond")[2] == "no memory yet"
+    assert decisions(model, "cond") == "CCSSSS"
+    assert decisions(model, "uncond") == "CCCS"
+    assert reasons(model, "uncond")[2] == "no cache yet"
 
 
 def test_branches_that_decide_for_themselves_in_one_batch_are_skipped_when_all_agree():
     """Moved by 1 or more: cond at 2, uncond (from 1.6, computed with it at 2) at 4, cond (from 9.6) then nowhere."""
     model, _ = guide("batched", Method(criterion=Near()), decide="each")
-    assert fates(model, "cond") == fates(model, "uncond") == "CSCSCS"
+    assert decisions(model, "cond") == decisions(model, "uncond") == "CSCSCS"
 
 
-def test_a_branch_without_memory_computes_on_a_skipped_evaluation_and_is_then_remembered():
+def test_a_branch_without_cache_computes_on_a_skipped_evaluation_and_is_then_remembered():
     model = cached(Toy(twice_named), Method(), sigmas=SIX, branches=by_name)
     answers = []
     for k, sigma in enumerate(SIX[:4]):
         model(filled(1.0), level(sigma), name="cond")
         if k >= 2:
             answers.append(float(model(filled(k), level(sigma), name="uncond").flatten()[0]))
-    assert fates(model, "cond") == "CSSS"
-    assert fates(model, "uncond") == "CS"
-    assert reasons(model, "uncond") == ["no memory yet", "criterion"]
+    assert decisions(model, "cond") == "CSSS"
+    assert decisions(model, "uncond") == "CS"
+    assert reasons(model, "uncond") == ["no cache yet", "criterion"]
     assert answers == [4, 3 + 2]
 
 
@@ -871,8 +871,8 @@ def test_a_branch_that_missed_a_computed_evaluation_computes_before_it_follows_a
         model(filled(1.0), level(sigma), name="cond")
         if k not in (1, 2):
             model(filled(1.0), level(sigma), name="uncond")
-    assert fates(model, "cond") == "CSCSS"
-    assert fates(model, "uncond") == "CCS"
+    assert decisions(model, "cond") == "CSCSS"
+    assert decisions(model, "uncond") == "CCS"
 
 
 @settings(deadline=None, max_examples=60)
@@ -885,7 +885,7 @@ def test_batched_and_separate_calls_agree_on_any_path(path, method, reference):
     cond, uncond = zip(*path, strict=True)
     (a, first), (b, second) = (guide(how, method, cond=cond, uncond=uncond, reference=reference) for how in HOW)
     assert first == second
-    assert (fates(a, "cond"), fates(a, "uncond")) == (fates(b, "cond"), fates(b, "uncond"))
+    assert (decisions(a, "cond"), decisions(a, "uncond")) == (decisions(b, "cond"), decisions(b, "uncond"))
 
 
 @settings(deadline=None, max_examples=60)
@@ -916,7 +916,7 @@ def test_a_branch_that_stays_away_leaves_the_other_ones_decisions_alone():
         model(filled(x), level(sigma), name="cond")
         if k < 2:
             model(filled(x), level(sigma), name="uncond")
-    assert fates(model, "cond") == "CSCSSS"
+    assert decisions(model, "cond") == "CSCSSS"
 
 
 def test_one_branch_may_pass_sigma_per_row_and_the_other_as_a_number():
@@ -925,7 +925,7 @@ def test_one_branch_may_pass_sigma_per_row_and_the_other_as_a_number():
         model(filled(x), level(sigma), name="cond")
         model(filled(x), torch.tensor(sigma), name="uncond")
     assert model.report.evaluations == 6
-    assert fates(model, "cond") == fates(model, "uncond") == "CSCSSS"
+    assert decisions(model, "cond") == decisions(model, "uncond") == "CSCSSS"
 
 
 def test_a_batch_that_does_not_divide_into_its_branches_is_an_error():
@@ -963,7 +963,7 @@ def test_an_output_that_is_not_finite_is_never_reused(method, expected, value):
     """UCache needs one more computed evaluation: the changes to and from the broken output say nothing."""
     model = cached(broken_at_8(value), method, sigmas=SIX)
     answers = drive(model, SIX[:-1], [10, 8, 7, 6, 5, 4])
-    assert fates(model) == expected
+    assert decisions(model) == expected
     assert reasons(model)[2] == "prediction not finite"
     assert not torch.isfinite(torch.tensor(answers[1]))
     assert torch.isfinite(torch.tensor(answers[2:])).all()
@@ -980,7 +980,7 @@ def test_a_prediction_that_is_not_finite_is_computed_instead(method, value):
 
     model = cached(twice, method.replace(predictor=Breaks()), sigmas=SIX)
     answers = drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
-    assert fates(model) == "CCSCSS"
+    assert decisions(model) == "CCSCSS"
     assert reasons(model)[3] == "prediction not finite"
     assert answers[3] == 14
 
@@ -994,13 +994,13 @@ def test_a_followers_output_that_is_not_finite_is_not_reused(how):
         return out
 
     model, answers = guide(how, Static("110000"), Toy(network))
-    assert fates(model, "uncond") == "CCCSSS"
+    assert decisions(model, "uncond") == "CCCSSS"
     assert reasons(model, "uncond")[2] == "prediction not finite"
     assert torch.isfinite(torch.tensor(answers["uncond"][2:])).all()
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_no_node_of_a_longer_memory_may_be_broken_either(how):
+def test_no_node_of_a_longer_cache_may_be_broken_either(how):
     """uncond is NaN at sigma 10 alone; a line through it and a sound one is NaN still."""
 
     def network(x: Tensor, sigma: Tensor, name) -> Tensor:
@@ -1012,7 +1012,7 @@ def test_no_node_of_a_longer_memory_may_be_broken_either(how):
     model, answers = guide(how, Static("110000", predictor=LogSigmaLine()), Toy(network))
     assert torch.isfinite(torch.tensor(answers["uncond"][1:])).all()
     assert torch.isfinite(torch.tensor(answers["cond"])).all()
-    assert fates(model, "uncond").startswith("CCC")
+    assert decisions(model, "uncond").startswith("CCC")
 
 
 def test_off_by_is_none_in_the_report_where_it_is_not_finite():
@@ -1031,7 +1031,7 @@ def test_rows_at_different_sigmas_are_computed_and_said():
     assert len(caught) == 1
     model(filled(1.0, rows=2), level(4, rows=2))
     assert all(a is b for a, b in zip(answers, network.returned[1:], strict=True))
-    assert fates(model) == "CCCS"
+    assert decisions(model) == "CCCS"
     assert reasons(model)[1:3] == ["sigmas differ in the batch"] * 2
     assert model.report.run == 0
 
@@ -1052,7 +1052,7 @@ def test_an_x_that_requires_grad_is_computed():
     assert reasons(model)[2] == "gradients are asked for"
     with torch.no_grad():
         assert (model(filled(3.0).requires_grad_(), level(4)) == 3 + 1).all()
-    assert fates(model) == "CSCS"
+    assert decisions(model) == "CSCS"
 
 
 def test_what_is_remembered_holds_no_graph():
@@ -1126,7 +1126,7 @@ def test_evaluations_held_by_a_gate_read_nothing():
         with model.run(SIX, stages=1):
             for sigma in SIX[:-1]:
                 model(filled(1.0, rows=2).to("meta"), level(sigma, rows=2).to("meta"))
-        assert fates(model, "cond") == "CCCCCC"
+        assert decisions(model, "cond") == "CCCCCC"
 
 
 def test_the_readings_of_a_run_come_over_together(monkeypatch):
@@ -1159,7 +1159,7 @@ def rank_run(rank: int, group) -> dict[str, str]:
     for x, sigma in zip(xs, SIX[:-1], strict=True):
         for name in ("cond", "uncond"):
             model(filled(x), level(sigma), name=name)
-    return {name: fates(model, name) for name in ("cond", "uncond")}
+    return {name: decisions(model, name) for name in ("cond", "uncond")}
 
 
 def rank_main(rank: int, folder: str) -> None:
@@ -1205,7 +1205,7 @@ def test_heun_counts_steps_not_evaluations_not_calls():
     assert (report.calls, report.skipped) == (2 * 7, 2 * 4)
     assert report.speedup == 22 / 14
     assert report.branches == ["cond", "uncond"]
-    assert report.fates("uncond") == "CCCCSSCCSSC"
+    assert report.decisions("uncond") == "CCCCSSCCSSC"
     assert str(report).splitlines()[:2] == [
         "method    static: 6 steps, 11 evaluations, 22 calls asked for",
         "calls     14 made, 8 skipped: 1.57x fewer calls",
@@ -1234,12 +1234,12 @@ def walked() -> Report:
     return model.report
 
 
-def test_the_summary_holds_fates_reasons_and_how_far_off():
+def test_the_summary_has_decisions_reasons_and_how_far_off():
     assert str(walked()).splitlines() == [
         "method    easycache: 6 steps, 6 evaluations, 6 calls asked for",
         "calls     3 made, 3 skipped: 2.00x fewer calls",
         "guided    CCSSCS",
-        "computed  no memory yet 1, criterion 2",
+        "computed  no cache yet 1, criterion 2",
         "skipped   criterion 3",
         "off by    12.0% of the output (median of 2 checks, worst 12.5%)",
     ]
@@ -1247,7 +1247,7 @@ def test_the_summary_holds_fates_reasons_and_how_far_off():
 
 def test_the_table_has_a_row_for_every_evaluation():
     rows = [row.split() for row in walked().table().splitlines()]
-    assert rows[0] == ["eval", "step", "sigma", "branch", "fate", "reason", "estimate", "threshold", "off", "by"]
+    assert rows[0] == ["eval", "step", "sigma", "branch", "decision", "reason", "estimate", "threshold", "off", "by"]
     assert rows[3] == ["2", "2", "6", "guided", "skipped", "criterion", "0.0625", "0.2000"]
     assert rows[5] == ["4", "4", "2", "guided", "computed", "criterion", "0.3750", "0.2000", "11.5%"]
     assert len(rows) == 7
@@ -1286,7 +1286,7 @@ def test_plot_writes_a_picture(report, tmp_path):
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_made_in_an_announced_run_is_in_no_run(again):
-    """Else its runs, which nobody ends, would be one: a memory of the first would answer in the second."""
+    """Else its runs, which nobody ends, would be one: a cache of the first would answer in the second."""
     model = CachedDenoiser(Forgetful(), Method(), scalings=plain)
     with model.run(SIX, stages=2):
         evaluate_odd(model, SIX[:3])
@@ -1294,7 +1294,7 @@ def test_a_copy_made_in_an_announced_run_is_in_no_run(again):
     for x in (1.0, 10.0):
         assert drive(other, SIX[:4], [x, x + 1, 3, 4])[0] == 2 * x
         assert other.report.scheduled_steps is None
-        assert fates(other) == "CSSS"
+        assert decisions(other) == "CSSS"
 
 
 def test_a_report_can_be_kept_while_the_next_run_goes_on():
@@ -1329,8 +1329,8 @@ def test_a_method_can_be_pickled_and_copied_and_decides_alike(method):
     for other in (method, pickle.loads(pickle.dumps(method)), copy.deepcopy(method)):
         model = cached(twice, other, sigmas=(*range(9, 0, -1), 0)[:9] if other.name == "static" else SIX)
         drive(model, SIX[:-1], COND)
-        expected = expected or fates(model)
-        assert fates(model) == expected
+        expected = expected or decisions(model)
+        assert decisions(model) == expected
     assert pickle.loads(pickle.dumps(method)).name == method.name
 
 
@@ -1340,8 +1340,8 @@ def test_two_models_share_a_method_without_sharing_what_it_learns():
     for sigma, x in zip(SIX[:-1], [10, 8, 7.5, 7, 6.5, 6], strict=True):
         drive(one, (sigma,), x)
         drive(two, (sigma,), 3.0)
-    assert fates(one) == "CCSSCS"
-    assert fates(two) == "CCCCCC"
+    assert decisions(one) == "CCSSCS"
+    assert decisions(two) == "CCCCCC"
 
 
 def test_a_engine_without_a_host_answers_requests():
@@ -1397,18 +1397,18 @@ def test_the_hosts_number_of_an_evaluation_counts_and_not_the_sigma():
     """uncond is left out of evaluation 0; evaluation 1 begins with it, at the same sigma, as Heun's does."""
     for numbers, expected in (((0, 1, 1), [0, 1, 1]), ((None, None, None), [0, 0, 1])):
         engine = Engine(Method(), sigmas=SIX)
-        engine.begin(SIX)
+        engine.announce(SIX)
         for x, number, name in zip((1, 1, 2), numbers, ("cond", "uncond", "cond"), strict=True):
             engine(Counted(x, 8, number, name))
         assert [event.position.evaluation for event in engine.report.events] == expected
 
 
-def test_a_change_of_form_drops_the_memory_of_an_announced_run():
+def test_a_change_of_form_drops_the_cache_of_an_announced_run():
     engine = Engine(Method(), sigmas=SIX)
-    engine.begin(SIX)
+    engine.announce(SIX)
     for number, form in enumerate(((1,), (1,), (2,), (2,))):
         engine(Counted(1, SIX[number], number, form=form))
-    assert engine.report.fates("cond") == "CSCS"
+    assert engine.report.decisions("cond") == "CSCS"
     assert DROPPED in engine.report.notes
 
 
@@ -1430,4 +1430,4 @@ class Unhelpful(Predictor):
 def test_a_predictor_that_cannot_tell_computes():
     model = cached(twice, Method(predictor=Unhelpful()), sigmas=SIX)
     assert drive(model, SIX[:-1], COND) == pytest.approx([2 * x for x in COND])
-    assert fates(model) == "CCCCCC"
+    assert decisions(model) == "CCCCCC"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_pipelines import PIPELINES
 from torch import Tensor
-from toys import Toy, cached, drive, fates, filled
+from toys import Toy, cached, decisions, drive, filled
 
 from stepcache import METHODS, Forecast, OptionError, method
 from stepcache.bench import METRICS
@@ -191,19 +191,19 @@ def test_without_a_schedule_or_a_scale_everything_is_computed_and_the_report_say
     model = CachedDenoiser(Toy(), ForecastTolerance(0.1))
     with pytest.warns(UserWarning, match="schedule is not known"):
         drive(model, (10.0, 8.0, 6.0, 4.0), 1.0)
-    assert fates(model) == "CCCC"
+    assert decisions(model) == "CCCC"
     assert any("tolerance" in note for note in model.report.notes)
     run = RunInfo(TEN)
     assert not ToleranceRule(0.1).begin(run).decide(Seen(run, Position(0, 1, 0.9, 1))).skip
 
 
 def test_an_evaluation_off_the_schedule_is_computed_and_the_plan_begins_again():
-    """A two-evaluation sampler that was not announced: its second evaluations are no places of the plan."""
+    """A two-evaluation sampler that was not announced: its second evaluations are no places of the schedule."""
     model = cached(lambda x, sigma: 2 * x, ForecastTolerance(0.5), sigmas=TEN)
     drive(model, [*TEN[:2], 0.85, *TEN[2:10]], 1.0)
     at = [event.computed for event in model.report.events if event.position.stage]
     assert at == [True]
-    assert "S" in fates(model)[4:]
+    assert "S" in decisions(model)[4:]
     hand = ByHand(0.5)
     hand.computed(0)
     position = Position(0, 1, 0.95, 0, stage=1)
@@ -227,7 +227,7 @@ def test_the_evidence_of_an_evaluation_is_not_kept():
 def test_tolerance_zero_calls_the_model_directly():
     model = cached(Toy(), ForecastTolerance(0), sigmas=TEN)
     drive(model, TEN[:-1], 1.0)
-    assert fates(model) == "C" * 10
+    assert decisions(model) == "C" * 10
     assert {event.reason for event in model.report.events} == {"off"}
 
 
@@ -291,8 +291,8 @@ def test_the_exposure_follows_from_the_parametrization(parametrization, expected
 def test_nothing_of_a_run_reaches_the_next():
     chosen = ForecastTolerance(0.05)
     model = CachedDenoiser(Toy(lambda x, sigma: x * (1 - 0.1 * torch.sin(sigma.max()))), chosen)
-    first = sample("euler", model, filled(1.0), torch.tensor(TEN), disable=True), fates(model)
-    second = sample("euler", model, filled(1.0), torch.tensor(TEN), disable=True), fates(model)
+    first = sample("euler", model, filled(1.0), torch.tensor(TEN), disable=True), decisions(model)
+    second = sample("euler", model, filled(1.0), torch.tensor(TEN), disable=True), decisions(model)
     assert torch.equal(first[0], second[0])
     assert first[1] == second[1]
     assert "S" in first[1]
@@ -301,11 +301,11 @@ def test_nothing_of_a_run_reaches_the_next():
 
 @cache
 def reached(network: str, sampler: str, tolerance: float) -> tuple[float, str]:
-    """PSNR in dB to the full run of 20 steps, and the fates."""
+    """PSNR in dB to the full run of 20 steps, and the decisions."""
     subject, seeds = sampling.subject(network), range(6)
     full = full_run(network, sampler)
     result = subject.sample(sampler, 20, ForecastTolerance(tolerance, sampling.GUIDANCE), seeds)
-    return statistics.fmean(METRICS["PSNR"](result.images, full, seeds)), result.report.fates("cond")
+    return statistics.fmean(METRICS["PSNR"](result.images, full, seeds)), result.report.decisions("cond")
 
 
 @cache
@@ -368,17 +368,17 @@ def run_of(labels: list[int], dtype: torch.dtype = torch.float32, separate: bool
 
 
 def test_decisions_do_not_depend_on_batch_size_order_or_dtype():
-    alone = fates(run_of([3]), "cond")
+    alone = decisions(run_of([3]), "cond")
     assert "S" in alone
-    assert fates(run_of([3, 3, 3]), "cond") == alone
-    assert fates(run_of([3], torch.float64), "cond") == alone
-    assert fates(run_of([1, 5, 8]), "cond") == fates(run_of([8, 1, 5]), "cond")
+    assert decisions(run_of([3, 3, 3]), "cond") == alone
+    assert decisions(run_of([3], torch.float64), "cond") == alone
+    assert decisions(run_of([1, 5, 8]), "cond") == decisions(run_of([8, 1, 5]), "cond")
 
 
 @pytest.mark.parametrize("decide", ["reference", "each"])
 def test_branches_in_separate_calls_are_judged_together(decide):
     batched, separate = run_of([1, 5]), run_of([1, 5], separate=True, decide=decide)
-    assert fates(separate, "cond") == fates(separate, "uncond") == fates(batched, "cond")
+    assert decisions(separate, "cond") == decisions(separate, "uncond") == decisions(batched, "cond")
 
 
 def test_one_transfer_a_decided_evaluation(monkeypatch):
@@ -397,6 +397,6 @@ def test_through_diffusers_the_schedule_comes_from_the_pipeline(name):
         pipe(**tiny.call(pipe))
     with attach(pipe, ForecastTolerance(1e-6)) as tight:
         pipe(**tiny.call(pipe))
-    assert any("S" in loose.report.fates(branch) for branch in loose.report.branches)
-    assert all("S" not in tight.report.fates(branch) for branch in tight.report.branches)
+    assert any("S" in loose.report.decisions(branch) for branch in loose.report.branches)
+    assert all("S" not in tight.report.decisions(branch) for branch in tight.report.branches)
     assert not any("tolerance" in note for note in loose.report.notes)

@@ -128,11 +128,11 @@ def test_the_share_by_hand():
     noise = FreshNoise()
     x, out = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
     assert noise.level(0, x, 0.0) is None
-    noise.give(0, x, [out])
+    noise.record(0, x, [out])
     innovation = 0.09 / 9.09
     expected = innovation / (innovation + 0.15**2)
     assert float(noise.level(1, x + torch.tensor([[0.0, 3.0, 0.3]]), 0.0)) == pytest.approx(expected, rel=1e-4)
-    noise.give(1, x, [out])
+    noise.record(1, x, [out])
     assert float(noise.level(2, x + 2 * out, 0.0)) == pytest.approx(0.7 * expected, rel=1e-4)
 
 
@@ -142,11 +142,11 @@ def test_rounding_of_half_precision_is_not_noise():
     moved = x - 0.5 * out
     for dtype in (torch.float16, torch.bfloat16):
         noise = FreshNoise()
-        noise.give(0, x.to(dtype).float(), [out])
+        noise.record(0, x.to(dtype).float(), [out])
         assert noise.level(1, moved.to(dtype).float(), torch.finfo(dtype).eps) < 0.05
 
 
 def test_another_shape_forgets_what_was_given():
     noise = FreshNoise()
-    noise.give(0, torch.ones(1, 4), [torch.ones(1, 4)])
+    noise.record(0, torch.ones(1, 4), [torch.ones(1, 4)])
     assert noise.level(1, torch.ones(2, 4), 0.0) is None

@@ -60,7 +60,7 @@ STRICTER = {
     "Fn=4": "unknown option 'Fn'.",
     "decay=0.5": "unknown option 'decay'.",
 }
-"""Accepted by the reference, refused here, and how the refusal begins. `decay=0.5` is a row of easycache."""
+"""Accepted by the original, refused here, and how the refusal begins. `decay=0.5` is a row of easycache."""
 
 OTHERWISE = {"threshold=inf", "warmup=3"}
 """Accepted by both, with another meaning."""
@@ -71,7 +71,7 @@ LOOSER = {
     "threshold=1e50": {"threshold": 1e50},
     "relative=true": {"relative": True},
 }
-"""Refused by the reference, accepted here."""
+"""Refused by the original, accepted here."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:UCache with reset=0 and decay=1")
 
@@ -93,18 +93,18 @@ def test_a_method_without_options_has_the_published_defaults(name):
     ("name", "text", "changed"),
     [row[:2] + row[3:] for row in CLI if row[2] and row[1] not in {*STRICTER, *OTHERWISE}],
 )
-def test_text_that_the_reference_accepts_gives_its_values(name, text, changed):
+def test_text_that_the_original_accepts_gives_its_values(name, text, changed):
     assert options_of(method(name, text)) == pytest.approx(DEFAULTS[name] | changed, rel=1e-6)
 
 
 @pytest.mark.parametrize(("name", "text"), [row[:2] for row in CLI if not row[2] and row[1] not in LOOSER])
-def test_text_that_the_reference_refuses_is_refused(name, text):
+def test_text_that_the_original_refuses_is_refused(name, text):
     with pytest.raises(OptionError):
         method(name, text)
 
 
 @pytest.mark.parametrize("text", STRICTER)
-def test_text_that_the_reference_misreads_is_refused(text):
+def test_text_that_the_original_misreads_is_refused(text):
     """Where we are stricter than stable-diffusion.cpp, on purpose; it
 
     - reads the number at the beginning and drops the rest: `0.25abc`, `0.25=3`, `0.25;reset=0` (reset stays 1);
@@ -122,7 +122,7 @@ def test_text_that_the_reference_misreads_is_refused(text):
 
 
 @pytest.mark.parametrize(("text", "options"), LOOSER.items())
-def test_text_that_the_reference_refuses_needlessly_is_accepted(text, options):
+def test_text_that_the_original_refuses_needlessly_is_accepted(text, options):
     """Where we are looser: spaces around keys, true and false for 1 and 0, and numbers beyond float32."""
     assert [row[2] for row in CLI if row[1] == text] == [False]
     assert options_of(method("ucache", text)) == DEFAULTS["ucache"] | options
@@ -130,13 +130,13 @@ def test_text_that_the_reference_refuses_needlessly_is_accepted(text, options):
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_an_infinite_threshold_is_infinite(name):
-    """Different: in the reference it stands for the method's default; here, for skipping all it can."""
+    """Different: in the original it stands for the method's default; here, for skipping all it can."""
     assert [name, "threshold=inf", True, {}] in CLI
     assert method(name, "threshold=inf").criterion.threshold == math.inf
 
 
 def test_a_warm_up_is_one_for_every_method():
-    """Different: the reference reads it for other methods of its own and ignores it for ucache; here it acts."""
+    """Different: the original reads it for other methods of its own and ignores it for ucache; here it acts."""
     assert ["ucache", "warmup=3", True, {"max_warmup_steps": 3}] in CLI
     assert method("ucache", "warmup=3") == UCache(warmup=3)
 

@@ -43,7 +43,7 @@ def test_off_is_the_loop_itself(example):
 def test_a_mask_leaves_out_exactly_its_zeros(example):
     calls: list[float] = []
     _, report = run(example, Static("1001010101"), calls)
-    assert report.fates("v") == "CSSCSCSCSC"
+    assert report.decisions("v") == "CSSCSCSCSC"
     assert calls == [1.0, 0.7, 0.5, 0.3, 0.1]
 
 

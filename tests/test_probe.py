@@ -13,7 +13,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import SIX, drive, fates, filled, level, plain, reasons
+from toys import SIX, decisions, drive, filled, level, plain, reasons
 
 from stepcache import CacheDiT, DBCache, FBCache, Method, OptionError, StepMask, TaylorSeerCache, UCache
 from stepcache.extend import Blocks, Engine
@@ -106,7 +106,7 @@ def test_the_first_block_decides_and_the_rest_is_left_out():
     stack.signals = SIGNALS
     model = cached(stack, FBCache(0.2))
     answers = drive(model, SIX[:6], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    assert fates(model) == "CSCSCS"
+    assert decisions(model) == "CSCSCS"
     assert stack.ran == [6, 3, 3, 3]
     assert answers == [2.0, 2 * 1 + (2 - 1), 6.0, 4 + 3, 10.0, 6 + 5]
     estimates = [event.estimate for event in model.report.events]
@@ -120,7 +120,7 @@ def test_of_two_streams_of_one_shape_the_image_is_found(form):
     stack.signals = SIGNALS
     model = cached(stack, FBCache(0.2))
     drive(model, SIX[:6], 1.0)
-    assert fates(model) == "CSCSCS"
+    assert decisions(model) == "CSCSCS"
 
 
 def test_nothing_is_left_behind_and_off_is_off():
@@ -130,7 +130,7 @@ def test_nothing_is_left_behind_and_off_is_off():
     stack.signals = [1.0]
     model = cached(stack, FBCache(0.2))
     drive(model, SIX[:6], 1.0)
-    assert "S" in fates(model)
+    assert "S" in decisions(model)
     assert {name: type(module) for name, module in stack.named_modules()} == modules
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
     for name, module in stack.named_modules():
@@ -158,7 +158,7 @@ def test_a_failing_model_leaves_no_hook_and_the_next_run_is_clean():
     handle.remove()
     assert not stack.transformer_blocks[0]._forward_hooks
     drive(model, SIX[:2], 1.0)
-    assert fates(model) == "CS"
+    assert decisions(model) == "CS"
 
 
 class Guided(nn.Module):
@@ -195,12 +195,12 @@ def test_batched_branches_are_told_apart_and_cond_decides():
     network.signals = [(1.0, 1.0), (9.0, 1.05), (1.0, 2.0)]
     cache = cached(network, FBCache(0.2), branches=("uncond", "cond"))
     drive(Guided(cache), SIX[:3], 1.0)
-    assert fates(cache, "cond") == fates(cache, "uncond") == "CSC"
+    assert decisions(cache, "cond") == decisions(cache, "uncond") == "CSC"
     each = PerRow()
     each.signals = network.signals
     cache = cached(each, FBCache(0.2), branches=("uncond", "cond"), decide="each")
     drive(Guided(cache), SIX[:3], 1.0)
-    assert fates(cache, "cond") == "CCC"  # uncond would compute
+    assert decisions(cache, "cond") == "CCC"  # uncond would compute
 
 
 class Turns(nn.Module):
@@ -229,8 +229,8 @@ def test_branches_in_separate_calls_have_signals_of_their_own(decide, uncond, be
     for s in SIX[:4]:
         for which in ("cond", "uncond"):
             cache(filled(1.0), level(s), which=which)
-    assert fates(cache, "cond") == "CSCS"
-    assert fates(cache, "uncond") == uncond
+    assert decisions(cache, "cond") == "CSCS"
+    assert decisions(cache, "uncond") == uncond
     assert network.count == {"cond": 4, "uncond": begun}
     assert network.blocks[1].ran == 2 + gone
 
@@ -264,7 +264,7 @@ def test_fn_chooses_how_many_blocks_are_run():
         stack.signals = [1.0, 1.25, 1.75, 2.25, 3.0, 3.5]
         model = cached(stack, DBCache(Fn=n, threshold=0.14, warmup=0))
         drive(model, SIX[:6], 1.0)
-        assert fates(model) == expected
+        assert decisions(model) == expected
         assert stack.ran == ran
     assert model.report.events[1].estimate == pytest.approx(0.25 / 3)
 
@@ -309,7 +309,7 @@ def test_an_unsupported_model_is_named_with_what_was_looked_for():
         CachedDenoiser(lambda x, sigma: 2 * x, FBCache(0.1), scalings=plain)
     model = cached(Plain(), DBCache(threshold=0.5, warmup=0))  # looks at the input there
     drive(model, SIX[:3], [1.0, 1.2, 2.0])
-    assert fates(model) == "CSC"
+    assert decisions(model) == "CSC"
     assert "Plain has no blocks that are known: the criterion looks at the network's input" in model.report.notes
 
 
@@ -336,10 +336,10 @@ class Shy(Signals):
 def test_an_invalid_cache_state_is_computed_and_heals():
     model = cached(Shy(), FBCache(0.2))
     answers = drive(model, SIX[:6], 1.0)
-    assert fates(model) == "CSCCSS"
+    assert decisions(model) == "CSCCSS"
     assert answers == [2.0] * 6
     assert reasons(model) == [
-        "no memory yet",
+        "no cache yet",
         "criterion",
         "invalid cache state",
         "criterion",
@@ -358,8 +358,8 @@ def test_another_shape_of_the_signal_is_an_invalid_state():
 
     model = cached(Wider(), FBCache(0.2))
     drive(model, SIX[:4], 1.0)
-    assert reasons(model) == ["no memory yet", "criterion", "invalid cache state", "criterion"]
-    assert fates(model) == "CSCS"
+    assert reasons(model) == ["no cache yet", "criterion", "invalid cache state", "criterion"]
+    assert decisions(model) == "CSCS"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -368,7 +368,7 @@ def test_a_signal_that_is_not_finite_is_computed(bad):
     stack.signals = [1.0, 1.0, bad, 1.0, 1.0]
     model = cached(stack, FBCache(0.2))
     drive(model, SIX[:5], 1.0)
-    assert fates(model) == "CSCCS"
+    assert decisions(model) == "CSCCS"
     assert reasons(model)[2:4] == ["invalid cache state", "invalid cache state"]
 
 
@@ -388,7 +388,7 @@ def test_a_block_that_changes_shape_shows_what_it_returns():
 
     model = cached(UNet(), FBCache(0.2))
     drive(model, SIX[:4], [1.0, 1.1, 1.3, 1.5])
-    assert fates(model) == "CSCS"
+    assert decisions(model) == "CSCS"
     assert [e.estimate for e in model.report.events[1:]] == [pytest.approx(d, abs=1e-6) for d in (0.1, 0.3, 0.2 / 1.3)]
 
 
@@ -399,7 +399,7 @@ def test_window_limits_and_zero_consecutive_hits_act():
         model = cached(stack, FBCache(0.5, **options))
         with model.run(SIX, 1):
             drive(model, SIX[:n], 1.0)
-        return fates(model)
+        return decisions(model)
 
     assert trial() == "CSSSSS"
     assert trial(max_consecutive_cache_hits=1) == "CSCSCS"
@@ -477,7 +477,7 @@ def test_a_static_mask_and_a_threshold_of_one_look_at_nothing():
         model = cached(stack, method)
         with model.run(SIX, 1):
             drive(model, SIX[:6], 1.0)
-        assert fates(model) == "CSSSSS"
+        assert decisions(model) == "CSSSSS"
         assert stack.ran == [1, 1, 1, 1]
 
 
@@ -501,7 +501,7 @@ def test_dbcache_reuses_and_cache_dit_and_taylorseer_continue():
         model = cached(Line(), method(**given))
         with model.run(LEVEL, 1):
             answers = drive(model, LEVEL[:6], 0.0)
-        assert fates(model) == "CCSSSS"
+        assert decisions(model) == "CCSSSS"
         assert answers == [1, 2, *expected]
 
 
@@ -526,7 +526,7 @@ def test_taylorseer_at_an_interval_looks_at_no_block():
     model = cached(stack, TaylorSeerCache(cache_interval=3, warmup=2))
     with model.run(LEVEL, 1):
         answers = drive(model, LEVEL[:6], 0.0)
-    assert fates(model) == "CCSSCS"
+    assert decisions(model) == "CCSSCS"
     assert answers == [1, 2, 3, 4, 5, 6]
     assert stack.ran == [3, 3, 3, 3]
 
@@ -551,7 +551,7 @@ def test_compiled_models_are_refused_and_compiled_blocks_behind_it_are_not():
     stack.signals = SIGNALS
     model = cached(stack, FBCache(0.2))
     drive(model, SIX[:6], 1.0)
-    assert fates(model) == "CSCSCS"
+    assert decisions(model) == "CSCSCS"
     stack.transformer_blocks[0].compile(backend="eager")
     with pytest.raises(OptionError, match=r"^Add is compiled"):
         cached(stack, FBCache(0.1))
@@ -563,7 +563,7 @@ def test_a_wrapper_that_looks_at_blocks_can_be_copied_and_pickled():
     model = cached(stack, FBCache(0.2), branches=("all",))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         drive(other, SIX[:6], 1.0)
-        assert fates(other, "all") == "CSCSCS"
+        assert decisions(other, "all") == "CSCSCS"
         assert other.inner_model.ran == [6, 3, 3, 3]
     assert stack.ran == [0] * 4
 
@@ -589,7 +589,7 @@ def test_other_threads_do_not_trip_the_hook():
 
     model = cached(Busy(), FBCache(0.2))
     drive(model, SIX[:3], 1.0)
-    assert fates(model) == "CSS"
+    assert decisions(model) == "CSS"
     assert len(outcome) == 3
 
 
@@ -603,7 +603,7 @@ def test_one_transfer_a_decided_evaluation(monkeypatch):
     stack.signals = SIGNALS
     model = cached(stack, FBCache(0.2))
     drive(model, SIX[:6], 1.0)
-    assert fates(model) == "CSCSCS"
+    assert decisions(model) == "CSCSCS"
     assert len(fetched) == 5  # the first evaluation has nothing to decide
 
 
@@ -669,7 +669,7 @@ def test_under_k_diffusions_samplers_on_the_shipped_transformer(sampler):
     cached_run = chosen.sample(sampler, 8, DBCache(Fn=2, threshold=0.3, warmup=2), [1, 2])
     for handle in handles:
         handle.remove()
-    computed = cached_run.report.fates("cond").count("C")
+    computed = cached_run.report.decisions("cond").count("C")
     assert ran == [asked, asked, computed, computed]
     assert computed < asked
     error = (cached_run.images - full.images).square().mean()
@@ -683,14 +683,14 @@ def test_interrupts_pass_through_and_a_leaving_of_another_watch_too():
     inner = cached(stack, FBCache(0.2))
     outer = CachedDenoiser(inner, FBCache(0.2, block="transformer_blocks.1"), scalings=plain)
     drive(outer, SIX[:3], 1.0)
-    assert fates(inner) == "CSS"
+    assert decisions(inner) == "CSS"
     assert reasons(outer)[1:] == ["invalid cache state"] * 2  # the inner one leaves before the outer one's block
     stack = Signals()
     stack.signals = [1.0]
     later = cached(stack, FBCache(0.2, block="transformer_blocks.1"))
     outer = CachedDenoiser(later, FBCache(0.2, block="transformer_blocks.0"), scalings=plain)
     drive(outer, SIX[:3], 1.0)
-    assert fates(outer) == "CSS"
+    assert decisions(outer) == "CSS"
     assert stack.ran == [3, 1, 1, 1]
 
     stack.transformer_blocks[0].register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -711,5 +711,5 @@ def test_in_turn_and_sample_go_with_it():
 
     cache = cached(network, FBCache(0.2), branches=InTurn("cond", "uncond"))
     sample("euler", Separate(cache), filled(1.0), torch.tensor(SIX), disable=True)
-    assert fates(cache, "cond") == fates(cache, "uncond") == "CSSSSS"
+    assert decisions(cache, "cond") == decisions(cache, "uncond") == "CSSSSS"
     assert network.count == {"cond": 6, "uncond": 1}

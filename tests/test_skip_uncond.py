@@ -10,7 +10,7 @@ import torch
 from tiny_pipelines import PIPELINES
 from tiny_pipelines import run as image_of
 from torch import Tensor
-from toys import SIX, LogSigmaLine, cached, drive, fates, filled, level, reasons
+from toys import SIX, LogSigmaLine, cached, decisions, drive, filled, level, reasons
 
 from stepcache import Forecast, Method, OptionError, Static, UCache
 from stepcache.bench import METRICS
@@ -56,7 +56,7 @@ def test_what_follows_is_exact_where_the_output_itself_cannot_be_told():
     for ours, theirs in zip(batched(model), exact, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert network.labels == [[0, 1], [1], [0, 1], [1], [0, 1], [0, 1]]
-    assert (fates(model, "cond"), fates(model, "uncond")) == ("CCCCCC", "CSCSCC")
+    assert (decisions(model, "cond"), decisions(model, "uncond")) == ("CCCCCC", "CSCSCC")
     assert reasons(model, "cond")[1] == "the others follow"
     assert model.report.calls == 10
     all_skipped = batched(cached(Rows(), Static(ALTERNATE), sigmas=SIX, branches=BOTH))
@@ -83,7 +83,7 @@ def test_in_calls_of_their_own_the_first_is_kept_and_the_other_follows(order):
             label = torch.tensor([1 if name == "cond" else 0])
             expected[name] = Rows()(filled(x), level(sigma), label)
             torch.testing.assert_close(model(filled(x), level(sigma), label=label), expected[name])
-    assert (fates(model, order[0]), fates(model, order[1])) == ("CCCCCC", "CSCSCC")
+    assert (decisions(model, order[0]), decisions(model, order[1])) == ("CCCCCC", "CSCSCC")
     assert len(network.labels) == 10
 
 
@@ -95,13 +95,13 @@ def test_a_branch_that_was_away_is_computed_before_it_follows_again():
         model(filled(0.5), level(sigma), label=torch.tensor([1]))
         if step not in (0, 1):
             model(filled(0.5), level(sigma), label=torch.tensor([0]))
-    assert fates(model, "uncond")[0] == "C"
+    assert decisions(model, "uncond")[0] == "C"
 
 
 def test_alone_the_reference_is_computed_and_the_report_says_so():
     model = cached(lambda x, sigma: 2 * x, FOLLOW, sigmas=SIX)
     assert drive(model, SIX[:6], XS) == pytest.approx([2 * x for x in XS])
-    assert fates(model) == "CCCCCC"
+    assert decisions(model) == "CCCCCC"
     assert "skip='uncond': where guided is the only branch nothing is skipped" in model.report.notes
 
 
@@ -111,7 +111,7 @@ def test_the_report_does_not_say_that_nothing_was_skipped_where_the_others_end_w
     for sigma, x in zip(SIX[:6], XS, strict=True):
         label = LABELS if sigma > 4 else LABELS[1:]
         model(filled(x, rows=len(label)), level(sigma, len(label)), label=label)
-    assert fates(model, "uncond") == "CSC"
+    assert decisions(model, "uncond") == "CSC"
     assert [note for note in model.report.notes if "nothing is skipped" in note] == [
         "skip='uncond': where cond is the only branch nothing is skipped"
     ]
@@ -136,7 +136,7 @@ def test_a_call_that_cannot_be_taken_apart_is_computed_whole(kind):
 
     (model, ours), (_, off) = answers(FOLLOW), answers(None)
     assert all(torch.equal(a, b) for a, b in zip(ours, off, strict=True))
-    assert fates(model, "uncond") == "CCCCCC"
+    assert decisions(model, "uncond") == "CCCCCC"
     assert any("the call for cond alone fails: shapes do not fit" in note for note in model.report.notes)
 
 
@@ -158,7 +158,7 @@ def test_images_of_a_batch_are_not_taken_for_branches():
         images = torch.cat([filled(x), filled(x + 1)])
         answer = model(images, level(sigma, 2), label=torch.tensor([1, 1]))
         torch.testing.assert_close(answer, torch.sin(37 * images))
-    assert fates(model, "uncond") == "CCCCCC"
+    assert decisions(model, "uncond") == "CCCCCC"
     assert any("they are no branches" in note for note in model.report.notes)
 
 
@@ -196,7 +196,7 @@ def test_a_difference_that_is_not_finite_is_never_an_answer():
     network = Rows(lambda sigma: float("nan") if sigma == 10.0 else 1.0)
     model = cached(network, FOLLOW, sigmas=SIX, branches=BOTH)
     answers = batched(model)
-    assert fates(model, "uncond") == "CCCSCC"
+    assert decisions(model, "uncond") == "CCCSCC"
     assert all(answer.isfinite().all() for answer in answers[1:])
     assert reasons(model, "uncond")[1] == "prediction not finite"
 
@@ -209,8 +209,8 @@ def test_a_follower_that_a_predictor_cannot_tell_yet_is_computed():
     for sigma, x in zip(SIX[:6], XS, strict=True):
         label = LABELS if sigma < SIX[0] else LABELS[1:]
         model(filled(x, rows=len(label)), level(sigma, len(label)), label=label)
-    assert fates(model, "uncond") == "CCSCC"
-    assert reasons(model, "uncond")[1] == "no memory yet"
+    assert decisions(model, "uncond") == "CCSCC"
+    assert reasons(model, "uncond")[1] == "no cache yet"
 
 
 def test_a_new_size_in_mid_run_cannot_be_leant_on():
@@ -219,7 +219,7 @@ def test_a_new_size_in_mid_run_cannot_be_leant_on():
     for sigma in SIX[:4]:
         assert model(filled(0.5), level(sigma), label=one).shape[0] == 1
         assert model(filled(0.5, rows=2), level(sigma, 2), label=two).shape[0] == 2
-    assert fates(model, "uncond") == "CCCC"
+    assert decisions(model, "uncond") == "CCCC"
 
 
 def test_it_is_an_option_of_every_method_and_needs_a_deciding_reference():
@@ -281,7 +281,7 @@ def test_in_a_pipeline_the_reference_is_computed_alone(name):
     with attach(pipe, Static(ALTERNATE, skip="uncond")) as cache:
         ours = image_of(pipe, tiny)
     report = cache.report
-    followers = [c for c in report.branches if "S" in report.fates(c)]
+    followers = [c for c in report.branches if "S" in report.decisions(c)]
     assert len(followers) == len(report.branches) - 1
     assert sum(rows) == full - report.skipped * full // len(report.events)
     assert not torch.equal(ours, expected)

@@ -98,7 +98,7 @@ def test_the_plot_of_a_criterion_shows_its_numbers_the_errors_and_the_reasons():
     assert lines == {"estimate": estimates, "threshold": [0.2] * len(estimates)}
     shares = [e.error_share for e in report.events if e.error_share is not None]
     assert [*errors.lines[0].get_ydata()] == shares
-    assert labels(cells) == ["computed, no memory yet: 1", "computed, criterion: 2", "skipped: 3"]
+    assert labels(cells) == ["computed, no cache yet: 1", "computed, criterion: 2", "skipped: 3"]
     assert [tick.get_text() for tick in cells.get_xticklabels()] == [*"012345"]
     sigmas = [tick.get_text() for tick in criterion.child_axes[0].get_xticklabels()]
     assert sigmas == [f"{sigma:.3g}" for sigma in SIX[:-1]]

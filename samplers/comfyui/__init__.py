@@ -20,7 +20,7 @@ Nothing of ComfyUI is imported before ComfyUI calls.
 from .cache import Cache, in_one_line
 from .call import BatchCall, scalings
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from .options import OWN, chosen_method
+from .options import UNSET, chosen_method
 from .patch import cache_of, patched
 from .samplers import ADAPTIVE, AT_STEP_ENDS, EVALUATIONS, OFF_SCHEDULE
 from .v3 import comfy_entrypoint, exports
@@ -34,7 +34,7 @@ __all__ = [
     "NODE_CLASS_MAPPINGS",
     "NODE_DISPLAY_NAME_MAPPINGS",
     "OFF_SCHEDULE",
-    "OWN",
+    "UNSET",
     "BatchCall",
     "Cache",
     "cache_of",

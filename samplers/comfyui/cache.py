@@ -62,7 +62,7 @@ class Cache:
         guider.model_options = with_wrappers(usual, predict_noise=run.count, calc_cond_batch=run.answer)
 
         def note(step: int, *info: Any) -> Any:
-            run.engine.note(int(step))
+            run.engine.set_step(int(step))
             return callback(step, *info) if callback is not None else None
 
         try:
@@ -80,7 +80,7 @@ class Cache:
         stages = EVALUATIONS.get(name)
         churn = getattr(sampler, "extra_options", {}).get("s_churn")
         known = None if name in (*OFF_SCHEDULE, *ADAPTIVE) or len(sigmas) < 2 else sigmas
-        run.engine.begin(known, stages, (stages == 1 or name in AT_STEP_ENDS) and not churn, loops=False)
+        run.engine.announce(known, stages, (stages == 1 or name in AT_STEP_ENDS) and not churn, loops=False)
         if not self.method.never_skips and (others := other_caches(guider.model_options)):
             sentence = (
                 f"{' and '.join(others)} is on this model too: both skip, the errors add up, and what it skips counts "

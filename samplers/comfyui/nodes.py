@@ -8,7 +8,7 @@ from stepcache import METHODS
 from stepcache import method as make_method
 from stepcache.extend import PRESETS, main_number
 
-from .options import OWN, chosen_method
+from .options import UNSET, chosen_method
 from .patch import cache_of, patched
 
 NUMBERS = "; ".join(f"{name}: {main[0]} ({main[1]:g})" for name in METHODS if (main := main_number(name)) is not None)
@@ -46,14 +46,14 @@ class StepCacheNode:
         def field(name: str, kind: Any, default: Any, **more: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
             return {name: (kind, {"default": default, **more, "tooltip": TIPS[name]})}
 
-        share = {"min": OWN, "max": 1.0, "step": 0.01}
+        share = {"min": UNSET, "max": 1.0, "step": 0.01}
         return {
             "required": {
                 "model": ("MODEL",),
                 **field("method", list(METHODS), "forecast"),
-                **field("number", "FLOAT", OWN, min=OWN, max=1000.0, step=0.01),
-                **field("start", "FLOAT", OWN, **share),
-                **field("end", "FLOAT", OWN, **share),
+                **field("number", "FLOAT", UNSET, min=UNSET, max=1000.0, step=0.01),
+                **field("start", "FLOAT", UNSET, **share),
+                **field("end", "FLOAT", UNSET, **share),
                 **field("mask", ["none", *PRESETS], "none"),
                 **field("policy", ["dynamic", "static"], "dynamic"),
             },

@@ -8,7 +8,7 @@ from stepcache import Method, OptionError, StepMask
 from stepcache import method as make_method
 from stepcache.extend import PRESETS, main_number
 
-OWN = -1.0
+UNSET = -1.0
 """In a node's number fields: the method's own default."""
 
 
@@ -29,8 +29,8 @@ def chosen_method(
     Raises `OptionError` naming the field, the option, the value and what is accepted.
 
     Example:
-        >>> from stepcache.samplers.comfyui import OWN, chosen_method
-        >>> chosen_method("ucache", 0.5, OWN, OWN, "fast", "static").criterion.threshold
+        >>> from stepcache.samplers.comfyui import UNSET, chosen_method
+        >>> chosen_method("ucache", 0.5, UNSET, UNSET, "fast", "static").criterion.threshold
         0.5
     """
     if method == "none":
@@ -38,7 +38,7 @@ def chosen_method(
     text = ",".join(line.strip().strip(",") for line in options.splitlines() if line.strip())
     keys = {part.partition("=")[0].strip() for part in text.split(",")}
     fields: dict[str, Any] = {} if skip == "all" else {"skip": skip}
-    fields |= {key: share for key, share in (("start", start), ("end", end)) if share != OWN}
+    fields |= {key: share for key, share in (("start", start), ("end", end)) if share != UNSET}
     if mask != "none":
         fields["mask"] = StepMask(mask, policy)
     elif method == "static" and "mask" not in keys:
@@ -56,11 +56,11 @@ def chosen_method(
 
 def _main_number(method: str, number: float) -> dict[str, int | float]:
     """The option that the field `number` sets."""
-    if number == OWN:
+    if number == UNSET:
         return {}
     main = main_number(method)
     if main is None:
-        raise OptionError(f"number={number:g}: {method} has none; leave it at {OWN:g}")
+        raise OptionError(f"number={number:g}: {method} has none; leave it at {UNSET:g}")
     key, default = main
     if isinstance(default, int) and not float(number).is_integer():
         raise OptionError(f"number={number:g}: {method}'s {key} is a whole number")

@@ -21,7 +21,7 @@ from .callback import StepCacheCallback
 from .guidance import Guidance
 from .parametrization import parametrization, training_sigma
 from .patch import SLOT
-from .schedule import plan
+from .schedule import places
 
 __all__ = [
     "SLOT",
@@ -30,6 +30,6 @@ __all__ = [
     "StepCacheCallback",
     "attach",
     "parametrization",
-    "plan",
+    "places",
     "training_sigma",
 ]

@@ -71,7 +71,7 @@ def attach(
 
 
 class Attachment:
-    """A cache in front of a pipeline's denoisers, each with a memory of its own.
+    """A cache in front of a pipeline's denoisers, each with a cache of its own.
 
     Args:
         pipe, method, components, guidance, controlnet, group: as for `attach`.

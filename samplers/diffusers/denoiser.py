@@ -91,7 +91,7 @@ class DenoiserPatch(HostPatch):
 
     def begin(self, schedule: list[float], stages: int) -> None:
         """Another run."""
-        self.engine.begin(schedule, stages)
+        self.engine.announce(schedule, stages)
         self._branches.forget()
         self._watch.begin()
         self._turns, self._place, self._waiting = [], None, None

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .frames import Caller, Key, is_running
-from .schedule import Place, plan
+from .schedule import Place, places
 
 Begin = Callable[[list[float], int], None]
 
@@ -32,7 +32,7 @@ class PipelineRuns:
         self._set: Tensor | None = None  # the scheduler's timesteps as this run has set them
         self._others: Tensor | None = None  # as a run inside this one has set them
         self._timesteps: list[float] = []
-        self._plan: list[Place] = []
+        self._places: list[Place] = []
         self._first = 0
         self._at: int | None = None
         self._joined = False  # the first evaluation is over, and was not seen
@@ -45,12 +45,12 @@ class PipelineRuns:
     @property
     def first(self) -> Place:
         """The place of the run's first evaluation."""
-        return self._plan[self._first]
+        return self._places[self._first]
 
     @property
     def at_last(self) -> bool:
         """Whether the last call located was at the run's last evaluation."""
-        return self._at == len(self._plan) - 1
+        return self._at == len(self._places) - 1
 
     def in_progress(self, frame: FrameType | None) -> bool:
         """Whether the run that was last seen is among the callers of a frame."""
@@ -97,10 +97,10 @@ class PipelineRuns:
         if index is not None and self._at is not None and index < self._at:
             self._begin(timestep)  # the same timesteps once more, as a loop of the user's own may have them
             index = self._index(timestep, again=False)
-        if index is None or index >= len(self._plan):
+        if index is None or index >= len(self._places):
             return None
         self._at, self._joined = index, False
-        return self._plan[index]
+        return self._places[index]
 
     def _begin(self, timestep: Tensor | float | None) -> None:
         """Another run, whose first evaluation is at this timestep."""
@@ -114,14 +114,14 @@ class PipelineRuns:
         self._first, self._at, self._joined = 0, None, False
 
     def _announce(self, first: int) -> None:
-        """Plans the run that begins at `first` of the timesteps. Among equal ones (PRK) the pipeline counts."""
+        """Places the run that begins at `first` of the timesteps. Among equal ones (PRK) the pipeline counts."""
         timesteps = self._timesteps
         counted = len(timesteps) - (getattr(self.pipe, "num_timesteps", None) or len(timesteps))
         if counted > first and timesteps[counted] == timesteps[first]:
             first = counted
-        self._plan = plan(self.scheduler, first)
+        self._places = places(self.scheduler, first)
         self._first, self._shown = first, (0, 0)
-        ahead = self._plan[first:]
+        ahead = self._places[first:]
         schedule = [*(sigma for sigma, _, stage in ahead if stage == 0), 0.0]
         if getattr(self.pipe, "denoising_end", None) is not None:  # SDXL's base model leaves the rest to the refiner
             calls = self.pipe.num_timesteps

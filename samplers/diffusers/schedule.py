@@ -11,7 +11,7 @@ Place = tuple[float, int, int]
 """(sigma, step, stage) of one evaluation."""
 
 
-def plan(scheduler: Any, first: int = 0) -> list[Place]:
+def places(scheduler: Any, first: int = 0) -> list[Place]:
     """(sigma, step, stage) of every evaluation of a run that begins at its `first` (image to image), from a scheduler
     that has just been set. Sigmas are rounded to float32, steps before the first are negative.
 

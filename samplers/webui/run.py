@@ -46,7 +46,7 @@ class Run:
             coordinate=self.patch.coordinate(),
             parametrization=self.patch.parametrization,
         )
-        self.engine.begin(self.schedule.sigmas, self.schedule.stages, self.schedule.on_schedule)
+        self.engine.announce(self.schedule.sigmas, self.schedule.stages, self.schedule.on_schedule)
         if self.schedule.callback_counts and callable(keywords.get("callback")):
             keywords["callback"] = self._counting(keywords["callback"])
         self.failure: str | None = None
@@ -54,7 +54,7 @@ class Run:
 
     def _counting(self, callback: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
         def counted(info: dict[str, Any]) -> Any:
-            self.engine.note(int(info["i"]))
+            self.engine.set_step(int(info["i"]))
             return callback(info)
 
         return counted

@@ -12,7 +12,7 @@ from ..masks import StepMask
 from ..methods.cache_dit import CacheDiT
 from ..methods.dbcache import DBCache
 from ..methods.off import Off
-from ..methods.registry import OF_THE_HOST
+from ..methods.registry import GUIDANCE_OPTIONS
 from ..options import OptionError, flag, number, shown, unknown
 from ..predictors.base import Baseline
 from ..predictors.dmd import DMD
@@ -29,7 +29,7 @@ FIELDS = (
     "num_inference_steps",
     "steps_computation_mask",
     "steps_computation_policy",
-    *OF_THE_HOST,
+    *GUIDANCE_OPTIONS,
     "enable_taylorseer",
     "taylorseer_order",
     "taylorseer_cache_type",
@@ -141,7 +141,7 @@ def _items(value: Any) -> list[Any]:
 
 def _host_options(given: dict[str, Any]) -> dict[str, Any]:
     """Takes the options of the host out of the fields."""
-    host = {key: flag(key, given.pop(key)) for key in OF_THE_HOST if key in given}
+    host = {key: flag(key, given.pop(key)) for key in GUIDANCE_OPTIONS if key in given}
     separate = host.get("enable_separate_cfg")
     if separate:
         return {"cfg_compute_first": False, "cfg_diff_compute_separate": True, **host}

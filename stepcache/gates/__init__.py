@@ -1,6 +1,6 @@
 """Gates: which evaluations may be skipped. One file an idea; `base` says what a gate is."""
 
-from .base import Answer, Gate, as_gates
+from .base import Gate, GateCheck, as_gates
 from .interval import Interval
 from .last_step import LastStep
 from .limits import MaxCached, MaxConsecutive
@@ -12,8 +12,8 @@ from .warmup import Warmup
 from .window import Window, WindowUnit
 
 __all__ = [
-    "Answer",
     "Gate",
+    "GateCheck",
     "Interval",
     "LastStep",
     "Mask",

@@ -16,7 +16,7 @@ from ..run_info import RunInfo, SkipCounts
 UNKNOWN_SCHEDULE = "this run's schedule is not known (pass sigmas=, or use sample())"
 
 
-Answer = Callable[[Position, SkipCounts], ComputeReason | None]
+GateCheck = Callable[[Position, SkipCounts], ComputeReason | None]
 
 
 class Gate(ABC):
@@ -30,7 +30,7 @@ class Gate(ABC):
     beside_static: ClassVar[bool] = True
 
     @abstractmethod
-    def begin(self, run: RunInfo) -> Answer:
+    def begin(self, run: RunInfo) -> GateCheck:
         """The answer for one run: a function of the position and the counts."""
 
 

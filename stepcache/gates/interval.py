@@ -9,7 +9,7 @@ from ..clock import Position
 from ..options import number
 from ..plan import ComputeReason
 from ..run_info import RunInfo, SkipCounts
-from .base import Answer, Gate
+from .base import Gate, GateCheck
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Interval(Gate):
         number("interval", self.n, low=1, whole=True)
         number("start", self.start, low=1, whole=True)
 
-    def begin(self, run: RunInfo) -> Answer:
-        hold, second = ComputeReason(f"every {self.n}"), run.stages == 2 and self.n > 1
+    def begin(self, run: RunInfo) -> GateCheck:
+        reason, second = ComputeReason(f"every {self.n}"), run.stages == 2 and self.n > 1
 
-        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+        def check(position: Position, counts: SkipCounts) -> ComputeReason | None:
             due = counts.consecutive >= self.n - 1 or counts.computed < self.start
             if second and position.stage == 1:
                 due = due or counts.computed < 2
             elif second:
                 due = counts.consecutive >= self.n  # steps with one evaluation among them
-            return hold if due else None
+            return reason if due else None
 
-        return answer
+        return check

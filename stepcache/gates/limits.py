@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..options import number
 from ..plan import ComputeReason
 from ..run_info import RunInfo
-from .base import Answer, Gate
+from .base import Gate, GateCheck
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class MaxCached(Gate):
     def __post_init__(self) -> None:
         number("max_cached", self.limit, low=-1, whole=True)
 
-    def begin(self, run: RunInfo) -> Answer:
-        hold = ComputeReason("max_cached")
-        return lambda position, counts: hold if 0 <= self.limit <= counts.skipped else None
+    def begin(self, run: RunInfo) -> GateCheck:
+        reason = ComputeReason("max_cached")
+        return lambda position, counts: reason if 0 <= self.limit <= counts.skipped else None
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,6 @@ class MaxConsecutive(Gate):
     def __post_init__(self) -> None:
         number("max_consecutive", self.limit, low=-1, whole=True)
 
-    def begin(self, run: RunInfo) -> Answer:
-        hold = ComputeReason("max_consecutive")
-        return lambda position, counts: hold if 0 <= self.limit <= counts.consecutive else None
+    def begin(self, run: RunInfo) -> GateCheck:
+        reason = ComputeReason("max_consecutive")
+        return lambda position, counts: reason if 0 <= self.limit <= counts.consecutive else None

@@ -8,7 +8,7 @@ from ..clock import Position
 from ..masks import StepMask
 from ..plan import ComputeReason
 from ..run_info import RunInfo, SkipCounts
-from .base import UNKNOWN_SCHEDULE, Answer, Gate
+from .base import UNKNOWN_SCHEDULE, Gate, GateCheck
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class Mask(Gate):
 
     mask: StepMask
 
-    def begin(self, run: RunInfo) -> Answer:
+    def begin(self, run: RunInfo) -> GateCheck:
         if run.steps is None:
             run.warnings.append(f"the mask cannot act: {UNKNOWN_SCHEDULE}")
             return lambda position, counts: ComputeReason("mask: no schedule")
         digits = self.mask.for_steps(run.steps)
         one, off = ComputeReason("mask"), ComputeReason("mask: off the schedule")
 
-        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+        def check(position: Position, counts: SkipCounts) -> ComputeReason | None:
             if position.step is None:
                 return off
             return one if digits[min(position.step, len(digits) - 1)] else None
 
-        return answer
+        return check

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..plan import ComputeReason
 from ..run_info import RunInfo
-from .base import Answer, Gate
+from .base import Gate, GateCheck
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class SecondOfTwo(Gate):
     lets everything through and the report says so.
     """
 
-    def begin(self, run: RunInfo) -> Answer:
+    def begin(self, run: RunInfo) -> GateCheck:
         if run.stages is None:
             run.warnings.append(
                 "evaluations='second' cannot act: how many evaluations a step has is not known (use sample(), or pass "
                 "stages=)"
             )
-        hold = ComputeReason("first of two", observe=False, record=False)
-        return lambda position, counts: hold if run.stages == 2 and position.stage == 0 else None
+        reason = ComputeReason("first of two", observe=False, record=False)
+        return lambda position, counts: reason if run.stages == 2 and position.stage == 0 else None

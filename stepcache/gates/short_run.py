@@ -9,7 +9,7 @@ from ..clock import Position
 from ..options import number
 from ..plan import ComputeReason
 from ..run_info import RunInfo, SkipCounts
-from .base import Answer, Gate
+from .base import Gate, GateCheck
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class ShortRun(Gate):
     def __post_init__(self) -> None:
         number("min_evaluations", self.least, whole=True)
 
-    def begin(self, run: RunInfo) -> Answer:
-        hold = None
+    def begin(self, run: RunInfo) -> GateCheck:
+        reason = None
         if run.evaluations is not None and run.evaluations < self.least:
-            hold = ComputeReason("short run")
+            reason = ComputeReason("short run")
             run.notes.append(
                 f"the run has only {run.evaluations} evaluations: all are computed, as always below "
                 f"min_evaluations={self.least}"
             )
 
-        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
-            return hold
+        def check(position: Position, counts: SkipCounts) -> ComputeReason | None:
+            return reason
 
-        return answer
+        return check

@@ -10,7 +10,7 @@ from ..masks import LONGEST
 from ..options import number
 from ..plan import ComputeReason
 from ..run_info import RunInfo, SkipCounts
-from .base import UNKNOWN_SCHEDULE, Answer, Gate, share_of
+from .base import UNKNOWN_SCHEDULE, Gate, GateCheck, share_of
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class SpectrumCadence(Gate):
         number("warmup", self.warmup, whole=True)
         number("stop", self.stop, high=1.0)
 
-    def begin(self, run: RunInfo) -> Answer:
+    def begin(self, run: RunInfo) -> GateCheck:
         if run.asked is None and self.stop:
             run.warnings.append(f"stop={self.stop:g} cannot act: {UNKNOWN_SCHEDULE}")
         stop = 0 if run.asked is None else share_of(self.stop, run.asked)
         warming, stopped, due = ComputeReason("warm-up"), ComputeReason("after stop"), ComputeReason("cadence")
 
-        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+        def check(position: Position, counts: SkipCounts) -> ComputeReason | None:
             asked = counts.computed + counts.skipped
             if asked < self.warmup or counts.computed < 2:
                 return warming
@@ -52,4 +52,4 @@ class SpectrumCadence(Gate):
             window = math.floor(self.window_size + self.flex_window * (counts.computed - self.warmup))
             return None if (counts.consecutive + 1) % max(1, window) else due
 
-        return answer
+        return check

@@ -8,7 +8,7 @@ from ..clock import Position
 from ..options import number
 from ..plan import ComputeReason
 from ..run_info import RunInfo, SkipCounts
-from .base import Answer, Gate
+from .base import Gate, GateCheck
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Warmup(Gate):
     def __post_init__(self) -> None:
         number("warmup", self.steps, whole=True)
 
-    def begin(self, run: RunInfo) -> Answer:
-        hold = ComputeReason("warm-up")
+    def begin(self, run: RunInfo) -> GateCheck:
+        reason = ComputeReason("warm-up")
 
-        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
-            return hold if (position.evaluation if position.step is None else position.step) < self.steps else None
+        def check(position: Position, counts: SkipCounts) -> ComputeReason | None:
+            return reason if (position.evaluation if position.step is None else position.step) < self.steps else None
 
-        return answer
+        return check

@@ -9,7 +9,7 @@ from ..clock import Position
 from ..options import unknown, window
 from ..plan import ComputeReason
 from ..run_info import RunInfo, SkipCounts
-from .base import Answer, Gate, share_of
+from .base import Gate, GateCheck, share_of
 
 WindowUnit = Literal["steps", "training"]
 
@@ -36,21 +36,21 @@ class Window(Gate):
         if self.unit not in ("steps", "training"):
             raise unknown("window unit", str(self.unit), ("steps", "training"))
 
-    def begin(self, run: RunInfo) -> Answer:
+    def begin(self, run: RunInfo) -> GateCheck:
         high, low, source = self.place(run)
         run.notes.append(
             f"window {self.start:g} to {self.end:g} {source}"
             + ("" if source.startswith("open") else f": {high:g} >= sigma > {low:g}")
         )
 
-        def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
+        def check(position: Position, counts: SkipCounts) -> ComputeReason | None:
             if position.sigma > high:
                 return ComputeReason("before window", observe=False)
             if not position.sigma > low:
                 return ComputeReason("after window", observe=False)
             return None
 
-        return answer
+        return check
 
     def place(self, run: RunInfo) -> tuple[float, float, str]:
         """(sigma at the start, sigma at the end, which meaning held)."""

@@ -59,7 +59,7 @@ def MagCache(
         >>> ratios = calibration(sample(MagCache(calibrate=True)))
         >>> ratios.split("/")[:3]
         ['1', '1.1287', '1.1318']
-        >>> sample(MagCache(ratios, threshold=0.2)).fates("guided")
+        >>> sample(MagCache(ratios, threshold=0.2)).decisions("guided")
         'CCSCSCSCSC'
     """
     rule = MagCacheRule(ratios, threshold, max_skip_steps, retention_ratio, calibrate)

@@ -17,7 +17,7 @@ P = ParamSpec("P")
 METHODS: dict[str, Callable[..., Method]] = {}
 """Every method by its published name, filled by `register`."""
 
-OF_THE_HOST = ("enable_separate_cfg", "cfg_compute_first", "cfg_diff_compute_separate")
+GUIDANCE_OPTIONS = ("enable_separate_cfg", "cfg_compute_first", "cfg_diff_compute_separate")
 """cache-dit's options about how guidance comes, which a host knows and a method does not."""
 
 
@@ -96,7 +96,7 @@ def _usual_names(entry: Entry, keywords: Mapping[str, Any]) -> dict[str, Any]:
     known = [*_accepted(entry.function), *entry.other_names]
     given: dict[str, Any] = {}
     for key, value in keywords.items():
-        if key in OF_THE_HOST:
+        if key in GUIDANCE_OPTIONS:
             raise options.OptionError(
                 f"{key} is for the host, which knows how branches come: attach(pipe, method, {key}=...); "
                 "in k-diffusion name them with branches="

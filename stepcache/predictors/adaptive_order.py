@@ -59,7 +59,7 @@ class AdaptiveOrder(Predictor):
     Example:
         >>> from stepcache import Static
         >>> from stepcache.extend import AdaptiveOrder
-        >>> Static("medium", predictor=AdaptiveOrder(order=1)).predictor.memory
+        >>> Static("medium", predictor=AdaptiveOrder(order=1)).predictor.history_size
         2
     """
 
@@ -73,7 +73,7 @@ class AdaptiveOrder(Predictor):
         number("trust", self.trust)
 
     @property
-    def memory(self) -> int:
+    def history_size(self) -> int:
         return self.order + 1
 
     def remember(self, history: History, entry: CacheEntry) -> None:

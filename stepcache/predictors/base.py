@@ -1,7 +1,7 @@
 """What a predictor is: it says what a skipped evaluation returns, in the network's own space.
 
-A new one is one class: set `memory`, write `predict`; or write `weights`, if the prediction is a weighted sum of what
-was computed before.
+A new one is one class: set `history_size`, write `predict`; or write `weights`, if the prediction is a weighted sum of
+what was computed before.
 
 Throughout, x and out are the network's input and raw output now, x_j and out_j those of computed evaluation j.
 """
@@ -31,7 +31,7 @@ class Predictor(ABC):
     """Predicts the network's raw output from the evaluations computed before."""
 
     @property
-    def memory(self) -> int:
+    def history_size(self) -> int:
         """How many computed evaluations are kept for it, per branch; each costs two latents."""
         return 1
 
@@ -46,12 +46,12 @@ class Predictor(ABC):
     def predict(self, branch: Branch) -> Tensor | None:
         """The raw output expected for the input `branch.x`, as a new tensor of its shape and in float32 or wider.
 
-        `branch.history` holds 1 to `memory` computed evaluations of the same branch and shape, oldest first. None
+        `branch.history` holds 1 to `history_size` computed evaluations of the same branch and shape, oldest first. None
         if it cannot tell: the evaluation is then computed.
         """
 
     def remember(self, history: History, entry: CacheEntry) -> None:
-        """Takes a computed evaluation into the memory, out of which the oldest falls when it is full."""
+        """Adds a computed evaluation to the history; a full one drops its oldest."""
         history.append(entry)
 
 
@@ -90,7 +90,7 @@ class FixedOrder(LinearPredictor):
         number("order", self.order, high=HIGHEST, whole=True)
 
     @property
-    def memory(self) -> int:
+    def history_size(self) -> int:
         return self.order + 1
 
 

@@ -33,7 +33,7 @@ class Chebyshev(LinearPredictor):
     Keeps max(m + 1, 6) evaluations, 12 latents a branch at the defaults.
     Source: stable-diffusion.cpp, commit 97d29908, and its defaults. The paper's code (hanjq17/Spectrum, f7b7841) has
     w = 1, m = 4, lam = 0.1 and keeps every computed evaluation. At lam = 0 the fit is done here in float64, with the
-    pseudoinverse if there are few evaluations; the reference's depends on how float32 rounds.
+    pseudoinverse if there are few evaluations; the original's depends on how float32 rounds.
     """
 
     w: float = 0.4
@@ -51,11 +51,11 @@ class Chebyshev(LinearPredictor):
             number("steps", self.steps, low=1, high=LONGEST, whole=True)
 
     @property
-    def memory(self) -> int:
+    def history_size(self) -> int:
         return max(self.m + 1, 6)
 
     def weights(self, branch: Branch) -> Terms | None:
-        entries = list(branch.history)[-self.memory :]
+        entries = list(branch.history)[-self.history_size :]
         if len(entries) < 2:
             return None
         indices = [*(entry.position.evaluation for entry in entries), branch.position.evaluation]

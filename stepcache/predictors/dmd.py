@@ -55,7 +55,7 @@ class DMD(Predictor):
         TaylorSeer(self.order, self.baseline)
 
     @property
-    def memory(self) -> int:
+    def history_size(self) -> int:
         return max(self.history, self.order + 1)
 
     def predict(self, branch: Branch) -> Tensor | None:

@@ -35,11 +35,11 @@ class FiniteDifference(LinearPredictor):
         number("order", self.order, low=1, high=3, whole=True)
 
     @property
-    def memory(self) -> int:
+    def history_size(self) -> int:
         return self.order + 1
 
     def weights(self, branch: Branch) -> Terms | None:
-        entries = list(branch.history)[-self.memory :][::-1]
+        entries = list(branch.history)[-self.history_size :][::-1]
         sigma, n = branch.position.sigma, len(entries)
         if n < 2 or not 0 < sigma < math.inf:
             return None

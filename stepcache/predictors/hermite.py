@@ -37,7 +37,7 @@ class Hermite(FixedOrder):
     Example:
         >>> from stepcache import Static
         >>> from stepcache.extend import Hermite
-        >>> Static("medium", predictor=Hermite(order=2)).predictor.memory
+        >>> Static("medium", predictor=Hermite(order=2)).predictor.history_size
         3
     """
 
@@ -50,7 +50,7 @@ class Hermite(FixedOrder):
         number("sigma", self.sigma, high=1.0)
 
     def weights(self, branch: Branch) -> Terms:
-        entries = list(branch.history)[-self.memory :]
+        entries = list(branch.history)[-self.history_size :]
         ahead = branch.position.evaluation - entries[-1].position.evaluation
         weights = [0.0] * len(entries)
         polynomials = _hermite(len(entries), self.sigma * ahead)

@@ -33,7 +33,7 @@ class TaylorSeer(FixedOrder):
     baseline: Baseline = "zero"
 
     def weights(self, branch: Branch) -> Terms:
-        entries = list(branch.history)[-self.memory :]
+        entries = list(branch.history)[-self.history_size :]
         index = on_host([entry.position.evaluation for entry in entries])
         ahead = branch.position.evaluation - entries[-1].position.evaluation
         derivatives = torch.eye(

@@ -88,7 +88,7 @@ def test_a_static_mask_outside_skips_exactly_the_named_calls(run, name):
     plain = run(mask)
     both = run(mask, inner(name, LEFT))
     assert run.calls == LEFT
-    assert {both.report.fates(branch) for branch in both.report.branches} == {"CCSCSC"}
+    assert {both.report.decisions(branch) for branch in both.report.branches} == {"CCSCSC"}
     assert both.calls < LEFT  # and the inner one skips among those that are left
     assert torch.isfinite(both.images).all()
     assert not torch.equal(both.images, plain.images)

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from toys import SIX, cached, drive, fates, filled, heun, level, reasons, twice
+from toys import SIX, cached, decisions, drive, filled, heun, level, reasons, twice
 
 from stepcache import EasyCache, Method, OptionError, UCache
 from stepcache.extend import (
@@ -43,11 +43,11 @@ def test_easycache_accumulates_the_relative_change_until_the_threshold():
 
     x      10    8     7.5           7             6.5          6
     E      -     -     0.0625        0.1875        0.375        2 * 0.5 / 13
-    fate   C     C     S 7.5 + 8     S 7 + 8       C            S 6 + 6.5
+    letter C     C     S 7.5 + 8     S 7 + 8       C            S 6 + 6.5
     """
     model = cached(twice, EasyCache(0.2, window=None, start=0, end=1), sigmas=SIX)
     answers = drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
-    assert fates(model) == "CCSSCS"
+    assert decisions(model) == "CCSSCS"
     assert answers == [20, 16, 15.5, 15, 13, 12.5]
     assert estimates(model) == [None, None, 0.0625, 0.1875, 0.375, 1 / 13]
     assert thresholds(model) == [None, 0.2, 0.2, 0.2, 0.2, 0.2]
@@ -56,7 +56,7 @@ def test_easycache_accumulates_the_relative_change_until_the_threshold():
 def test_easycache_skips_only_strictly_below_the_threshold():
     model = cached(twice, EasyCache(0.1875, window=None, start=0, end=1), sigmas=SIX)
     drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
-    assert fates(model) == "CCSCSC"
+    assert decisions(model) == "CCSCSC"
     assert estimates(model)[2:4] == [0.0625, 0.1875]
 
 
@@ -64,7 +64,7 @@ def test_easycache_forgets_its_error_when_a_gate_computes():
     """x = 7.5 and 7 are skipped; the mask computes 6.75 (norm 13.5, k 2); E at 6.5 is 2 * 0.25 / 13.5 alone."""
     model = cached(twice, EasyCache(0.2, window=None, start=0, end=1, mask="000010"), sigmas=SIX)
     drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.75, 6.5])
-    assert fates(model) == "CCSSCS"
+    assert decisions(model) == "CCSSCS"
     assert estimates(model) == [None, None, 0.0625, 0.1875, None, pytest.approx(0.5 / 13.5)]
 
 
@@ -72,14 +72,14 @@ def test_easycache_keeps_its_rate_where_the_network_did_not_move():
     """x 10, 8 give k = 2; at x = 8 again nothing has moved: no estimate, computed, k and norm stay."""
     model = cached(twice, EasyCache(0.2, window=None, start=0, end=1), sigmas=SIX)
     drive(model, SIX[:-1], [10, 8, 8, 7.5, 7, 6.5])
-    assert fates(model) == "CCCSSC"
+    assert decisions(model) == "CCCSSC"
     assert estimates(model) == [None, None, None, 0.0625, 0.1875, 0.375]
 
 
 def test_easycache_cannot_tell_where_the_network_answers_zero():
     model = cached(lambda x, sigma: 0 * x, EasyCache(5.0, window=None, start=0, end=1), sigmas=SIX)
     assert drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6]) == [0] * 6
-    assert fates(model) == "CCCCCC"
+    assert decisions(model) == "CCCCCC"
 
 
 def ucache(threshold=1.0, **options):
@@ -96,11 +96,11 @@ def test_ucache_relative_error_grows_faster_with_every_skip():
     x      7              6                        5.5
     a      0.125          0.25                     0.3125
     E      0.125          0.125 + 0.25 * 1.5       0.5 + 0.3125 * 2
-    fate   S 7 + 8        S 6 + 8                  C
+    letter S 7 + 8        S 6 + 8                  C
     """
     model = cached(twice, ucache(1.0))
     answers = drive(model, SIX[:-2], [*FIRST_TWO, 7, 6, 5.5])
-    assert fates(model) == "CCSSC"
+    assert decisions(model) == "CCSSC"
     assert answers == [26, 16, 15, 14, 11]
     assert estimates(model) == pytest.approx([None, None, 0.125, 0.5, 1.125])
     assert thresholds(model) == [None, 1, 1, 1, 1]
@@ -113,7 +113,7 @@ def test_ucache_average_is_smoothed_over_the_computed_changes():
     """
     model = cached(twice, ucache(1.0))
     drive(model, SIX[:-1], [*FIRST_TWO, 7, 6, 5.5, 5])
-    assert fates(model) == "CCSSCS"
+    assert decisions(model) == "CCSSCS"
     assert estimates(model)[-1] == pytest.approx(1 / math.sqrt(11 * 1.6 * 9), rel=1e-6)
 
 
@@ -124,7 +124,7 @@ def test_ucache_not_relative_compares_with_a_share_of_the_output():
     """
     model = cached(twice, ucache(0.75, relative=False))
     drive(model, SIX[:-2], [*FIRST_TWO, 7, 6, 5.5])
-    assert fates(model) == "CCSSC"
+    assert decisions(model) == "CCSSC"
     assert estimates(model) == pytest.approx([None, None, 2, 8, 18])
     assert thresholds(model) == pytest.approx([None, 19.5, 12, 12, 12])
 
@@ -133,7 +133,7 @@ def test_ucache_decay_forgets_a_share_of_the_error_at_every_evaluation():
     """E: 0.125, then 0.5 * 0.125 + 0.25 * 1.5 = 0.4375, then 0.5 * 0.4375 + 0.3125 * 2 = 0.84375."""
     model = cached(twice, ucache(1.0, decay=0.5))
     drive(model, SIX[:-2], [*FIRST_TWO, 7, 6, 5.5])
-    assert fates(model) == "CCSSS"
+    assert decisions(model) == "CCSSS"
     assert estimates(model) == pytest.approx([None, None, 0.125, 0.4375, 0.84375])
 
 
@@ -145,7 +145,7 @@ def test_ucache_without_reset_and_without_decay_never_skips_again_after_a_failed
         method = ucache(1.0, reset=False)
     model = cached(twice, method)
     drive(model, TEN[:-1], [*FIRST_TWO, 7, 6, 5.5, 5.49, 5.48, 5.47, 5.46, 5.45])
-    assert fates(model) == "CCSS" + "CCCCCC"
+    assert decisions(model) == "CCSS" + "CCCCCC"
     assert all(estimate >= 1.125 for estimate in estimates(model)[4:])
 
 
@@ -156,7 +156,7 @@ def test_ucache_without_reset_but_with_decay_recovers():
         method = ucache(1.0, reset=False, decay=0.1)
     model = cached(twice, method)
     drive(model, SIX[:-2], [*FIRST_TWO, 7, 16, 15.99])
-    assert fates(model) == "CCSCS"
+    assert decisions(model) == "CCSCS"
     assert estimates(model)[2:4] == pytest.approx([0.125, 1.5125])
     assert 0.15125 < estimates(model)[4] < 0.16
 
@@ -167,7 +167,7 @@ def test_ucache_forgets_its_error_when_a_gate_computes_only_with_reset():
     for reset, before in ((True, 0.0), (False, 0.9 * 0.125)):
         model = cached(twice, ucache(1.0, reset=reset, decay=0.9, mask="000100"), sigmas=SIX)
         drive(model, SIX[:-1], [*FIRST_TWO, 7, 6, 5.5, 5.4])
-        assert fates(model)[:5] == "CCSCS"
+        assert decisions(model)[:5] == "CCSCS"
         assert estimates(model)[4] == pytest.approx(before + step, rel=1e-6)
 
 
@@ -175,7 +175,7 @@ def test_ucache_halves_its_threshold_early_and_raises_it_late():
     """f = 0.5 below 2 of 10 computed, 1.5 above 8 of 10. Everything moves too much to be skipped."""
     model = cached(twice, ucache(0.5), sigmas=TEN)
     drive(model, TEN[:-1], [2.0**k for k in range(1, 11)])
-    assert fates(model) == "C" * 10
+    assert decisions(model) == "C" * 10
     assert thresholds(model) == [None, 0.25, *[0.5] * 7, 0.75]
 
 
@@ -193,12 +193,12 @@ def progress(schedule, stages, evaluations="all") -> list[float]:
     asked = heun(schedule) if stages == 2 else schedule[:-1]
     with model.run(schedule, stages):
         drive(model, asked, [2.0**k for k in range(len(asked))])
-    assert fates(model) == "C" * len(asked)
+    assert decisions(model) == "C" * len(asked)
     return [threshold for threshold in thresholds(model) if threshold is not None]
 
 
 def test_ucache_progress_is_a_share_of_all_evaluations_that_the_method_sees():
-    """After k of n: 0.5 below n / 5, 1.5 above 4 n / 5. k counts from 1: the very first evaluation has no memory.
+    """After k of n: 0.5 below n / 5, 1.5 above 4 n / 5. k counts from 1: the very first evaluation has no cache.
 
     Euler: n = 10. Heun: n = 19, one evaluation in the last step, which ends at 0; 20 where it ends above. The seconds
     alone, as published: there are 9, and n is 10, the number of steps.
@@ -213,7 +213,7 @@ def test_a_criterion_learns_nothing_outside_its_window():
     """x 100 and 13 lie before the window, so 13 -> 8 is no change yet: the first change is 8 -> 3 (k 2, norm 6)."""
     model = cached(twice, EasyCache(0.5, start=0.34, window="steps"), sigmas=SIX)
     drive(model, SIX[:-1], [100, 13, 8, 3, 2.5, 1])
-    assert fates(model) == "CCCCSC"
+    assert decisions(model) == "CCCCSC"
     assert estimates(model)[4] == pytest.approx(2 * 0.5 / 6)
 
 
@@ -254,7 +254,7 @@ def test_how_far_off_is_told_of_the_deciding_branch_on_every_computed_evaluation
     model = cached(twice, Method(mask="101010"), sigmas=SIX, branches=("cond", "uncond"))
     for x, sigma in zip([10, 9, 7, 6, 5, 5], SIX[:-1], strict=True):
         model(filled(x, rows=2), level(sigma, rows=2))
-    assert fates(model, "cond") == "CSCSCS"
+    assert decisions(model, "cond") == "CSCSCS"
     assert offs(model)[0::2] == [None, None, 3, None, 2, None]
     assert sizes(model)[0::2] == [20, None, 14, None, 10, None]
     assert {*offs(model)[1::2], *sizes(model)[1::2]} == {None}
@@ -265,7 +265,7 @@ def test_what_a_criterion_learned_in_one_run_does_not_reach_the_next():
     model = cached(twice, method, sigmas=SIX)
     for _ in range(2):
         drive(model, SIX[:-1], [10, 8, 7.5, 7, 6.5, 6])
-        assert fates(model) == "CCSSCS"
+        assert decisions(model) == "CCSSCS"
         assert estimates(model) == [None, None, 0.0625, 0.1875, 0.375, 1 / 13]
     assert method == EasyCache(0.2, window=None, start=0, end=1)
     assert method.criterion.error == 0

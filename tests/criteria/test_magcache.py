@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from toys import SIX, Toy, cached, drive, fates, filled, heun, level, reasons
+from toys import SIX, Toy, cached, decisions, drive, filled, heun, level, reasons
 
 from stepcache import MagCache, Method, OptionError, StepMask, method
 from stepcache.criteria.magcache import as_ratios, nearest
@@ -33,15 +33,15 @@ def run(chosen: Method, sigmas=TEN, network=None):
 
 def test_after_the_first_fifth_at_most_three_in_a_row_are_skipped():
     model = run(MagCache(EVEN))
-    assert fates(model) == "CCSSSCSSSC"
-    assert reasons(model)[:2] == ["no memory yet", "retention"]
+    assert decisions(model) == "CCSSSCSSSC"
+    assert reasons(model)[:2] == ["no cache yet", "retention"]
     assert reasons(model)[5] == reasons(model)[9] == "max_skip_steps"
 
 
 def test_the_error_is_the_sum_of_how_far_the_products_are_from_1():
     """0.98 and 0.9604 are off by 0.02 and 0.0396, together 0.0596; with 0.941192 it is 0.118408."""
     model = run(MagCache(FALLING))
-    assert fates(model) == "CCSSCSSCSS"
+    assert decisions(model) == "CCSSCSSCSS"
     estimates = [event.estimate for event in model.report.events]
     assert estimates[2:5] == pytest.approx([0.02, 0.0596, 0.118408])
     assert estimates[5:8] == pytest.approx(estimates[2:5])
@@ -49,29 +49,31 @@ def test_the_error_is_the_sum_of_how_far_the_products_are_from_1():
 
 
 def test_a_ratio_above_1_counts_as_one_below():
-    assert fates(run(MagCache("/".join(["1.02"] * 10)))) == "CCSCSCSCSC"
-    assert fates(run(MagCache("1/1/1/0.9/1/1/1/1/1/1", max_skip_steps=9))) == "CCSCSSSSSS"
+    assert decisions(run(MagCache("/".join(["1.02"] * 10)))) == "CCSCSCSCSC"
+    assert decisions(run(MagCache("1/1/1/0.9/1/1/1/1/1/1", max_skip_steps=9))) == "CCSCSSSSSS"
 
 
 def test_the_error_may_reach_the_threshold():
-    assert fates(run(MagCache("/".join(["0.5"] * 10), threshold=0.5))) == "CCSCSCSCSC"
+    assert decisions(run(MagCache("/".join(["0.5"] * 10), threshold=0.5))) == "CCSCSCSCSC"
 
 
 def test_a_ratio_belongs_to_its_evaluation_and_not_to_those_that_were_asked():
     """Only the ratio of evaluation 6 is off; it alone is computed, whatever was skipped before."""
     ratios = [1.0] * 10
     ratios[6] = 2.0
-    assert fates(run(MagCache(ratios, max_skip_steps=9))) == "CCSSSSCSSS"
-    assert fates(run(MagCache(ratios, max_skip_steps=9, max_consecutive=1))) == "CCSCSCCSCS"
+    assert decisions(run(MagCache(ratios, max_skip_steps=9))) == "CCSSSSCSSS"
+    assert decisions(run(MagCache(ratios, max_skip_steps=9, max_consecutive=1))) == "CCSCSCCSCS"
 
 
 def test_an_evaluation_that_a_gate_holds_begins_anew():
-    assert fates(run(MagCache(FALLING, mask=StepMask("1110000000", "dynamic")))) == "CCCSSCSSCS"
+    assert decisions(run(MagCache(FALLING, mask=StepMask("1110000000", "dynamic")))) == "CCCSSCSSCS"
 
 
 def test_the_share_of_the_run_that_is_computed_first_is_rounded():
     for share, steps in [(0.0, 1), (0.24, 2), (0.25, 3), (0.5, 5), (0.96, 10), (1.0, 10)]:
-        assert fates(run(MagCache(EVEN, retention_ratio=share, max_skip_steps=99))) == "C" * steps + "S" * (10 - steps)
+        assert decisions(run(MagCache(EVEN, retention_ratio=share, max_skip_steps=99))) == "C" * steps + "S" * (
+            10 - steps
+        )
 
 
 def test_a_skipped_evaluation_reuses_the_residual():
@@ -95,20 +97,20 @@ def test_ratios_of_another_number_of_steps_are_the_nearest():
     assert nearest((1, 2, 3, 4, 5), 3) == (1, 3, 5)
     assert nearest((1, 2, 3), 1) == (3,)
     assert nearest((7,), 3) == (7, 7, 7)
-    assert fates(run(MagCache("1/1/1/1/2", max_skip_steps=9))) == "CCSSSSSSCC"
+    assert decisions(run(MagCache("1/1/1/1/2", max_skip_steps=9))) == "CCSSSSSSCC"
 
 
 def test_without_a_schedule_the_ratios_are_the_runs_and_what_is_past_them_is_computed():
     model = cached(Toy(), MagCache("1/1/1/1/1"))
     drive(model, TEN[:-1], 1.0)
-    assert fates(model) == "CSSSC" + "C" * 5
+    assert decisions(model) == "CSSSC" + "C" * 5
     assert reasons(model)[5:] == ["no ratio"] * 5
 
 
 def test_a_run_that_begins_in_the_middle_of_its_schedule_takes_the_ratios_from_there():
     model = cached(Toy(), MagCache("1/1/1/1/1/1/1/2/1/1", max_skip_steps=9), sigmas=TEN)
     drive(model, TEN[4:-1], 1.0)
-    assert fates(model) == "CSSCSS"
+    assert decisions(model) == "CSSCSS"
 
 
 def test_both_evaluations_of_a_heun_step_have_a_ratio():
@@ -122,7 +124,7 @@ def test_second_evaluations_of_a_step_that_nobody_told_of_are_computed():
     """Heun asks 10 8 8 6 6 4 4 2 2 1 1. The first 8 is taken for the next step, until the second comes."""
     model = cached(Toy(), MagCache("1/1/1/1/1/1"), sigmas=SIX)
     drive(model, heun(SIX), 1.0)
-    assert fates(model) == "CSS" + "CS" * 4
+    assert decisions(model) == "CSS" + "CS" * 4
     assert reasons(model)[3::2] == ["no ratio"] * 4
 
 
@@ -131,7 +133,7 @@ def test_second_evaluations_of_a_step_that_nobody_told_of_are_computed():
 
 def test_a_calibration_computes_everything_and_reports_its_ratios():
     model = run(MagCache(calibrate=True), SIX, plus_sigma)
-    assert fates(model) == "CCCCCC"
+    assert decisions(model) == "CCCCCC"
     assert reasons(model)[1:] == ["calibration"] * 5
     assert calibration(model.report) == "1/0.8/0.75/0.66667/0.5/0.5"
     assert model.report.notes == ["calibration: ratios=1/0.8/0.75/0.66667/0.5/0.5"]
@@ -170,7 +172,7 @@ def test_every_run_has_a_calibration_of_its_own_and_the_method_none():
 def test_whatever_else_is_given_a_calibration_computes_everything():
     chosen = MagCache(calibrate=True, mask=StepMask("100000", "static"), max_cached=0, start=0.5, threshold=0)
     model = run(chosen, SIX, plus_sigma)
-    assert fates(model) == "CCCCCC"
+    assert decisions(model) == "CCCCCC"
     assert calibration(model.report) == "1/0.8/0.75/0.66667/0.5/0.5"
     with pytest.raises(OptionError, match=r"^max_cached=-2"):
         MagCache(calibrate=True, max_cached=-2)
@@ -181,8 +183,8 @@ def test_a_calibration_is_given_back_as_option_text():
     sigmas = [100 * 0.99**i for i in range(10)] + [0]
     text = calibration(run(MagCache(calibrate=True), sigmas, plus_sigma).report)
     assert text == "1" + "/0.99" * 9
-    assert fates(run(method("magcache", f"ratios={text}"), sigmas, plus_sigma)) == "CCSSSCSSSC"
-    assert fates(run(method("magcache", f"ratios={text},threshold=0.03"), sigmas, plus_sigma)) == "CCSSCSSCSS"
+    assert decisions(run(method("magcache", f"ratios={text}"), sigmas, plus_sigma)) == "CCSSSCSSSC"
+    assert decisions(run(method("magcache", f"ratios={text},threshold=0.03"), sigmas, plus_sigma)) == "CCSSCSSCSS"
 
 
 def test_a_report_without_a_calibration_is_named():
@@ -251,7 +253,7 @@ def test_options_are_checked_by_name(options, sentence):
 # diffusers
 
 
-def their_fates(steps: int, **options) -> str:
+def their_decisions(steps: int, **options) -> str:
     """What diffusers' MagCache does in so many steps."""
     hooks = pytest.importorskip("diffusers.hooks.mag_cache")
     manager = hooks.StateManager(hooks.MagCacheState, (), {})
@@ -281,8 +283,8 @@ def test_decisions_are_those_of_diffusers(steps, threshold, most, retention):
     sigmas = (*range(steps, 0, -1), 0)
     for ratios in (hooks.FLUX_MAG_RATIOS, 1 + 0.03 * torch.randn(40)):
         options = {"threshold": threshold, "max_skip_steps": most, "retention_ratio": retention}
-        expected = their_fates(steps, mag_ratios=ratios, **options)
-        assert fates(run(MagCache(ratios, **options), sigmas)) == expected
+        expected = their_decisions(steps, mag_ratios=ratios, **options)
+        assert decisions(run(MagCache(ratios, **options), sigmas)) == expected
         assert "S" in expected
 
 

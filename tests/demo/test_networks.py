@@ -141,7 +141,7 @@ def test_a_batch_decides_as_a_whole_and_a_repeat_is_bit_identical(name):
     first = subject(name).sample("euler", 20, UCache(), range(10))
     again = subject(name).sample("euler", 20, UCache(), range(10))
     assert torch.equal(first.images, again.images)
-    assert first.report.fates("cond") == first.report.fates("uncond") == again.report.fates("cond")
+    assert first.report.decisions("cond") == first.report.decisions("uncond") == again.report.decisions("cond")
 
 
 def test_training_can_be_stopped_and_resumed_with_the_same_result(example, monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepcache import OptionError
 from stepcache.samplers import comfyui
-from stepcache.samplers.comfyui import OWN, cache_of, chosen_method, patched
+from stepcache.samplers.comfyui import UNSET, cache_of, chosen_method, patched
 from stepcache.samplers.k_diffusion import EVALUATIONS, CachedDenoiser
 from stepcache.samplers.k_diffusion import sample as k_sample
 
@@ -32,8 +32,8 @@ CRITERION = "threshold=1.5,start=0,end=1"
 """Skips some evaluations and computes others with the small random networks here."""
 
 
-def chosen(name: str, options: str = "", number: float = OWN, mask: str = "none", policy: str = "dynamic"):
-    return chosen_method(name, number, OWN, OWN, mask, policy, options)
+def chosen(name: str, options: str = "", number: float = UNSET, mask: str = "none", policy: str = "dynamic"):
+    return chosen_method(name, number, UNSET, UNSET, mask, policy, options)
 
 
 def noise(rows: int = 1, size: int = 8, first: int = 7) -> Tensor:
@@ -64,8 +64,8 @@ def with_option(patcher: Any, key: str, value: Any) -> Any:
     return clone
 
 
-def fates(patcher: Any, branch: str = "cond") -> str:
-    return cache_of(patcher).report.fates(branch)
+def decisions(patcher: Any, branch: str = "cond") -> str:
+    return cache_of(patcher).report.decisions(branch)
 
 
 def close(a: Tensor, b: Tensor, share: float = 1e-3) -> bool:
@@ -94,7 +94,7 @@ def test_counts_are_those_of_the_network(host: Any, sampler: str) -> None:
     assert report.calls + report.skipped == 2 * report.evaluations
     assert report.calls == sum(host.rows)
     assert 0 < report.skipped < report.evaluations * 2
-    assert fates(model) == fates(model, "uncond")
+    assert decisions(model) == decisions(model, "uncond")
     assert [event.position.step for event in report.events if event.branch == "cond"] == [
         step for step in range(STEPS) for _ in range(2 if sampler in HEUN and step < STEPS - 1 else 1)
     ]
@@ -142,9 +142,9 @@ def test_the_same_decisions_as_under_k_diffusion(host: Any, sampler: str, name: 
         else:
             with cached.run(SIGMAS, comfyui.EVALUATIONS[function.__name__]):
                 here = function(guided, first[0], SIGMAS.clone(), **keywords)
-    assert fates(model) == cached.report.fates("cond")
-    assert fates(model, "uncond") == cached.report.fates("uncond")
-    assert "S" in fates(model, "uncond")
+    assert decisions(model) == cached.report.decisions("cond")
+    assert decisions(model, "uncond") == cached.report.decisions("uncond")
+    assert "S" in decisions(model, "uncond")
     assert close(there, getattr(host, "latent_out", lambda x: x)(here))
 
 
@@ -168,7 +168,7 @@ def test_no_state_after_a_run_nor_after_a_broken_one(host: Any, options: str) ->
         guider.sample(noise(), torch.zeros_like(noise()), host.sampler("euler"), SIGMAS, callback=interrupt, seed=5)
     assert guider.model_options is model.model_options
     assert model.model_options == usual
-    assert "S" in fates(model, "uncond")
+    assert "S" in decisions(model, "uncond")
     del guider
     assert latents() <= before
     assert torch.equal(run(host, model), good)
@@ -219,7 +219,7 @@ def test_a_change_of_shape_in_a_run_forgets_and_goes_on(host: Any) -> None:
     plain = host.model()
     model = patched(plain, chosen("easycache", "threshold=0.4,start=0,end=1"))
     x = run(host, model, sampler)
-    assert fates(model)[5:7] == "CC"
+    assert decisions(model)[5:7] == "CC"
     full = run(host, plain, sampler)
     assert x.shape == full.shape == (1, 4, 4, 4)
     assert x.isfinite().all()
@@ -239,7 +239,7 @@ def test_the_samplers_own_x_is_never_written_to(host: Any) -> None:
 
     model = patched(host.model("flow"), chosen("easycache", "threshold=2,start=0,end=1"))
     run(host, model, host.own_sampler(sample_watching), FLOW)
-    assert fates(model).count("S") > 2
+    assert decisions(model).count("S") > 2
 
 
 def test_a_skipped_evaluation_of_every_kind_of_model_gives_denoised(host: Any) -> None:
@@ -311,12 +311,12 @@ def test_calls_of_other_guidance_pass_through_and_are_never_stored(host: Any, ch
         alone = run(host, usual)
         guided = patched(with_option(plain, "sampler_post_cfg_function", [post_cfg]), chosen(name, options))
         assert torch.equal(run(host, guided), alone)
-        assert fates(guided) == fates(usual)
+        assert decisions(guided) == decisions(usual)
         assert cache_of(guided).report.branches == cache_of(usual).report.branches
     assert extra == [1] * (3 * STEPS)
 
 
-def test_scheduled_prompts_have_no_memory_of_each_other(host: Any) -> None:
+def test_scheduled_prompts_have_no_cache_of_each_other(host: Any) -> None:
     model = patched(host.model(), chosen("forecast", "interval=3"))
     positive = host.cond(1, start_percent=0.0, end_percent=0.5) + host.cond(3, start_percent=0.5, end_percent=1.0)
     switch = model.get_model_object("model_sampling").percent_to_sigma(0.5)
@@ -324,8 +324,8 @@ def test_scheduled_prompts_have_no_memory_of_each_other(host: Any) -> None:
     events = [e for e in cache_of(model).report.events if e.branch == "cond"]
     first = next(e for e in events if e.position.sigma < switch)
     assert first.position.step == 5
-    assert (first.computed, first.reason) == (True, "no memory yet")
-    assert fates(model).count("S") >= 2
+    assert (first.computed, first.reason) == (True, "no cache yet")
+    assert decisions(model).count("S") >= 2
     assert cache_of(model).report.branches[::-1] == ["cond", "uncond"]
 
 
@@ -338,14 +338,14 @@ def test_a_control_net_is_not_asked_on_skipped_evaluations(host: Any) -> None:
     assert control.asked == report.calls // 2 < STEPS
 
 
-def test_memory_ends_where_a_control_net_ends(host: Any) -> None:
+def test_cache_ends_where_a_control_net_ends(host: Any) -> None:
     control = host.control((0.0, 0.5))
     model = patched(host.model(), chosen("forecast", "interval=3"))
     positive, negative = host.controlled(control)
     end = model.get_model_object("model_sampling").percent_to_sigma(0.5)
     run(host, model, positive=positive, negative=negative)
     first = next(e for e in cache_of(model).report.events if e.branch == "cond" and e.position.sigma < end)
-    assert first.reason == "no memory yet"
+    assert first.reason == "no cache yet"
 
 
 def test_the_positive_prompt_decides(host: Any) -> None:
@@ -364,8 +364,8 @@ def test_an_image_is_the_same_alone_and_in_a_batch(host: Any) -> None:
         report = cache_of(model).report
         for k in range(4):
             assert close(batch[k : k + 1], run(host, model, x=noise(1, first=7 + k)), 1e-4)
-            assert fates(model) == report.fates("cond")
-            assert fates(model, "uncond") == report.fates("uncond")
+            assert decisions(model) == report.decisions("cond")
+            assert decisions(model, "uncond") == report.decisions("uncond")
 
 
 def test_with_decide_each_no_image_is_skipped_against_its_own_rule(host: Any) -> None:
@@ -412,7 +412,7 @@ def test_the_models_options_can_be_copied_at_any_time(host: Any) -> None:
     assert len(copies) == STEPS
     kept = [one["transformer_options"]["wrappers"]["calc_cond_batch"]["stepcache"][0].__self__ for one in copies]
     assert all(one is kept[0] for one in kept)
-    assert "S" in fates(model)
+    assert "S" in decisions(model)
 
 
 def test_other_wrappers_see_every_evaluation(host: Any) -> None:
@@ -437,14 +437,14 @@ def test_other_wrappers_see_every_evaluation(host: Any) -> None:
     assert all("easycache" not in keys for keys in model.wrappers.values())
 
 
-def test_windows_of_a_long_run_have_a_memory_each(host: Any) -> None:
+def test_windows_of_a_long_run_have_a_cache_each(host: Any) -> None:
     plain, halves = host.model(), (noise(1), noise(1, first=8))
     alone = torch.cat([run(host, patched(plain, chosen("forecast")), x=x) for x in halves], -1)
     model = patched(host.windows(plain, 8), chosen("forecast"))
     assert close(run(host, model, x=torch.cat(halves, -1)), alone, 1e-4)
     report = cache_of(model).report
     assert set(report.branches) == {"cond", "uncond", "cond 2", "uncond 2"}
-    assert len({report.fates(name) for name in report.branches}) == 1
+    assert len({report.decisions(name) for name in report.branches}) == 1
     assert report.calls == sum(host.rows) < 4 * STEPS
 
 
@@ -462,11 +462,11 @@ def test_branches_asked_for_one_by_one(host: Any) -> None:
     together = run(host, patched(plain, chosen("forecast")))
     model = patched(with_option(plain, "sampler_calc_cond_batch_function", one_by_one), chosen("forecast"))
     assert close(run(host, model), together, 1e-4)
-    assert fates(model) == fates(model, "uncond")
+    assert decisions(model) == decisions(model, "uncond")
     assert cache_of(model).report.calls == sum(host.rows)
 
 
-def test_guidance_that_ends_in_the_run_leaves_cond_its_memory(host: Any) -> None:
+def test_guidance_that_ends_in_the_run_leaves_cond_its_cache(host: Any) -> None:
     def ending(args: dict[str, Any]) -> list[Tensor]:
         late = args["sigma"][0] < 1
         conds = [args["conds"][0], None if late else args["conds"][1]]
@@ -475,8 +475,8 @@ def test_guidance_that_ends_in_the_run_leaves_cond_its_memory(host: Any) -> None
 
     model = patched(with_option(host.model(), "sampler_calc_cond_batch_function", ending), chosen("forecast"))
     run(host, model)
-    assert fates(model) == "CCSCSCSCSC"
-    assert fates(model, "uncond") == "CCSCSC"
+    assert decisions(model) == "CCSCSCSCSC"
+    assert decisions(model, "uncond") == "CCSCSC"
     assert not cache_of(model).report.notes
 
 
@@ -505,7 +505,7 @@ def test_a_mask_of_another_length_is_refused_with_both_lengths(host: Any) -> Non
     with pytest.raises(OptionError, match=r"^in the node StepCache: the mask has 4 entries, the run has 10 steps"):
         run(host, model)
     assert torch.isfinite(run(host, model, sigmas=torch.tensor([14.0, 5.0, 2.0, 1.0, 0.0]))).all()
-    assert fates(model) == "CSCS"
+    assert decisions(model) == "CSCS"
 
 
 def test_first_block_cache_leaves_the_network_at_its_first_block(host: Any) -> None:
@@ -532,7 +532,7 @@ def test_with_skip_uncond_the_positive_prompt_is_computed_alone(host: Any, sampl
     report = cache_of(model).report
     assert host.rows == [2, 1] * 4 + [2, 2]
     assert report.calls == sum(host.rows)
-    assert (fates(model), fates(model, "uncond")) == ("CCCCCCCCCC", "CSCSCSCSCC")
+    assert (decisions(model), decisions(model, "uncond")) == ("CCCCCCCCCC", "CSCSCSCSCC")
     assert result.isfinite().all()
     assert not torch.equal(result, run(host, plain, sampler))
     assert not report.notes
@@ -549,7 +549,7 @@ def test_skip_uncond_if_the_prompts_are_asked_for_one_by_one(host: Any) -> None:
     together = run(host, patched(plain, method), "euler_ancestral")
     model = patched(with_option(plain, "sampler_calc_cond_batch_function", one_by_one), method)
     assert close(run(host, model, "euler_ancestral"), together, 1e-4)
-    assert (fates(model), fates(model, "uncond")) == ("CCCCCCCCCC", "CSCSCSCSCC")
+    assert (decisions(model), decisions(model, "uncond")) == ("CCCCCCCCCC", "CSCSCSCSCC")
     assert cache_of(model).report.calls == sum(host.rows)
 
 
@@ -557,7 +557,7 @@ def test_a_control_net_of_a_predicted_prompt_is_not_asked(host: Any) -> None:
     control = host.control()
     model = patched(host.model(), chosen("forecast", SKIP_UNCOND))
     run(host, model, "euler_ancestral", negative=host.cond(2, control=control))
-    assert (fates(model), fates(model, "uncond")) == ("CCCCCCCCCC", "CSCSCSCSCC")
+    assert (decisions(model), decisions(model, "uncond")) == ("CCCCCCCCCC", "CSCSCSCSCC")
     assert control.asked == 6
     assert cache_of(model).report.calls == sum(host.rows) == 16
 
@@ -570,9 +570,9 @@ def test_a_prompt_is_predicted_from_one_with_a_control_net(host: Any) -> None:
     positive, negative = host.cond(1, control=control), host.cond(2, control=half)
     run(host, model, "euler_ancestral", positive=positive, negative=negative)
     first = next(e for e in cache_of(model).report.events if e.branch == "uncond" and e.position.sigma < end)
-    assert (first.computed, first.reason) == (True, "no memory yet")
+    assert (first.computed, first.reason) == (True, "no cache yet")
     assert control.asked == STEPS
-    assert half.asked == fates(model, "uncond").count("C") < STEPS
+    assert half.asked == decisions(model, "uncond").count("C") < STEPS
 
 
 def test_a_predicted_prompt_is_computed_when_it_changes(host: Any) -> None:
@@ -582,8 +582,8 @@ def test_a_predicted_prompt_is_computed_when_it_changes(host: Any) -> None:
     run(host, model, "euler_ancestral", negative=negative)
     events = [e for e in cache_of(model).report.events if e.branch == "uncond"]
     first = next(e for e in events if e.position.sigma < switch)
-    assert (first.position.step, first.computed, first.reason) == (5, True, "no memory yet")
-    assert fates(model, "uncond").count("S") >= 3
+    assert (first.position.step, first.computed, first.reason) == (5, True, "no cache yet")
+    assert decisions(model, "uncond").count("S") >= 3
     assert cache_of(model).report.calls == sum(host.rows)
 
 
@@ -615,7 +615,7 @@ def test_what_is_written_for_both_prompts_in_one_batch_gets_them(host: Any) -> N
     model = patched(plain, chosen("forecast", SKIP_UNCOND))
     plain.model.diffusion_model.register_forward_pre_hook(both)
     assert torch.equal(run(host, model), bare)
-    assert fates(model, "uncond") == "C" * STEPS
+    assert decisions(model, "uncond") == "C" * STEPS
     assert "the call for cond alone fails: not enough values to unpack" in str(cache_of(model).report.notes)
 
 

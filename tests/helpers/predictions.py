@@ -31,7 +31,7 @@ def predict(
 ) -> Tensor | None:
     """The prediction at a place, from computed evaluations (place, x, out), oldest first, of which it keeps its own."""
     deferred, run = DeferredScalars(), run or RunInfo()
-    history: deque[CacheEntry] = deque(maxlen=predictor.memory)
+    history: deque[CacheEntry] = deque(maxlen=predictor.history_size)
 
     def branch(place: Place, x: Tensor) -> Branch:
         return Branch(Position(0, place[0], place[1]), run, x, history, predictor.predict, deferred)

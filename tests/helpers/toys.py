@@ -68,7 +68,7 @@ class SkipOdd(Criterion):
 class LogSigmaLine(Predictor):
     """The line through the last two outputs over log sigma: a predictor in four lines."""
 
-    memory = 2
+    history_size = 2
     finite_if_cache_is = True
 
     def predict(self, branch: Branch) -> Tensor | None:
@@ -100,8 +100,8 @@ def drive(model: CachedDenoiser, sigmas: Iterable[float], xs: Iterable[float] | 
     return [float(answer.flatten()[0]) for answer in answers]
 
 
-def fates(model: CachedDenoiser, branch: str = "guided") -> str:
-    return model.report.fates(branch)
+def decisions(model: CachedDenoiser, branch: str = "guided") -> str:
+    return model.report.decisions(branch)
 
 
 def reasons(model: CachedDenoiser, branch: str = "guided") -> list[str]:

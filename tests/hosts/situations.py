@@ -184,7 +184,7 @@ def summary(result: Any) -> dict[str, Any]:
 
 
 def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -> dict[str, Any]:
-    """The same schedule, noise and network through the k-diffusion adapter: fates, and how far the latents are off."""
+    """The same schedule, noise and network through the k-diffusion adapter: decisions, and how far latents are off."""
     from modules import rng, sd_samplers_common
 
     from stepcache.samplers import k_diffusion as adapter
@@ -236,8 +236,8 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
     with torch.inference_mode() if host.family == "forge" else torch.no_grad():
         latents = adapter.sample(func, Guided(), x, cache=cached, **keywords)
     return {
-        "host": [report.fates(branch) for branch in order],
-        "adapter": [cached.report.fates(branch) for branch in order],
+        "host": [report.decisions(branch) for branch in order],
+        "adapter": [cached.report.decisions(branch) for branch in order],
         "latents off": float((latents - caught["x0"]).abs().max() / latents.abs().max()),
     }
 

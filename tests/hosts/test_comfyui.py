@@ -22,7 +22,7 @@ pytest.register_assert_rewrite("comfyui_situations")
 
 from comfyui_real import Real
 from comfyui_situations import *  # noqa: F403
-from comfyui_situations import SIGMAS, SKIP_UNCOND, STEPS, chosen, fates, run
+from comfyui_situations import SIGMAS, SKIP_UNCOND, STEPS, chosen, decisions, run
 
 from stepcache.cli import main
 from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, cache_of, in_one_line, patched
@@ -54,7 +54,7 @@ def test_what_it_prints(host: Real, sampler: str, capsys: Any) -> None:
     model = patched(plain, chosen("forecast"))
     off = (run(host, model, sampler) - bare).norm() / bare.norm()
     with capsys.disabled():
-        print(f"\n{sampler:16} {in_one_line(cache_of(model).report)}, {fates(model)}, off by {off:.1%}", end="")
+        print(f"\n{sampler:16} {in_one_line(cache_of(model).report)}, {decisions(model)}, off by {off:.1%}", end="")
     assert off.isfinite()
 
 
@@ -89,11 +89,11 @@ def test_the_hosts_guidance_nodes(host: Real, module: str, name: str, options: d
     report = cache_of(model).report
     assert rows == 3 * STEPS
     assert sum(host.rows) == report.calls + STEPS
-    assert fates(model).count("S") == 4
+    assert decisions(model).count("S") == 4
     follow = patched(plain, chosen("forecast", SKIP_UNCOND))
     assert run(host, follow, "euler_ancestral", x=x).isfinite().all()
     assert sum(host.rows) == cache_of(follow).report.calls + STEPS
-    assert (fates(follow), fates(follow, "uncond")) == ("C" * STEPS, "CSCSCSCSCC")
+    assert (decisions(follow), decisions(follow, "uncond")) == ("C" * STEPS, "CSCSCSCSCC")
 
 
 def test_the_hosts_easy_cache_on_the_same_model(host: Real) -> None:
@@ -101,14 +101,14 @@ def test_the_hosts_easy_cache_on_the_same_model(host: Real) -> None:
     plain = first(easy.execute(host.model(), 0.2, 0.15, 0.95, False))
     follow = patched(plain, chosen("forecast", SKIP_UNCOND))
     assert run(host, follow, "euler_ancestral").isfinite().all()
-    assert fates(follow, "uncond") == "CSCSCSCSCC"
+    assert decisions(follow, "uncond") == "CSCSCSCSCC"
     assert "EasyCache is on this model too" in str(cache_of(follow).report.notes)
     for model in (
         patched(plain, chosen("forecast")),
         first(easy.execute(patched(host.model(), chosen("forecast")), 0.2, 0.15, 0.95, False)),
     ):
         assert run(host, model).isfinite().all()
-        assert fates(model) == "CCSCSCSCSC"
+        assert decisions(model) == "CCSCSCSCSC"
         assert "stepcache" not in model.model_options["transformer_options"]
 
 
@@ -164,7 +164,7 @@ def test_area_branches(host: Real) -> None:
     assert torch.equal(run(host, patched(plain, chosen("none")), positive=positive), bare)
     model = patched(plain, chosen("forecast"))
     run(host, model, positive=positive)
-    assert fates(model) == "CCSCSCSCSC"
+    assert decisions(model) == "CCSCSCSCSC"
     assert cache_of(model).report.branches[::-1] == ["cond", "uncond"]
 
 
@@ -178,7 +178,7 @@ def test_area_branches_with_skip_uncond(host: Real) -> None:
         run(host, model, "euler_ancestral", positive=parts, negative=parts), bare, rtol=1e-3, atol=1e-3
     )
     run(host, model, "euler_ancestral", positive=parts)
-    assert (fates(model), fates(model, "uncond")) == ("C" * STEPS, "CSCSCSCSCC")
+    assert (decisions(model), decisions(model, "uncond")) == ("C" * STEPS, "CSCSCSCSCC")
     assert sorted(host.rows) == [1, 1] * 4 + [2, 2] * 6  # the whole latent and the area, which uncond is given too
 
 
@@ -193,7 +193,7 @@ def test_guiders_of_the_custom_sampler_nodes(host: Real) -> None:
         guider.sample(x, torch.zeros_like(x), host.sampler("euler"), SIGMAS, seed=1)
     report = cache_of(model).report
     assert set(report.branches) == {"cond", "middle", "uncond"}
-    assert {report.fates(name) for name in report.branches} == {"CCSCSCSCSC"}
+    assert {report.decisions(name) for name in report.branches} == {"CCSCSCSCSC"}
 
 
 def test_both_other_branches_of_dual_guidance_are_predicted(host: Real) -> None:
@@ -208,7 +208,7 @@ def test_both_other_branches_of_dual_guidance_are_predicted(host: Real) -> None:
         guider.sample(x, torch.zeros_like(x), host.sampler("euler_ancestral"), SIGMAS, seed=1)
     report = cache_of(model).report
     assert host.rows == [3, 1] * 4 + [3, 3]
-    assert {name: report.fates(name) for name in report.branches} == {
+    assert {name: report.decisions(name) for name in report.branches} == {
         "cond": "C" * STEPS,
         "middle": "CSCSCSCSCC",
         "uncond": "CSCSCSCSCC",

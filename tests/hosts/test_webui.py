@@ -106,7 +106,7 @@ def test_the_same_decisions_and_latents_as_the_k_diffusion_adapter(found):
     if found["compared"]:
         for what, entry in found["compared"].items():
             if "negative" in what:
-                assert sorted("S" in fates for fates in entry["host"]) == [False, True], what
+                assert sorted("S" in decisions for decisions in entry["host"]) == [False, True], what
         assert any("S" in entry["host"][0] for what, entry in found["compared"].items() if "easycache" in what)
 
 

@@ -20,31 +20,31 @@ from stepcache.extend import (
 
 @pytest.mark.parametrize(("n", "expected"), [(1, "CCCCCCC"), (2, "CSCSCSC"), (3, "CSSCSSC"), (4, "CSSSCSS")])
 def test_of_n_evaluations_one_is_computed(n, expected):
-    answer, counts, fates = Interval(n).begin(RunInfo()), SkipCounts(), ""
+    answer, counts, decisions = Interval(n).begin(RunInfo()), SkipCounts(), ""
     for index in range(7):
         computed = index == 0 or answer(Position(0, index, 1.0), counts) is not None
-        fates += "C" if computed else "S"
+        decisions += "C" if computed else "S"
         count(counts, computed)
-    assert fates == expected
+    assert decisions == expected
 
 
 def test_the_first_ones_may_all_be_computed():
-    answer, counts, fates = Interval(3, start=2).begin(RunInfo()), SkipCounts(), ""
+    answer, counts, decisions = Interval(3, start=2).begin(RunInfo()), SkipCounts(), ""
     for index in range(8):
         computed = index == 0 or answer(Position(0, index, 1.0), counts) is not None
-        fates += "C" if computed else "S"
+        decisions += "C" if computed else "S"
         count(counts, computed)
-    assert fates == "CCSSCSSC"
+    assert decisions == "CCSSCSSC"
 
 
 @pytest.mark.parametrize(("n", "expected"), [(2, "CCSCSCSCSC"), (3, "CCSSSCSSSC"), (4, "CCSSSCSSSC")])
 def test_of_steps_with_two_evaluations_second_ones_are_computed(n, expected):
-    answer, counts, fates = Interval(n).begin(RunInfo(stages=2)), SkipCounts(), ""
+    answer, counts, decisions = Interval(n).begin(RunInfo(stages=2)), SkipCounts(), ""
     for index in range(10):
         computed = index == 0 or answer(Position(0, index, 1.0, index // 2, index % 2), counts) is not None
-        fates += "C" if computed else "S"
+        decisions += "C" if computed else "S"
         count(counts, computed)
-    assert fates == expected
+    assert decisions == expected
 
 
 def count(counts: SkipCounts, computed: bool) -> None:

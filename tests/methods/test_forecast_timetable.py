@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from toys import Toy, cached, drive, fates, heun, reasons
+from toys import Toy, cached, decisions, drive, heun, reasons
 
 from stepcache import Forecast, HiCache, Method, OptionError, StepMask, TaylorSeerCache
 from stepcache.extend import Interval
@@ -28,24 +28,24 @@ def run(method: Method, sigmas: tuple[float, ...] = TEN):
     ],
 )
 def test_a_static_mask_takes_the_place_of_the_interval(method):
-    assert fates(run(method)) == "CSSSCSSSSC"
+    assert decisions(run(method)) == "CSSSCSSSSC"
 
 
 def test_the_last_step_is_computed_beside_a_static_mask_too():
     mask = StepMask("1000100000", "static")
-    assert fates(run(Forecast(mask=mask))) == "CSSSCSSSSC"
-    assert fates(run(Forecast(mask=mask, last_step=False))) == "CSSSCSSSSS"
+    assert decisions(run(Forecast(mask=mask))) == "CSSSCSSSSC"
+    assert decisions(run(Forecast(mask=mask, last_step=False))) == "CSSSCSSSSS"
 
 
 def test_the_ones_of_a_dynamic_mask_are_computed_in_addition_to_the_interval():
-    assert fates(run(Forecast())) == "CCSCSCSCSC"
-    assert fates(run(Forecast(mask="0011110000"))) == "CCCCCCSCSC"
+    assert decisions(run(Forecast())) == "CCSCSCSCSC"
+    assert decisions(run(Forecast(mask="0011110000"))) == "CCCCCCSCSC"
 
 
 @pytest.mark.parametrize("steps", [4, 5, 6])
 def test_a_run_of_few_evaluations_is_computed_and_the_report_says_so(steps):
     model = run(Forecast(), TEN[-steps - 1 :])
-    assert fates(model) == "C" * steps
+    assert decisions(model) == "C" * steps
     assert set(reasons(model)) == {"short run", "last step"}
     assert any(
         note.startswith(f"the run has only {steps} evaluations: all are computed") for note in model.report.notes
@@ -53,23 +53,23 @@ def test_a_run_of_few_evaluations_is_computed_and_the_report_says_so(steps):
 
 
 def test_seven_evaluations_are_enough():
-    assert fates(run(Forecast(), TEN[-8:])) == "CCSCSCC"
+    assert decisions(run(Forecast(), TEN[-8:])) == "CCSCSCC"
     model = cached(Toy(), Forecast(), sigmas=TEN[-5:])
     with model.run(TEN[-5:], 2):  # Heun: four steps, seven evaluations
         for sigma in heun(TEN[-5:]):
             drive(model, (sigma,), 1.0)
-    assert "S" in fates(model)
+    assert "S" in decisions(model)
 
 
 def test_the_least_number_of_evaluations_is_an_option():
-    assert "S" in fates(run(Forecast(min_evaluations=0), TEN[-5:]))
-    assert "S" not in fates(run(Forecast(min_evaluations=11)))
+    assert "S" in decisions(run(Forecast(min_evaluations=0), TEN[-5:]))
+    assert "S" not in decisions(run(Forecast(min_evaluations=11)))
     with pytest.raises(OptionError, match="min_evaluations=-1: accepted is a whole number"):
         Forecast(min_evaluations=-1)
 
 
 def test_a_static_mask_decides_in_a_short_run_too():
-    assert fates(run(Forecast(mask=StepMask("1101", "static")), TEN[-5:])) == "CCSC"
+    assert decisions(run(Forecast(mask=StepMask("1101", "static")), TEN[-5:])) == "CCSC"
 
 
 def test_a_wrong_interval_is_named_as_the_option_is():

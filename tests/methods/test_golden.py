@@ -1,6 +1,6 @@
 """Decision for decision what stable-diffusion.cpp (commit 97d29908) decides, on trajectories made of closed forms.
 
-Expected values are the reference's own figures, in data/golden.json. Set the variable STEPCACHE_GOLDEN to the path of
+Expected values are the original's own figures, in data/golden.json. Set the variable STEPCACHE_GOLDEN to the path of
 the full traces to run every case of them instead of the selection.
 
 In `dec` (cond) and `dec_un` (uncond) there is one letter an evaluation: C computed, S served from the cache.
@@ -64,7 +64,7 @@ def load() -> list[dict[str, Any]]:
 
 
 def dual_block(case: dict[str, Any]) -> dict[str, Any]:
-    """The reference's `rdt` is DBCache's threshold; the threshold beside it is of other modes. Others: unchanged."""
+    """The original's `rdt` is DBCache's threshold; the threshold beside it is of other modes. Others: unchanged."""
     if METHODS[case["mode"]] is not DBCache or "rdt" not in case["p"]:
         return case
     return case | {"p": {"Fn": case["p"]["Fn"], "Bn": case["p"]["Bn"], "threshold": case["p"]["rdt"]}}
@@ -199,17 +199,17 @@ class Trace:
     calls: list[str]
     x: Tensor
 
-    def fates(self, *branches: str) -> str:
+    def decisions(self, *branches: str) -> str:
         events = (event for report in self.reports for event in report.events if event.branch in branches)
         return "".join("C" if event.computed else "S" for event in events)
 
     @property
     def dec(self) -> str:
-        return self.fates("cond", "swapped")
+        return self.decisions("cond", "swapped")
 
     @property
     def dec_un(self) -> str:
-        return self.fates("uncond")
+        return self.decisions("uncond")
 
 
 def method_of(case: dict[str, Any], **common: Any) -> Method:
@@ -256,13 +256,13 @@ def follow(case: dict[str, Any], method: Method | None = None, dtype: torch.dtyp
 
 
 def figures(x: Tensor) -> list[float]:
-    """Sum, sum of magnitudes and first three elements: what the reference tells of its result."""
+    """Sum, sum of magnitudes and first three elements: what the original tells of its result."""
     x = x.double().flatten()
     return [float(x.sum()), float(x.abs().sum()), *x[:3].tolist()]
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_every_decision_every_call_and_the_result_are_the_references(name):
+def test_every_decision_every_call_and_the_result_are_the_originals(name):
     case = CASES[name]
     trace = follow(case)
     assert trace.dec == case["dec"]
@@ -276,8 +276,8 @@ WITH_COLUMNS = [name for name, case in COMPACT_CASES.items() if "col" in case]
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_COLUMNS if not name.startswith("cd/")])
-def test_estimates_and_thresholds_are_the_references(name):
-    """The reference's error is read after the evaluation, so it is 0 where a failed test has just reset it."""
+def test_estimates_and_thresholds_are_the_originals(name):
+    """The original's error is read after the evaluation, so it is 0 where a failed test has just reset it."""
     case = COMPACT_CASES[name]
     columns, default = case["col"], {"ucache": 1.0, "easycache": 0.2}[case["mode"]]
     fixed = default if case["p"]["threshold"] == "inf" else case["p"]["threshold"]
@@ -299,7 +299,7 @@ def test_estimates_and_thresholds_are_the_references(name):
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_COLUMNS if name.startswith("cd/")])
-def test_the_relative_changes_of_skipped_evaluations_are_the_references(name):
+def test_the_relative_changes_of_skipped_evaluations_are_the_originals(name):
     """It keeps their sum. Fn and Bn only scale the threshold: by 1.00 at F8B0, by 0.5 at F8B20, which is the least."""
     case = COMPACT_CASES[name]
     events = [event for event in follow(dual_block(case)).reports[0].events if event.branch == "cond"]
@@ -320,7 +320,7 @@ def test_the_relative_changes_of_skipped_evaluations_are_the_references(name):
     ],
 )
 def test_warm_up_limits_mask_and_policy_act(option, dec):
-    """Different on purpose: in the reference all of them leave the decisions as they are."""
+    """Different on purpose: in the original all of them leave the decisions as they are."""
     case = CASES["cd/opt/max_cached_0"]
     assert case["dec"] == CASES["cd/opt/warmup_1000"]["dec"] == CASES["cd/opt/mask_all_cacheable_static"]["dec"]
     assert re.fullmatch(dec, follow(case, method_of(case, **option)).dec)
@@ -328,7 +328,7 @@ def test_warm_up_limits_mask_and_policy_act(option, dec):
 
 
 def test_what_is_not_finite_is_not_reused():
-    """Different on purpose: the reference adds the NaN of evaluation 9 to the input of evaluation 10."""
+    """Different on purpose: the original adds the NaN of evaluation 9 to the input of evaluation 10."""
     case = CASES["cd/opt/nan_at_9"]
     assert case["dec"][8:12] == "SCSC"
     trace = follow(case)
@@ -338,7 +338,7 @@ def test_what_is_not_finite_is_not_reused():
 
 @pytest.mark.parametrize("name", NEGATIVE)
 def test_a_negative_number_of_blocks_is_refused(name):
-    """Different on purpose: the reference takes it for 0."""
+    """Different on purpose: the original takes it for 0."""
     with pytest.raises(OptionError, match=NEGATIVE[name]):
         method_of(CASES[name])
 
@@ -380,8 +380,8 @@ def test_an_error_that_equals_the_threshold_is_computed(name, at):
     assert [follow(changed).dec[at] for changed in (equal, above)] == ["C", "S"]
 
 
-def test_a_branch_that_was_absent_is_computed_not_served_from_its_old_memory():
-    """Different on purpose: the reference serves uncond at step 12 from step 6, past cond's computations at 8 and 11.
+def test_a_branch_that_was_absent_is_computed_not_served_from_its_old_cache():
+    """Different on purpose: the original serves uncond at step 12 from step 6, past cond's computations at 8 and 11.
 
     A residual from another part of the run is no prediction. From there on the two trajectories differ.
     """
@@ -393,13 +393,13 @@ def test_a_branch_that_was_absent_is_computed_not_served_from_its_old_memory():
     assert case["dec_un"][12 - gap] == "S"
     assert trace.dec_un == "CCCCCCCSCSCSSSCC"
     back = next(e for e in trace.reports[0].events if e.position.step == 12 and e.branch == "uncond")
-    assert (back.computed, back.reason) == (True, "no memory yet")
+    assert (back.computed, back.reason) == (True, "no cache yet")
 
 
-def test_the_report_blames_missing_memory_only_where_memory_is_missing():
+def test_the_report_blames_missing_cache_only_where_cache_is_missing():
     """Branches in separate calls: where cond is computed because its test failed, that is why uncond is, too."""
     trace = follow(CASES["uc/x/uncond_gap_stale"])
-    without = [e.position.step for e in trace.reports[0].events if e.branch == "uncond" and e.reason == "no memory yet"]
+    without = [e.position.step for e in trace.reports[0].events if e.branch == "uncond" and e.reason == "no cache yet"]
     assert without == [12]
 
 
@@ -410,8 +410,8 @@ def test_the_report_blames_missing_memory_only_where_memory_is_missing():
         ("ec/x/resize_mid_run", "CCCCCCCCCCSSCSSCSSCS", "CCSSCSSCSSCSSCSSCSSCSSCSSCSSCC"),
     ],
 )
-def test_a_size_change_begins_with_a_clean_memory(name, before, after):
-    """Different on purpose: the reference compares the first elements of the two sizes and keeps its error and rate.
+def test_a_size_change_begins_with_a_clean_cache(name, before, after):
+    """Different on purpose: the original compares the first elements of the two sizes and keeps its error and rate.
 
     Here the first two evaluations at the new size are computed, as at the beginning of any run: nothing is remembered,
     and no rate is known. The run and its steps go on, because it was announced.
@@ -423,17 +423,17 @@ def test_a_size_change_begins_with_a_clean_memory(name, before, after):
     assert case["dec"][change:] != after
     [report] = trace.reports
     assert report.run == 0
-    assert report.fates("cond") == before + after
+    assert report.decisions("cond") == before + after
     cond = [event for event in report.events if event.branch == "cond"]
     assert [event.position.step for event in cond] == list(range(n))
-    assert cond[change].reason == "no memory yet"
+    assert cond[change].reason == "no cache yet"
     assert (cond[change + 1].reason, cond[change + 1].estimate) == ("criterion", None)
     assert report.scheduled_steps == report.steps == report.evaluations == n
-    assert any("the memory was dropped" in note for note in report.notes)
+    assert any("the cache was dropped" in note for note in report.notes)
 
 
 def test_a_branch_of_another_size_gets_the_models_own_answer():
-    """Different on purpose: where cond is skipped, the reference answers an uncond of another size with no elements."""
+    """Different on purpose: where cond is skipped, the original answers an uncond of another size with no elements."""
     model = MODELS["compvis"]()
     sigmas, calls = schedule("karras20", model), []
     bare = Denoiser(model, calls)
@@ -463,7 +463,7 @@ def test_a_branch_of_another_size_gets_the_models_own_answer():
     ],
 )
 def test_both_evaluations_of_a_step_are_cached_by_default(name, ours, calls):
-    """Different on purpose: the reference never serves the first evaluation of a Heun, DPM2 or DPM++ 2S step.
+    """Different on purpose: the original never serves the first evaluation of a Heun, DPM2 or DPM++ 2S step.
 
     So it computes at least half of all evaluations. `evaluations="second"` is its rule and gives its decisions.
 
@@ -484,7 +484,7 @@ def test_the_published_rule_skips_second_evaluations_only():
 
 
 def test_ucache_is_accepted_whatever_the_family_of_the_model():
-    """Different on purpose: told that the model is not a U-Net, the reference refuses UCache and computes everything.
+    """Different on purpose: told that the model is not a U-Net, the original refuses UCache and computes everything.
 
     The rule looks at inputs and outputs only, and a wrapper cannot know what is inside. Which is better for a model is
     for docs/measurements.md to say.
@@ -496,7 +496,7 @@ def test_ucache_is_accepted_whatever_the_family_of_the_model():
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_meant_is_refused_by_name_and_value(name):
-    """Different on purpose: the reference runs with a negative or NaN threshold, and drops the cache for a bad window.
+    """Different on purpose: the original runs with a negative or NaN threshold, and drops the cache for a bad window.
 
     In all of these it computes everything, which is not what a user who chose a method asked for.
     """
@@ -508,7 +508,7 @@ def test_what_cannot_be_meant_is_refused_by_name_and_value(name):
 
 
 def test_a_branch_swapped_after_the_reference_was_chosen_is_computed_and_said_aloud():
-    """The decisions are the reference's, which says nothing: from the swap on it computes everything."""
+    """The decisions are the original's, which says nothing: from the swap on it computes everything."""
     case = CASES["ec/x/cond_object_swapped_after_anchor"]
     with pytest.warns(UserWarning, match="branch 'swapped' is evaluated before the reference 'cond'"):
         trace = follow(case)
@@ -533,10 +533,10 @@ def test_with_reset_0_and_decay_1_skipping_returns_only_when_the_threshold_rises
 
 def test_a_third_branch_follows_the_reference():
     for name in ("uc/x/img_uncond_third_condition", "ec/x/img_uncond_third_condition"):
-        assert follow(CASES[name]).fates("image") == CASES[name]["dec"]
+        assert follow(CASES[name]).decisions("image") == CASES[name]["dec"]
 
 
-def test_a_window_in_steps_covers_the_references_steps():
+def test_a_window_in_steps_covers_the_originals_steps():
     """Rows are [steps, start, end, first active step, first step after]; shares times steps is a float32 product."""
     for steps, start, end, first, after in TABLES["ucache_window"]:
         sigmas = tuple(float(steps - i) for i in range(steps + 1))
@@ -546,7 +546,7 @@ def test_a_window_in_steps_covers_the_references_steps():
 
 
 @pytest.mark.parametrize("key", TABLES["easycache_active"])
-def test_a_window_of_the_training_timetable_covers_the_references_steps(key):
+def test_a_window_of_the_training_timetable_covers_the_originals_steps(key):
     place, _, shares = key.partition("/")
     sched, _, den = place.partition("@")
     start, end = map(float, shares.split("-"))
@@ -566,7 +566,7 @@ class Probe(Gate):
 
 
 @pytest.mark.parametrize("den", TABLES["percent_to_sigma"])
-def test_a_share_of_the_training_timetable_is_the_references_sigma(den):
+def test_a_share_of_the_training_timetable_is_the_originals_sigma(den):
     """The largest float32 stands for infinity there. Shares outside 0 to 1, which it clamps, are refused here."""
     probe = Probe()
     case = {"den": den, "sched": "flow50", "sampler": "euler", "loop": "open", "cfg": 3, "scenario": {"uncond": 0}}
@@ -588,7 +588,7 @@ def test_the_threshold_follows_how_many_evaluations_were_computed(steps, factors
     """`factors[k]` after k computed evaluations of a run of n steps, one evaluation each, of which all are computed.
 
     To reach k = n, the walk goes back up once, to the second step, as a Restart interval does. Where a step has two
-    evaluations, the reference's rule sees one of them, and n stays the number of steps; test_rules has the rest.
+    evaluations, the original's rule sees one of them, and n stays the number of steps; test_rules has the rest.
     """
 
     def thresholds(**window: float) -> list[float]:
@@ -614,7 +614,7 @@ def test_the_threshold_follows_how_many_evaluations_were_computed(steps, factors
 
 
 def test_large_latents_are_summed_without_drift():
-    """Different on purpose: the reference adds up one by one in float32 and is 0.65 % off at 4.8 million elements."""
+    """Different on purpose: the original adds up one by one in float32 and is 0.65 % off at 4.8 million elements."""
     elements, _, _, off = next(row for row in TABLES["float32_sequential_mean_abs"] if row[0] == 4838400)
     assert off == -0.00652272592
     x = torch.linspace(-1.6, 1.6, elements)

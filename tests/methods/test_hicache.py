@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import SIX, Toy, cached, drive, fates, heun, level
+from toys import SIX, Toy, cached, decisions, drive, heun, level
 
 from stepcache import HiCache, Method, OptionError, method
 from stepcache.extend import TaylorSeer
@@ -26,7 +26,7 @@ def test_hicache_computes_its_warm_up_and_then_one_of_an_interval():
     ]:
         model = cached(Toy(), chosen, sigmas=TWELVE)
         drive(model, TWELVE[:-1], 1.0)
-        assert fates(model) == expected
+        assert decisions(model) == expected
 
 
 def test_a_run_by_hand():
@@ -39,7 +39,7 @@ def test_of_a_step_with_two_evaluations_the_second_is_computed():
     model = cached(Toy(), HiCache(interval=2))
     with model.run(SIX, stages=2):
         drive(model, heun(SIX), 1.0)
-    assert fates(model) == "CCCC" + "SC" * 3 + "S"
+    assert decisions(model) == "CCCC" + "SC" * 3 + "S"
 
 
 def test_options_come_as_text_and_under_the_names_of_the_source():
@@ -82,16 +82,16 @@ def test_decisions_and_predictions_are_those_of_hicache_pp(interval, warmup, ord
     outputs, steps = torch.randn(20, 2, 3, 4, 4), 20
     model = cached(lambda x, at: outputs[steps - int(at[0])], HiCache(interval, order, sigma, warmup))
     state = theirs.hicache_init(steps, interval, order, warmup, sigma=sigma)
-    decisions = ""
+    expected_decisions = ""
     with model.run(range(steps, -1, -1)):
         for i in range(steps):
             state["step"] = i
             full = theirs.hicache_decide(state) == "full"
-            decisions += "C" if full else "S"
+            expected_decisions += "C" if full else "S"
             if full:
                 theirs.hicache_update_derivatives(state, outputs[i])
             expected = outputs[i] if full else theirs.hicache_forecast(state)
             answer = model(torch.randn(2, 3, 4, 4), level(steps - i, rows=2))
             torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
-    assert fates(model) == decisions
-    assert "S" in decisions
+    assert decisions(model) == expected_decisions
+    assert "S" in expected_decisions

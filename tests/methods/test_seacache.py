@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from toys import SIX, cached, drive, fates, level
+from toys import SIX, cached, decisions, drive, level
 
 from stepcache import METHODS, Method, OptionError, method
 from stepcache.methods.seacache import SeaCache, SeaCacheRule, wiener
@@ -45,14 +45,14 @@ def test_the_change_accumulates_from_evaluation_to_evaluation():
     drive(model, SIX[:-1], xs)
     estimates = [event.estimate for event in model.report.events]
     # computed, 0.1, 0.2, 0.3 (computed, then from 0), 0.1, the last step
-    assert fates(model) == "CSSCSC"
+    assert decisions(model) == "CSSCSC"
     assert estimates[1:5] == pytest.approx([0.1, 0.2, 0.3, 0.1], rel=1e-4)
 
 
 def test_a_step_that_had_to_be_computed_begins_the_sum_again():
     model = cached(lambda x, sigma: 2 * x, SeaCache(0.25, power=0, mask="100100"), sigmas=SIX)
     drive(model, SIX[:-1], [1.1**k for k in range(6)])
-    assert fates(model) == "CSSCSC"
+    assert decisions(model) == "CSSCSC"
     assert model.report.events[4].estimate == pytest.approx(0.1, rel=1e-4)
 
 

@@ -28,7 +28,7 @@ SAMPLERS = {"euler": "euler", "heun": "heun", "dpm2": "dpm_2", "dpmpp2m": "dpmpp
 
 
 def follow(case: dict[str, Any]) -> tuple[CachedDenoiser, list[Tensor], list[str], Tensor]:
-    """Runs a case of the reference; also what was returned at every evaluation, and the network's calls."""
+    """Runs a case of the original; also what was returned at every evaluation, and the network's calls."""
     model, calls, returned = MODELS[case["den"]](), [], []
     sigmas = schedule(case["sched"], model)
     network = Denoiser(model, calls)
@@ -52,11 +52,11 @@ def follow(case: dict[str, Any]) -> tuple[CachedDenoiser, list[Tensor], list[str
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED and "lam_0" not in name])
-def test_every_decision_and_every_prediction_of_spectrum_are_the_references(name):
-    """Around guidance, as there. With two evaluations a step the reference stops at half the share that it is told."""
+def test_every_decision_and_every_prediction_of_spectrum_are_the_originals(name):
+    """Around guidance, as there. With two evaluations a step the original stops at half the share that it is told."""
     case = CASES[name]
     cache, returned, calls, x = follow(case)
-    assert cache.report.fates("guided") == case["dec"]
+    assert cache.report.decisions("guided") == case["dec"]
     assert len(calls) == case["n_model"]
     sizes, firsts = case["col"]["oa"], case["col"]["o0"]
     assert [float(one.abs().sum()) for one in returned] == pytest.approx(sizes, rel=1e-4)
@@ -66,21 +66,21 @@ def test_every_decision_and_every_prediction_of_spectrum_are_the_references(name
 
 
 @pytest.mark.parametrize("name", ["sp/karras20/lam_0", "sp/flow50/lam_0"])
-def test_without_a_ridge_the_references_predictions_are_those_of_its_rounding(name):
+def test_without_a_ridge_the_originals_predictions_are_those_of_its_rounding(name):
     """Different on purpose: X'X of four neighbouring evaluations is singular in float32.
 
-    The reference then adds 1e-4 of the mean diagonal, or not, as its Cholesky factorization happens to end.
+    The original then adds 1e-4 of the mean diagonal, or not, as its Cholesky factorization happens to end.
     """
     case = CASES[name]
     cache, returned, _, _ = follow(case)
-    assert cache.report.fates("guided") == case["dec"]
+    assert cache.report.decisions("guided") == case["dec"]
     assert [float(one.abs().sum()) for one in returned[:4]] == pytest.approx(case["col"]["oa"][:4], rel=1e-5)
     assert float(returned[4].abs().sum()) != pytest.approx(case["col"]["oa"][4], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_spectrum_refuses_a_window_that_cannot_be_meant(name):
-    """Different on purpose: the reference computes everything until such a window has grown to 2."""
+    """Different on purpose: the original computes everything until such a window has grown to 2."""
     assert "S" not in CASES[name]["dec"][:8]
     with pytest.raises(OptionError, match=r"^window_size=-?\d: accepted is a number from 1 to 1000$"):
         Spectrum(**CASES[name]["p"])
@@ -95,7 +95,7 @@ def cadence(gate: SpectrumCadence, run: RunInfo, evaluations: int) -> str:
     return letters
 
 
-def test_spectrums_cadence_is_the_references():
+def test_spectrums_cadence_is_the_originals():
     """Rows are [steps, window, flex, warm-up, letters], all with stop = 0.9."""
     for steps, window, flex, warmup, letters in SPECTRUM["tables"]["cadence"]:
         gate = SpectrumCadence(window, flex, warmup, 0.9)

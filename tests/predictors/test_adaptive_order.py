@@ -25,7 +25,7 @@ def predict(
     noise: float | None = None,
 ) -> float:
     """The output predicted at sigma for an input x, from computed evaluations (sigma, x, out), oldest first."""
-    run, history = run or RunInfo(), deque(maxlen=predictor.memory)
+    run, history = run or RunInfo(), deque(maxlen=predictor.history_size)
     level = None if noise is None else torch.tensor([noise], dtype=torch.float64)
 
     def branch(index: int, sigma: float, x: float) -> Branch:
@@ -203,6 +203,6 @@ def test_options_are_checked_by_name():
             AdaptiveOrder(**bad)
 
 
-def test_the_memory_is_order_plus_one_evaluations():
-    assert [AdaptiveOrder(order).memory for order in (0, 1, 2)] == [1, 2, 3]
+def test_the_cache_is_order_plus_one_evaluations():
+    assert [AdaptiveOrder(order).history_size for order in (0, 1, 2)] == [1, 2, 3]
     assert isinstance(Forecast().predictor, AdaptiveOrder)

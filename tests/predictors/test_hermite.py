@@ -49,4 +49,4 @@ def test_hermite_of_the_residual_carries_what_is_new_in_the_input():
 
 
 def test_hermite_keeps_one_evaluation_more_than_its_order():
-    assert [Hermite(m).memory for m in (0, 1, 3)] == [1, 2, 4]
+    assert [Hermite(m).history_size for m in (0, 1, 3)] == [1, 2, 4]

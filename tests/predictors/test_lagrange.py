@@ -8,7 +8,7 @@ import pytest
 import torch
 from predictions import number, predict, walk
 from torch import Tensor
-from toys import cached, drive, fates, heun
+from toys import cached, decisions, drive, heun
 
 from stepcache import Method
 from stepcache.extend import (
@@ -90,5 +90,5 @@ def test_lagrange_knows_all_of_its_order_under_heun():
     model = cached(lambda x, sigma: x * sigma.log2().reshape(-1, 1, 1, 1) ** 2, method)
     with model.run((*octaves, 0.0), stages=2):
         answers = drive(model, heun((*octaves, 0.0)), 1.0)
-    assert fates(model) == "C" * 10 + "SSS"
+    assert decisions(model) == "C" * 10 + "SSS"
     assert answers[10:] == pytest.approx([1, 0, 0], abs=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from predictions import number, predict, smooth, walk
 from torch import Tensor
-from toys import SIX, Toy, cached, fates, level, reasons
+from toys import SIX, Toy, cached, decisions, level, reasons
 
 from stepcache import Method, OptionError, Spectrum, Static, StepMask, UCache
 from stepcache.extend import (
@@ -98,7 +98,7 @@ def test_a_prediction_leaves_what_it_is_made_from_alone(predictor):
         (DMD(), 6),
     ],
 )
-def test_the_memory_is_bounded(predictor, evaluations):
+def test_the_cache_is_bounded(predictor, evaluations):
     kept = []
     model = cached(Toy(), Method(predictor=predictor, warmup=20), sigmas=range(21, -1, -1))
     for i in range(20):
@@ -109,7 +109,7 @@ def test_the_memory_is_bounded(predictor, evaluations):
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_a_network_that_answered_nan_is_computed_until_that_is_forgotten(predictor):
-    """Evaluation 12 answers NaN: nothing is predicted from it, and skipping returns once it has left the memory."""
+    """Evaluation 12 answers NaN: nothing is predicted from it, and skipping returns once it has left the history."""
     digits = "1" * 13 + "0" * 17
 
     def network(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
@@ -118,20 +118,20 @@ def test_a_network_that_answered_nan_is_computed_until_that_is_forgotten(predict
     model = cached(network, Static(digits, predictor=predictor), sigmas=range(30, -1, -1))
     answers = [model(torch.linspace(1, 2, 4).reshape(1, 1, 2, 2), level(30 - i)) for i in range(30)]
     assert [i for i, answer in enumerate(answers) if not answer.isfinite().all()] == [12]
-    waits = predictor.order + 1 if isinstance(predictor, DMD) else predictor.memory  # DMD falls back to its series
-    assert fates(model) == "C" * (13 + waits) + "S" * (17 - waits)
+    waits = predictor.order + 1 if isinstance(predictor, DMD) else predictor.history_size  # its series remains
+    assert decisions(model) == "C" * (13 + waits) + "S" * (17 - waits)
     assert reasons(model)[13 : 13 + waits] == ["prediction not finite"] * waits
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
-def test_another_shape_begins_with_an_empty_memory(predictor):
+def test_another_shape_begins_with_an_empty_cache(predictor):
     model = cached(Toy(), Method(predictor=predictor), sigmas=SIX)
     with model.run(SIX):
         for i, sigma in enumerate(SIX[:-1]):
             size = 2 if i < 4 else 3
             model(torch.ones(1, 1, size, size), level(sigma))
-    assert fates(model)[4] == "C"
-    assert reasons(model)[4] == "no memory yet"
+    assert decisions(model)[4] == "C"
+    assert reasons(model)[4] == "no cache yet"
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
@@ -143,12 +143,12 @@ def test_every_predictor_goes_with_every_method(predictor):
         with model.run(sigmas):
             answers = [model(torch.full((2, 1, 4, 4), 1 + float(s)), s.repeat(2)) for s in sigmas[:-1]]
         assert all(answer.isfinite().all() for answer in answers)
-        assert "S" in fates(model)
+        assert "S" in decisions(model)
 
 
 def test_a_weighted_predictor_of_ones_own_is_one_method():
     class Mean(LinearPredictor):
-        memory = 2
+        history_size = 2
         baseline = "zero"
 
         def weights(self, branch):
@@ -223,7 +223,7 @@ def test_lagrange_in_t_reproduces_a_velocity_that_is_a_parabola_in_t():
     x = torch.zeros(1, 1, 2, 2)
     with model.run([t / (1 - t) for t in times] + [0.0]):
         answers = [model(x, level(t / (1 - t))) for t in times]
-    assert fates(model) == "CCCS"
+    assert decisions(model) == "CCCS"
     torch.testing.assert_close(answers[3], network(x, level(0.25)), rtol=1e-5, atol=1e-7)
 
 

@@ -22,7 +22,7 @@ from comfyui_situations import run
 from stepcache import OptionError, StepMask
 from stepcache.cli import main
 from stepcache.samplers import comfyui
-from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, OWN, cache_of, chosen_method, patched
+from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, UNSET, cache_of, chosen_method, patched
 
 SKIPS = ["all", "uncond"]
 
@@ -73,14 +73,14 @@ def test_the_run_is_in_the_log_in_one_line(host: Double, caplog: Any) -> None:
 
 
 def test_the_fields_make_the_method() -> None:
-    made = chosen_method("ucache", 0.5, 0.1, OWN, "fast", "static", "reset=0\nwarmup=2,\n")
+    made = chosen_method("ucache", 0.5, 0.1, UNSET, "fast", "static", "reset=0\nwarmup=2,\n")
     assert (made.criterion.threshold, made.criterion.reset, made.start, made.end) == (0.5, False, 0.1, 0.95)
     assert (made.mask.mask, made.mask.policy, made.warmup) == ("fast", "static", 2)
-    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic").gates[1].n == 3
-    assert chosen_method("forecast", 3, OWN, OWN, "none", "dynamic", "interval=4").gates[1].n == 4
-    assert chosen_method("dbcache", 0.2, OWN, OWN, "none", "dynamic").criterion.threshold == 0.2
-    assert chosen_method("static", OWN, OWN, OWN, "none", "dynamic", "mask=110").mask.mask == (1, 1, 0)
-    rest = OWN, OWN, OWN, "none", "dynamic"
+    assert chosen_method("forecast", 3, UNSET, UNSET, "none", "dynamic").gates[1].n == 3
+    assert chosen_method("forecast", 3, UNSET, UNSET, "none", "dynamic", "interval=4").gates[1].n == 4
+    assert chosen_method("dbcache", 0.2, UNSET, UNSET, "none", "dynamic").criterion.threshold == 0.2
+    assert chosen_method("static", UNSET, UNSET, UNSET, "none", "dynamic", "mask=110").mask.mask == (1, 1, 0)
+    rest = UNSET, UNSET, UNSET, "none", "dynamic"
     assert [chosen_method("forecast", *rest, text, skip).skip for text in ("", "skip=uncond") for skip in SKIPS] == [
         "all",
         "uncond",
@@ -111,17 +111,23 @@ def test_with_skip_uncond_the_node_runs_the_positive_prompt_alone(host: Double) 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (("forecast", 2.5, OWN, OWN, "none", "dynamic"), "number=2.5: forecast's interval is a whole number"),
         (
-            ("forecast", 0, OWN, OWN, "none", "dynamic"),
+            ("forecast", 2.5, UNSET, UNSET, "none", "dynamic"),
+            "number=2.5: forecast's interval is a whole number",
+        ),
+        (
+            ("forecast", 0, UNSET, UNSET, "none", "dynamic"),
             "^number=0 sets forecast's interval: interval=0: accepted is a whole number of at least 1",
         ),
         (("forecast", 0, 0.9, 0.2, "none", "dynamic"), "^start=0.9, end=0.2: the window is empty"),
-        (("magcache", 0.1, OWN, OWN, "none", "dynamic"), "^ratios='': MagCache needs the ratios"),
-        (("static", OWN, OWN, OWN, "none", "dynamic"), "static needs a mask"),
-        (("static", 3, OWN, OWN, "fast", "dynamic"), "number=3: static has none"),
-        (("ucache", OWN, 0.9, 0.2, "none", "dynamic"), "the window is empty"),
-        (("ucache", OWN, OWN, OWN, "none", "dynamic", "treshold=1"), "Did you mean 'threshold'"),
+        (("magcache", 0.1, UNSET, UNSET, "none", "dynamic"), "^ratios='': MagCache needs the ratios"),
+        (("static", UNSET, UNSET, UNSET, "none", "dynamic"), "static needs a mask"),
+        (("static", 3, UNSET, UNSET, "fast", "dynamic"), "number=3: static has none"),
+        (("ucache", UNSET, 0.9, 0.2, "none", "dynamic"), "the window is empty"),
+        (
+            ("ucache", UNSET, UNSET, UNSET, "none", "dynamic", "treshold=1"),
+            "Did you mean 'threshold'",
+        ),
     ],
 )
 def test_wrong_fields_are_named(given: tuple, sentence: str) -> None:
@@ -150,7 +156,7 @@ def test_with_an_ultra_static_mask_nothing_but_its_ones_is_computed(host: Double
     (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **given)
     run(host, model)
     mask = StepMask.preset("ultra", 10).mask
-    assert cache_of(model).report.fates("cond") == "".join("C" if one else "S" for one in mask)
+    assert cache_of(model).report.decisions("cond") == "".join("C" if one else "S" for one in mask)
 
 
 def test_a_run_of_four_steps_is_computed_and_the_log_says_why(host: Double, caplog: Any) -> None:
@@ -171,8 +177,8 @@ def test_comfyuis_own_cache_on_the_same_model_is_warned_of(host: Double, caplog:
 
     before = host.model()
     before.add_wrapper_with_key("outer_sample", key, other)
-    before = patched(before, chosen_method("forecast", OWN, OWN, OWN, "none", "dynamic"))
-    behind = patched(host.model(), chosen_method("forecast", OWN, OWN, OWN, "none", "dynamic"))
+    before = patched(before, chosen_method("forecast", UNSET, UNSET, UNSET, "none", "dynamic"))
+    behind = patched(host.model(), chosen_method("forecast", UNSET, UNSET, UNSET, "none", "dynamic"))
     behind.add_wrapper_with_key("outer_sample", key, other)
     name = {"easycache": "EasyCache", "lazycache": "LazyCache"}[key]
     for model in (before, behind):
@@ -182,12 +188,12 @@ def test_comfyuis_own_cache_on_the_same_model_is_warned_of(host: Double, caplog:
         assert record.message.startswith(f"StepCache: {name} is on this model too")
         assert name in str(cache_of(model).report.notes)
     caplog.clear()
-    run(host, patched(before, chosen_method("none", OWN, OWN, OWN, "none", "dynamic")))
+    run(host, patched(before, chosen_method("none", UNSET, UNSET, UNSET, "none", "dynamic")))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_teacache_is_recognised_by_its_option(host: Double) -> None:
-    model = patched(host.model(), chosen_method("forecast", OWN, OWN, OWN, "none", "dynamic"))
+    model = patched(host.model(), chosen_method("forecast", UNSET, UNSET, UNSET, "none", "dynamic"))
     model.model_options["transformer_options"]["rel_l1_thresh"] = 0.4
     run(host, model)
     assert "TeaCache is on this model too" in str(cache_of(model).report.notes)
@@ -223,9 +229,9 @@ def test_apply_first_block_caches_inputs_are_kept(host: Double) -> None:
     given = {**defaults("StepCacheFirstBlock"), "residual_diff_threshold": 0.5, "max_consecutive_cache_hits": 1}
     (model,) = node.patch(host.model(), **given)
     run(host, model)
-    fates = cache_of(model).report.fates("cond")
-    assert "S" in fates
-    assert "SS" not in fates
+    decisions = cache_of(model).report.decisions("cond")
+    assert "S" in decisions
+    assert "SS" not in decisions
     (off,) = node.patch(host.model(), **defaults("StepCacheFirstBlock"))
     run(host, off)
     assert cache_of(off).report.skipped == 0

@@ -20,7 +20,7 @@ from stepcache import EasyCache, Forecast, Off, OptionError, Static, StepMask, U
 from stepcache.bench import METRICS
 from stepcache.demo import pipelines, sampling
 from stepcache.extend import Engine
-from stepcache.samplers.diffusers import SLOT, StepCacheCallback, attach, plan, training_sigma
+from stepcache.samplers.diffusers import SLOT, StepCacheCallback, attach, places, training_sigma
 
 MASK = StepMask("fast", "static")
 
@@ -98,7 +98,7 @@ def test_never_skipping_is_bit_identical_and_a_static_mask_skips_exactly_the_nam
     assert after_calls == calls
 
 
-def test_two_experts_have_a_memory_each_and_the_switch_computes():
+def test_two_experts_have_a_cache_each_and_the_switch_computes():
     tiny = PIPELINES["wan-2.2"]
     pipe = tiny.build()
     counted = Counted(pipe, tiny.denoisers)
@@ -139,8 +139,8 @@ def test_the_callback_alone_attaches_after_the_first_step_and_leaves_at_the_last
     cache = StepCacheCallback(Static(MASK))
     cached, calls = counted.of(lambda: image(pipe, tiny, callback_on_step_end=cache))
     assert SLOT not in pipe.unet.__dict__
-    assert calls == cache.report.fates("cond").count("C")
-    assert len(cache.report.fates("cond")) == 6
+    assert calls == cache.report.decisions("cond").count("C")
+    assert len(cache.report.decisions("cond")) == 6
     with attach(pipe, Static([1, 1, *MASK.for_steps(6)[2:]])):
         expected = image(pipe, tiny)
     assert torch.equal(cached, expected)
@@ -302,7 +302,7 @@ def test_schedulers_with_two_calls_a_step_are_counted_in_steps(scheduler, places
 
     made = getattr(diffusers, f"{scheduler}Scheduler")()
     made.set_timesteps(4)
-    found = plan(made)
+    found = places(made)
     assert [place[1:] for place in found] == places
     sigmas = [sigma for sigma, _, _ in found]
     assert sigmas == sorted(sigmas, reverse=True)
@@ -315,8 +315,8 @@ def test_pndm_has_one_step_of_two_calls_or_three_of_four():
     plms, prk = PNDMScheduler(skip_prk_steps=True), PNDMScheduler(skip_prk_steps=False)
     for scheduler in (plms, prk):
         scheduler.set_timesteps(8)
-    assert [place[1:] for place in plan(plms)] == [(0, 0), (0, 1), *((i, 0) for i in range(1, 8))]
-    assert [place[1:] for place in plan(prk)] == [(i, s) for i in range(3) for s in range(4)] + [
+    assert [place[1:] for place in places(plms)] == [(0, 0), (0, 1), *((i, 0) for i in range(1, 8))]
+    assert [place[1:] for place in places(prk)] == [(i, s) for i in range(3) for s in range(4)] + [
         (i, 0) for i in range(3, 8)
     ]
 
@@ -327,10 +327,10 @@ def test_sigma_is_the_schedulers_own_or_from_its_alphas():
     ddim = DDIMScheduler()
     ddim.set_timesteps(4)
     alphas = ddim.alphas_cumprod[ddim.timesteps]
-    assert [place[0] for place in plan(ddim)] == pytest.approx(((1 - alphas) / alphas).sqrt().tolist(), rel=1e-5)
+    assert [place[0] for place in places(ddim)] == pytest.approx(((1 - alphas) / alphas).sqrt().tolist(), rel=1e-5)
     flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
     flow.set_timesteps(4)
-    assert [place[0] for place in plan(flow)] == pytest.approx(flow.sigmas[:-1].tolist())
+    assert [place[0] for place in places(flow)] == pytest.approx(flow.sigmas[:-1].tolist())
 
 
 def test_easycache_runs_by_the_schedulers_training_timetable(sd):
@@ -353,7 +353,7 @@ def test_easycache_runs_by_the_schedulers_training_timetable(sd):
     ],
 )
 def test_the_training_timetable_is_the_schedulers(scheduler, config, expected):
-    """The reference's own figures for shares 0.2 and 0.9 (golden tables, flow3 and compvis)."""
+    """The original's own figures for shares 0.2 and 0.9 (golden tables, flow3 and compvis)."""
     import diffusers
 
     sigma = training_sigma(getattr(diffusers, f"{scheduler}Scheduler")(**config))
@@ -384,9 +384,10 @@ def test_the_progress_bar_shows_what_was_skipped(sd):
     pipe.set_progress_bar_config(file=shown, mininterval=0)
     with attach(pipe, Static(MASK)) as cache:
         image(pipe, tiny)
-    fates = cache.report.fates("cond")
+    decisions = cache.report.decisions("cond")
     assert (
-        f"skipped {fates.count('S')}/6" in shown.getvalue() or f"skipped {fates[:5].count('S')}/5" in shown.getvalue()
+        f"skipped {decisions.count('S')}/6" in shown.getvalue()
+        or f"skipped {decisions[:5].count('S')}/5" in shown.getvalue()
     )
     assert "progress_bar" not in pipe.__dict__
     before = len(shown.getvalue())
@@ -401,8 +402,8 @@ def test_decisions_agree_with_the_k_diffusion_adapters_on_the_same_schedule(meth
     """The trained U-Net, Euler on Karras sigmas, through both hosts: the same decisions and the same image."""
     there = sampling.subject("unet").sample("euler", 20, method, range(10))
     here = pipelines.measured("unet").sample("Euler", 20, method, range(10))
-    assert here.report.fates("cond") == there.report.fates("cond")
-    assert here.report.fates("uncond") == there.report.fates("uncond")
+    assert here.report.decisions("cond") == there.report.decisions("cond")
+    assert here.report.decisions("uncond") == there.report.decisions("uncond")
     torch.testing.assert_close(here.images, there.images, rtol=0, atol=1e-4)
 
 

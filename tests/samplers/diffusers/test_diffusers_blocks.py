@@ -59,11 +59,11 @@ def test_half_of_the_evaluations_are_left_after_the_first_block(name):
     for handle in handles:
         handle.remove()
     reference = "cond" if "cond" in report.branches else report.branches[0]
-    fates = report.fates(reference)
-    assert fates == ("CS" * len(fates))[: len(fates)]
+    decisions = report.decisions(reference)
+    assert decisions == ("CS" * len(decisions))[: len(decisions)]
     evaluations = report.evaluations
     separate = calls // evaluations  # calls an evaluation; of these only the reference's is begun where it is skipped
-    computed = fates.count("C")
+    computed = decisions.count("C")
     assert begun[0] == computed * separate + (evaluations - computed)
     assert begun[-1] == (computed * separate if len(begun) > 1 else begun[0])
     assert not torch.equal(first, full)
@@ -113,7 +113,7 @@ def test_the_first_decision_to_skip_is_diffusers_own(threshold):
     pipe = tiny.build()
     with attach(pipe, FBCache(threshold)) as cache:
         run(pipe, tiny)
-    ours = cache.report.fates("cond").index("S")
+    ours = cache.report.decisions("cond").index("S")
     tail, second = [], pipe.transformer.transformer_blocks[1]
     original = second.attn1.forward
 
@@ -135,7 +135,7 @@ def test_the_callback_and_the_guidance_options_go_with_it():
     pipe = tiny.build()
     cache = StepCacheCallback("fbcache", threshold=1e9, max_consecutive_cache_hits=1)
     pipe(**tiny.call(pipe), callback_on_step_end=cache)
-    assert cache.report.fates("cond") == "CCSCSC"
+    assert cache.report.decisions("cond") == "CCSCSC"
     counts, handles = ran(pipe)
     with attach(pipe, ALTERNATE, cfg_diff_compute_separate=True):
         run(pipe, tiny)
@@ -155,7 +155,7 @@ def test_a_configuration_of_cache_dit_goes_to_attach():
     }
     with attach(pipe, **load_config(fields)) as cache:
         run(pipe, tiny)
-    assert cache.report.fates("cond")[:3] == "CCS"
+    assert cache.report.decisions("cond")[:3] == "CCS"
     assert cache.report.method == "dbcache"
 
 
@@ -215,7 +215,7 @@ def test_cache_dit_runs_inside_and_steps_are_skipped_outside(name):
     assert entered[0] == entered[-1] == calls > entered[1] == entered[2]
 
     both, report, entered = trial(DBCache(1, 1, **options, mask="111011", policy="static"))
-    assert report.fates(report.branches[0]) == "CCCSCC"
+    assert report.decisions(report.branches[0]) == "CCCSCC"
     assert entered[0] == calls - separate
     assert entered[1] < entered[0]
     assert "served its calls [2" in report.notes[-1]

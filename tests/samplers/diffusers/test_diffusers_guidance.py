@@ -52,8 +52,8 @@ def test_a_controlnet_is_skipped_with_the_denoiser_and_the_image_is_the_same(nam
     image, some, _ = controlled(name, MASK)
     assert torch.equal(image, expected)
     branch = report.branches[0]
-    assert every == len(report.fates(branch)) == 6
-    assert some == report.fates(branch).count("C") == 4
+    assert every == len(report.decisions(branch)) == 6
+    assert some == report.decisions(branch).count("C") == 4
 
 
 @pytest.mark.parametrize("name", CONTROLLED)
@@ -92,17 +92,17 @@ def test_a_second_run_puts_off_what_it_can_and_draws_the_same():
 
 
 @pytest.mark.parametrize(
-    ("name", "fates"), [("sd-pndm", "CCSCSCC"), ("sd-heun", "CCSCSCSCSCC"), ("sd", "CCSCSC"), ("flux", "CCSCSC")]
+    ("name", "decisions"), [("sd-pndm", "CCSCSCC"), ("sd-heun", "CCSCSCSCSCC"), ("sd", "CCSCSC"), ("flux", "CCSCSC")]
 )
-def test_forecast_computes_every_second_evaluation(name, fates):
+def test_forecast_computes_every_second_evaluation(name, decisions):
     _, report = cached(name, Forecast(min_evaluations=0))
-    assert {report.fates(branch) for branch in report.branches} == {fates}
+    assert {report.decisions(branch) for branch in report.branches} == {decisions}
 
 
 def test_the_branches_have_the_names_that_the_pipeline_gives_them():
     _, report = cached("wan")
     assert tuple(report.branches) == ("cond", "uncond")
-    assert report.fates("cond") == report.fates("uncond") == "CCSCSC"
+    assert report.decisions("cond") == report.decisions("uncond") == "CCSCSC"
 
 
 def test_instruct_pix2pix_has_three_branches():
@@ -149,7 +149,7 @@ def test_every_branch_decides_by_its_own_change_if_asked_to():
     method = UCache(threshold=1.0, start=0.0, end=1.0)
     _, together = cached("wan", method)
     _, apart = cached("wan", method, cfg_diff_compute_separate=True)
-    assert together.fates("cond") == together.fates("uncond")
+    assert together.decisions("cond") == together.decisions("uncond")
     estimates = [{e.branch for e in report.events if e.estimate is not None} for report in (together, apart)]
     assert estimates == [{"cond"}, {"cond", "uncond"}]
 

@@ -207,7 +207,7 @@ def test_a_forward_that_is_left_at_a_block_leaves_the_offloading_whole(sd, offlo
     method = FBCache(1e9, max_consecutive_cache_hits=1)
     with attach(sd.pipe, method) as cache:
         expected, _ = sd.run()
-    assert cache.report.fates("cond") == "CSCSCS"
+    assert cache.report.decisions("cond") == "CSCSCS"
     offload(sd.pipe, tmp_path)
     with attach(sd.pipe, method):
         assert torch.equal(sd.run()[0], expected)
@@ -639,7 +639,7 @@ def test_the_cache_and_a_callback_that_ends_guidance(forwards, name, way):
     host = Host(name, forwards)
     with attach(host.pipe, Static("111001")) as cache:
         expected, _ = host.run(callback_on_step_end=cutoff(name))
-    assert (cache.report.fates("cond"), cache.report.fates("uncond")) == ("CCCSSC", "CCC")
+    assert (cache.report.decisions("cond"), cache.report.decisions("uncond")) == ("CCCSSC", "CCC")
     mine = StepCacheCallback(MASK, also=cutoff(name) if way == "also" else None)
     if way == "also":
         more = {"callback_on_step_end": mine, "callback_on_step_end_tensor_inputs": mine.tensor_inputs}
@@ -649,7 +649,7 @@ def test_the_cache_and_a_callback_that_ends_guidance(forwards, name, way):
     for _ in range(2):
         image, calls = host.run(**more)
         assert calls == 4
-        assert (mine.report.fates("cond"), mine.report.fates("uncond")) == ("CCCSSC", "CCC")
+        assert (mine.report.decisions("cond"), mine.report.decisions("uncond")) == ("CCCSSC", "CCC")
         assert torch.equal(image, expected)
         assert SLOT not in host.pipe.unet.__dict__
     assert host.bare()
@@ -743,7 +743,7 @@ def test_another_cache_inside_works_as_alone_and_both_together_skip_exactly(forw
     with attach(host.pipe, MASK) as cache:
         both, made = host.run()
         assert made == calls // 2
-        assert {cache.report.fates(name) for name in cache.report.branches} == {"CSCSSC"}
+        assert {cache.report.decisions(name) for name in cache.report.branches} == {"CSCSSC"}
         assert torch.isfinite(both).all()
         assert run_equal(host, host.pipe, both, made)
     assert run_equal(host, host.pipe, inner, calls)
@@ -849,12 +849,12 @@ def test_window_and_mask_are_of_the_steps_that_really_run(forwards, name):
     for method in NEVER:
         with attach(pipe, method):
             assert torch.equal(draw()[0], full)
-    for method, fates in [(OPEN_LATE, "CCCSSC"), (MASK, "CSCSSC")]:
+    for method, decisions in [(OPEN_LATE, "CCCSSC"), (MASK, "CSCSSC")]:
         with attach(pipe, method) as cache:
             cached, calls = draw()
             assert torch.equal(draw()[0], cached)
-        assert calls == fates.count("C")
-        assert {cache.report.fates(branch) for branch in cache.report.branches} == {fates}
+        assert calls == decisions.count("C")
+        assert {cache.report.decisions(branch) for branch in cache.report.branches} == {decisions}
         assert {event.position.step for event in cache.report.events} == set(range(6))
         assert cache.report.scheduled_steps == 6
         if method is OPEN_LATE:
@@ -895,7 +895,7 @@ def test_img2img_with_two_calls_a_step_begins_with_a_whole_step(forwards, schedu
     with attach(pipe, Static("1010")) as cache:
         _, calls = host.run(**more)
     assert calls == 4
-    assert cache.report.fates("cond") == "CCSSCCS"
+    assert cache.report.decisions("cond") == "CCSSCCS"
     assert places(cache.report) == [(k // 2, k % 2) for k in range(7)]
     assert cache.report.scheduled_steps == 4
 
@@ -930,7 +930,7 @@ def test_a_refiner_runs_from_where_the_base_stopped(forwards):
     with attach(host.pipe, Static("101")) as cache:
         _, calls = host.run(denoising_start=0.5)
     assert calls == 2
-    assert cache.report.fates("cond") == "CSC"
+    assert cache.report.decisions("cond") == "CSC"
     assert cache.report.scheduled_steps == 3
 
 
@@ -977,12 +977,12 @@ def test_a_mask_is_over_steps_whatever_the_calls_of_a_step(forwards, scheduler, 
         with attach(host.pipe, method) as cache:
             assert run_equal(host, host.pipe, full, calls)
     assert places(cache.report) == expected
-    fates = "".join("C" if step in (0, 2, 5) else "S" for step, _ in expected)
+    decisions = "".join("C" if step in (0, 2, 5) else "S" for step, _ in expected)
     with attach(host.pipe, MASK) as cache:
         cached, made = host.run()
         assert run_equal(host, host.pipe, cached, made)
-    assert made == fates.count("C")
-    assert cache.report.fates("cond") == cache.report.fates("uncond") == fates
+    assert made == decisions.count("C")
+    assert cache.report.decisions("cond") == cache.report.decisions("uncond") == decisions
     assert places(cache.report) == expected
     assert (cache.report.steps, cache.report.scheduled_steps, cache.report.evaluations) == (6, 6, calls)
     assert run_equal(host, host.pipe, full, calls)
@@ -990,7 +990,7 @@ def test_a_mask_is_over_steps_whatever_the_calls_of_a_step(forwards, scheduler, 
     callback = StepCacheCallback(MASK)
     _, made = host.run(callback_on_step_end=callback)
     assert places(callback.report) == expected
-    assert made == callback.report.fates("cond").count("C")
+    assert made == callback.report.decisions("cond").count("C")
     assert SLOT not in getattr(host.pipe, host.tiny.denoisers[0]).__dict__
     assert run_equal(host, host.pipe, full, calls)
 
@@ -1008,7 +1008,7 @@ def test_a_pipeline_that_takes_no_callback_is_cached_by_attaching(forwards, name
     with attach(host.pipe, MASK) as cache:
         assert host.skips()
         assert host.skips()
-    assert cache.report.fates(cache.report.branches[-1]) == "CSCSSC"
+    assert cache.report.decisions(cache.report.branches[-1]) == "CSCSSC"
     assert (cache.report.steps, cache.report.evaluations) == (6, 6)
     with attach(host.pipe, EasyCache(0.0)):
         assert host.bare()
@@ -1056,7 +1056,7 @@ def test_a_modular_pipeline_is_cached_by_attaching(modular):
     assert calls == 3
     assert torch.equal(cached, again)
     assert not torch.equal(cached, full)
-    assert cache.report.fates("call") == "CSCSSC"
+    assert cache.report.decisions("call") == "CSCSSC"
     assert cache.report.scheduled_steps == 6
     assert pipe.__dict__.keys() == before.keys() == copied.__dict__.keys()
     assert SLOT not in pipe.transformer.__dict__

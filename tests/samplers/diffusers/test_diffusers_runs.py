@@ -85,7 +85,7 @@ def test_the_callbacks_report_counts_the_first_step_which_was_computed(sd):
     computed, callback = Computed(pipe.unet), StepCacheCallback(Static("111010"))
     draw(pipe, tiny, callback_on_step_end=callback)
     report = callback.report
-    assert report.fates("cond") == report.fates("uncond") == "CCCSCS"
+    assert report.decisions("cond") == report.decisions("uncond") == "CCCSCS"
     assert report.evaluations == report.steps == 6
     assert report.calls == 2 * computed.count
     assert report.speedup == 6 / 4
@@ -129,19 +129,19 @@ def test_a_copy_of_an_engine_leaves_its_group_and_says_so():
 # What changes within a run.
 
 
-def fates_after(pipe, tiny, act, method=SKIPS, **more) -> tuple[str, list[str]]:
-    """The fates of a run in which something happens after the third step."""
+def decisions_after(pipe, tiny, act, method=SKIPS, **more) -> tuple[str, list[str]]:
+    """The decisions of a run in which something happens after the third step."""
     with attach(pipe, method) as cache:
         draw(pipe, tiny, callback_on_step_end=at_step(2, act), **more)
-    return cache.report.fates("cond" if "cond" in cache.report.branches else "call"), cache.report.notes
+    return cache.report.decisions("cond" if "cond" in cache.report.branches else "call"), cache.report.notes
 
 
 def test_a_prompt_changed_within_a_run_drops_what_was_cached(sd):
     def change(pipe, timestep, kwargs):
         kwargs["prompt_embeds"] = kwargs["prompt_embeds"] + 1
 
-    fates, notes = fates_after(*sd, change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-    assert fates == "CSSCSS"
+    decisions, notes = decisions_after(*sd, change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert decisions == "CSSCSS"
     assert any("prompt" in note and "dropped" in note for note in notes)
 
 
@@ -149,16 +149,16 @@ def test_a_prompt_changed_in_place_drops_what_was_cached(sd):
     def change(pipe, timestep, kwargs):
         kwargs["prompt_embeds"].add_(1)
 
-    fates, _ = fates_after(*sd, change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-    assert fates == "CSSCSS"
+    decisions, _ = decisions_after(*sd, change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert decisions == "CSSCSS"
 
 
 def test_a_prompt_that_is_made_anew_but_is_the_same_does_not(sd):
     def copied(pipe, timestep, kwargs):
         kwargs["prompt_embeds"] = kwargs["prompt_embeds"].clone()
 
-    fates, notes = fates_after(*sd, copied, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-    assert fates == "CSSSSS"
+    decisions, notes = decisions_after(*sd, copied, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert decisions == "CSSSSS"
     assert notes == []
 
 
@@ -167,7 +167,7 @@ def test_weights_changed_within_a_run_drop_what_was_cached(sd):
         with torch.no_grad():
             next(pipe.unet.parameters()).mul_(1.5)
 
-    assert fates_after(*sd, train)[0] == "CSSCSS"
+    assert decisions_after(*sd, train)[0] == "CSSCSS"
 
 
 @pytest.mark.filterwarnings("ignore:.*peft_config")
@@ -184,8 +184,8 @@ def test_a_lora_changed_within_a_run_drops_what_was_cached(sd, change):
         "disable": lambda *_: pipe.unet.disable_adapters(),
         "fuse": lambda *_: pipe.unet.fuse_lora(),
     }
-    assert fates_after(pipe, tiny, acts[change])[0] == "CSSCSS"
-    assert fates_after(pipe, tiny, lambda *_: None)[0] == "CSSSSS"
+    assert decisions_after(pipe, tiny, acts[change])[0] == "CSSCSS"
+    assert decisions_after(pipe, tiny, lambda *_: None)[0] == "CSSSSS"
 
 
 class Adapted(nn.Module):
@@ -213,8 +213,8 @@ class Adapted(nn.Module):
 def test_a_lora_layer_changed_within_a_run_drops_what_was_cached(sd, change):
     pipe, tiny = sd
     pipe.unet.lora, pipe.unet.peft_config = Adapted(), {"a": object()}
-    assert fates_after(pipe, tiny, lambda *_: change(pipe.unet.lora))[0] == "CSSCSS"
-    assert fates_after(pipe, tiny, lambda *_: None)[0] == "CSSSSS"
+    assert decisions_after(pipe, tiny, lambda *_: change(pipe.unet.lora))[0] == "CSSCSS"
+    assert decisions_after(pipe, tiny, lambda *_: None)[0] == "CSSSSS"
 
 
 def test_class_labels_changed_within_a_loop_drop_what_was_cached():
@@ -300,7 +300,7 @@ def test_a_callback_that_calls_the_denoiser_gets_its_own_answer_and_disturbs_not
         with attach(pipe, SKIPS) as cache:
             expected, report = draw(pipe, tiny), cache.report
             found = draw(pipe, tiny, callback_on_step_end=look)
-            assert cache.report.fates("cond") == report.fates("cond")
+            assert cache.report.decisions("cond") == report.decisions("cond")
     else:
         expected = draw(pipe, tiny, callback_on_step_end=StepCacheCallback(SKIPS))
         found = draw(pipe, tiny, callback_on_step_end=StepCacheCallback(SKIPS, also=look))
@@ -326,11 +326,11 @@ def test_a_run_inside_another_ones_callback_leaves_it_its_cache_and_schedule(sd,
         with attach(pipe, SKIPS) as cache:
             draw(pipe, tiny, callback_on_step_end=also)
             report = cache.report
-        assert report.fates("cond") == "CSSSSS"
+        assert report.decisions("cond") == "CSSSSS"
     else:
         cache = StepCacheCallback(SKIPS, also=also)
         draw(pipe, tiny, callback_on_step_end=cache)
-        assert cache.report.fates("cond") == "CCSSSS"
+        assert cache.report.decisions("cond") == "CCSSSS"
     assert torch.equal(inner[1], full)
     assert SLOT not in pipe.unet.__dict__
 
@@ -399,7 +399,7 @@ def test_a_prior_is_placed_on_its_own_scheduler(unclip):
             unclip()
             prior, unet = cache.reports["prior"], cache.reports["unet"]
             assert (prior.scheduled_steps, unet.scheduled_steps) == (8, 6)
-            assert prior.fates("call")[:7] == "CCSSSSS"
+            assert prior.decisions("call")[:7] == "CCSSSSS"
             assert cache.report.scheduled_steps == 6
     assert any("prior_scheduler" in note for note in cache.report.notes)
 
@@ -427,7 +427,7 @@ def test_the_prior_inside_a_combined_pipeline_is_cached(unclip):
     for components in (None, ["prior_prior"]):
         with attach(pipe, SKIPS, components=components) as cache:
             pipe()
-        assert cache.reports["prior_prior"].fates("call") == "CSSSSS"
+        assert cache.reports["prior_prior"].decisions("call") == "CSSSSS"
 
 
 class Looping:
@@ -548,7 +548,7 @@ def test_a_call_whose_arguments_are_not_ordered_by_rows_for_certain_is_not_split
     for table, split in ((torch.ones(2, 3), True), (torch.ones(3, 3), False), ([1.0, 2.0], False)):
         with attach(pipe, Static("100000", skip="uncond")) as cache:
             pipe(table)
-        skipped = cache.report.fates("uncond").count("S")
+        skipped = cache.report.decisions("uncond").count("S")
         assert skipped == (5 if split else 0)
         assert any("in a call of 2 rows" in note for note in cache.report.notes) != split
 

@@ -189,7 +189,7 @@ def test_a_denoised_minus_x_is_never_reused_across_sigmas():
     x = start(10.0)
     first = cached(x, torch.full((2,), 10.0))
     second = cached(x, torch.full((2,), 5.0))
-    assert cached.report.fates("guided") == "CS"
+    assert cached.report.decisions("guided") == "CS"
     torch.testing.assert_close(second, eps_model(Offset())(x, torch.full((2,), 5.0)))
     assert not torch.allclose(second - x, first - x, rtol=0.1)
 
@@ -233,10 +233,10 @@ def test_batched_and_separate_branches_decide_and_answer_alike(method, name):
     )
     images = [run(name, Batched(batched), batched), run(name, Separate(in_turn), in_turn)]
     images.append(run(name, Separate(named), named))
-    fates = batched.report.fates("cond")
-    assert "S" in fates
+    decisions = batched.report.decisions("cond")
+    assert "S" in decisions
     for model in (batched, in_turn, named):
-        assert model.report.fates("cond") == model.report.fates("uncond") == fates
+        assert model.report.decisions("cond") == model.report.decisions("uncond") == decisions
         assert sorted(model.report.branches) == ["cond", "uncond"]
     for image in images[1:]:
         torch.testing.assert_close(image, images[0], rtol=1e-4, atol=1e-4)
@@ -258,7 +258,7 @@ def test_three_branches_in_one_call_follow_the_names_given():
     cached = CachedDenoiser(eps_model(), Static("101"), branches=names, sigmas=[9.0, 4.0, 1.0, 0.0])
     for sigma in (9.0, 4.0, 1.0):
         cached(start(sigma, batch=6), torch.full((6,), sigma))
-    assert [cached.report.fates(name) for name in names] == ["CSC"] * 3
+    assert [cached.report.decisions(name) for name in names] == ["CSC"] * 3
     assert cached.report.calls == 6
 
 
@@ -325,7 +325,7 @@ def test_the_schedule_may_be_given_in_three_ways_with_the_same_result(name, meth
         torch.manual_seed(7)
         assert torch.equal(getattr(sampling, name)(by_constructor, start(), SIGMAS, disable=True), expected)
         for other in (by_run, by_constructor):
-            assert other.report.fates("guided") == by_sample.report.fates("guided")
+            assert other.report.decisions("guided") == by_sample.report.decisions("guided")
             assert other.report.steps == by_sample.report.steps == 12
 
 
@@ -337,8 +337,8 @@ def test_heuns_first_corrector_is_known_with_a_plan_and_recognised_one_evaluatio
     sampling.sample_heun(guessed, start(), SIGMAS, disable=True)
     places = [[(e.position.step, e.position.stage) for e in model.report.events] for model in (planned, guessed)]
     assert places[0] == places[1] == [(i, s) for i in range(12) for s in range(2 if i < 11 else 1)]
-    assert planned.report.fates("guided") == "CCSSCCSSCCSSCCSSCCSSCCC"
-    assert guessed.report.fates("guided") == "CSSSCCSSCCSSCCSSCCSSCCC"
+    assert planned.report.decisions("guided") == "CCSSCCSSCCSSCCSSCCSSCCC"
+    assert guessed.report.decisions("guided") == "CSSSCCSSCCSSCCSSCCSSCCC"
 
 
 @pytest.mark.parametrize("name", ["sample_euler", "sample_heun", "sample_dpm_2"])
@@ -357,7 +357,7 @@ def test_a_restart_schedule_stays_one_run():
     network = Net()
     cached = CachedDenoiser(eps_model(network), Static("10110101"))
     sample("euler", cached, start(10.0), sigmas, disable=True)
-    assert cached.report.fates("guided") == "CSCCSCSC"
+    assert cached.report.decisions("guided") == "CSCCSCSC"
     assert cached.report.steps == 8
     assert len(network.seen) == 5
 
@@ -482,7 +482,7 @@ def test_a_method_is_data_and_one_may_serve_many_models():
     method = Method(mask="fast", name="shared")
     a, b = (CachedDenoiser(eps_model(), method.replace(mask=StepMask("fast", "static"))) for _ in range(2))
     assert torch.equal(run("sample_euler", a, a), run("sample_euler", b, b))
-    assert a.report.fates("guided") == b.report.fates("guided")
+    assert a.report.decisions("guided") == b.report.decisions("guided")
 
 
 def test_a_run_broken_off_by_the_callback_leaves_nothing_for_the_next_one():
@@ -517,8 +517,8 @@ def test_branches_in_turn_stay_right_when_the_last_one_is_left_out():
     )
     images = [run("sample_euler", SometimesUnguided(model), model) for model in (in_turn, named)]
     assert torch.equal(*images)
-    assert in_turn.report.fates("cond") == named.report.fates("cond")
-    assert len(in_turn.report.fates("uncond")) == int((SIGMAS > 1).sum())
+    assert in_turn.report.decisions("cond") == named.report.decisions("cond")
+    assert len(in_turn.report.decisions("uncond")) == int((SIGMAS > 1).sum())
 
 
 def test_a_cached_model_can_be_pickled_and_its_copy_stands_on_its_own():
@@ -539,7 +539,7 @@ def euler(model, x, sigmas, wait=lambda: None):
 
 
 class OffsetOfThread(nn.Module):
-    """As NAMEOF, with a constant of each thread's own: reuse is exact from one's own memory and from no other."""
+    """As NAMEOF, with a constant of each thread's own: reuse is exact from one's own cache and from no other."""
 
     def __init__(self):
         super().__init__()
@@ -549,8 +549,8 @@ class OffsetOfThread(nn.Module):
         return x + self.offsets[threading.get_ident()]
 
 
-def test_threads_that_share_one_wrapper_never_get_each_others_memory():
-    """It costs speed and a warning. Whoever is answered from memory is answered from its own."""
+def test_threads_that_share_one_wrapper_never_get_each_others_cache():
+    """It costs speed and a warning. Whoever is answered from a cache is answered from its own."""
     network = OffsetOfThread()
     shared = CachedDenoiser(eps_model(network), UCache(1e9, start=0.0, max_consecutive=1), sigmas=SIGMAS)
     starts = [start().roll(k, dims=-1) for k in (0, 3, 5)]
@@ -597,7 +597,7 @@ def test_a_skipped_evaluation_has_the_dtype_of_the_computed_ones(latents, answer
     network = lambda x, sigma: (x * 0.5).to(answers)  # noqa: E731
     cached = CachedDenoiser(network, Static("10", skip=skip), sigmas=[4.0, 1.0, 0.0], branches=("uncond", "cond"))
     made = [cached(start(sigma)[:1].repeat(2, 1, 1, 1).to(latents), torch.full((2,), sigma)) for sigma in (4.0, 1.0)]
-    assert cached.report.fates("uncond") == "CS"
+    assert cached.report.decisions("uncond") == "CS"
     assert [one.dtype for one in made] == [answers] * 2
 
 
@@ -613,7 +613,7 @@ def test_gradients_wanted_for_the_conditioning_are_not_cut():
     with torch.no_grad():
         for sigma in (4.0, 1.0):
             cached(start(sigma), torch.full((2,), sigma), cond={"crossattn": [strength]})
-    assert cached.report.fates("guided") == "CS"
+    assert cached.report.decisions("guided") == "CS"
 
 
 def test_a_guidance_wrapper_with_a_name_of_its_own_is_looked_through():
@@ -645,7 +645,7 @@ def test_churn_without_a_plan_is_understood_from_the_callback():
     cached = CachedDenoiser(eps_model(), Static(ALTERNATE), sigmas=SIGMAS)
     sampling.sample_euler(cached, start(), SIGMAS, s_churn=3.0, callback=cached.callback(), disable=True)
     assert cached.report.steps == cached.report.evaluations == 12
-    assert cached.report.fates("guided")[2:] == "".join("CS"[digit == "0"] for digit in ALTERNATE)[2:]
+    assert cached.report.decisions("guided")[2:] == "".join("CS"[digit == "0"] for digit in ALTERNATE)[2:]
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -659,7 +659,7 @@ def test_a_prompt_that_changes_in_mid_run_drops_the_cache(text):
             for k, sigma in enumerate((8.0, 6.0, 4.0, 3.0, 2.0))
         ]
     assert answers == [5, 6, 7, 9, 10]
-    assert model.report.fates("guided") == "CSSCS"
+    assert model.report.decisions("guided") == "CSSCS"
 
 
 def test_a_tensor_that_is_written_into_in_mid_run_drops_the_cache():
@@ -669,7 +669,7 @@ def test_a_tensor_that_is_written_into_in_mid_run_drops_the_cache():
             if k == 2:
                 prompt[0, 1] = 1
             model(start(sigma), torch.full((2,), sigma), prompt=prompt)
-    assert model.report.fates("guided") == "CSCS"
+    assert model.report.decisions("guided") == "CSCS"
 
 
 @pytest.mark.parametrize("argument", ["equal content", "another one in every call", "a number", "the same"])
@@ -684,14 +684,14 @@ def test_arguments_that_hosts_make_anew_in_every_call_cost_no_cache(argument):
     model = CachedDenoiser(lambda x, sigma, cond: x, Method(), scalings="denoised", sigmas=SIGMAS)
     for k, sigma in enumerate(SIGMAS[:-1]):
         model(start(float(sigma)), sigma.expand(2), cond=arguments[argument](k))
-    assert model.report.fates("guided") == "C" + "S" * (len(SIGMAS) - 2)
+    assert model.report.decisions("guided") == "C" + "S" * (len(SIGMAS) - 2)
 
 
 def test_a_new_prompt_begins_a_new_run_of_a_bare_loop_at_whatever_sigma():
     model = CachedDenoiser(lambda x, sigma, prompt: x, Method(), scalings="denoised")
     for sigma, prompt in ((8.0, "a cat"), (6.0, "a cat"), (4.0, "a dog"), (3.0, "a dog")):
         model(start(sigma), torch.full((2,), sigma), prompt=prompt)
-    assert (model.report.run, model.report.fates("guided")) == (1, "CS")
+    assert (model.report.run, model.report.decisions("guided")) == (1, "CS")
 
 
 def loop(model, x, sigmas):
@@ -712,7 +712,7 @@ def test_two_loops_at_once_in_one_wrapper_are_an_error():
     alone = CachedDenoiser(eps_model(), UCache(1.5))
     *_, expected = loop(alone, start(), SIGMAS)
     assert torch.equal(image, expected)
-    assert model.report.fates("guided") == alone.report.fates("guided")
+    assert model.report.decisions("guided") == alone.report.decisions("guided")
     next(loop(model, start() + 1, SIGMAS))
 
 
@@ -743,7 +743,7 @@ def test_a_prediction_that_float16_cannot_hold_is_computed_instead():
     model = CachedDenoiser(network, method, scalings="eps", sigmas=[50.0, 40.0, 0.0])
     model(torch.full((1, 1, 2, 2), 60000.0, dtype=torch.float16), torch.tensor([50.0]))
     answer = model(torch.full((1, 1, 2, 2), -30000.0, dtype=torch.float16), torch.tensor([40.0]))
-    assert model.report.fates("guided") == "CC"
+    assert model.report.decisions("guided") == "CC"
     assert answer.isfinite().all()
     assert model.report.events[1].reason == "prediction not finite"
 
@@ -763,15 +763,15 @@ def test_gradients_wanted_for_the_models_parameters_are_not_cut():
     with pytest.warns(UserWarning, match="the model's parameters require gradients"):
         sum(model(start(float(s)), s.expand(2)).sum() for s in SIGMAS[:3]).backward()
     assert network.scale.grad == pytest.approx(sum(float(start(float(s)).sum()) for s in SIGMAS[:3]), rel=1e-4)
-    assert model.report.fates("guided") == "CCC"
+    assert model.report.decisions("guided") == "CCC"
     with torch.no_grad():
         for s in SIGMAS[:3]:
             model(start(float(s)), s.expand(2))
-    assert model.report.fates("guided") == "CSS"
+    assert model.report.decisions("guided") == "CSS"
     network.requires_grad_(False)
     for s in SIGMAS[:3]:
         model(start(float(s)), s.expand(2))
-    assert model.report.fates("guided") == "CSS"
+    assert model.report.decisions("guided") == "CSS"
 
 
 def test_under_dpm_adaptive_everything_is_computed_and_the_report_says_why():

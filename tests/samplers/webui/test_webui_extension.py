@@ -123,8 +123,8 @@ def left(host, runs):
     return found
 
 
-def fates(run, branch="cond"):
-    return run.engine.report.fates(branch)
+def decisions(run, branch="cond"):
+    return run.engine.report.decisions(branch)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,8 +154,8 @@ def test_disabled_or_never_skipping_is_bit_identical_and_nothing_is_left(name, s
 def test_a_static_mask_skips_exactly_its_steps(name, sampler, runs):
     host = Host(name)
     host.job(MASKED, sampler_name=sampler)
-    assert fates(runs[0]) == "CSSCSCSSCC"
-    assert fates(runs[0], "uncond") == "CSSCSCSSCC"
+    assert decisions(runs[0]) == "CSSCSCSSCC"
+    assert decisions(runs[0], "uncond") == "CSSCSCSSCC"
     assert host.network.calls == [2] * 5
     assert [event.position.step for event in runs[0].engine.report.events if event.branch == "cond"] == [*range(10)]
 
@@ -167,7 +167,7 @@ def test_steps_are_not_evaluations(name, runs):
     host.job(nine, sampler_name="DDIM")
     host.job(nine, sampler_name="PLMS")
     host.job(MASKED, sampler_name="Heun")
-    assert [fates(run) for run in runs] == ["CSSCSCSSC", "CCSSCSCSSC", "CCSSSSCCSSCCSSSSCCC"]
+    assert [decisions(run) for run in runs] == ["CSSCSCSSC", "CCSSCSCSSC", "CCSSSSCCSSCCSSSSCCC"]
     assert [run.engine.report.steps for run in runs] == [9, 9, 10]
 
 
@@ -214,8 +214,8 @@ def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, ru
         caught["noise_sampler"] = lambda *sigmas: torch.randn(x.shape, generator=noise)
     latents = sample(func, guided, x, cache=cached, **caught)
     for branch in names:
-        assert fates(runs[0], branch) == cached.report.fates(branch)
-    assert "S" in fates(runs[0], "uncond")
+        assert decisions(runs[0], branch) == cached.report.decisions(branch)
+    assert "S" in decisions(runs[0], "uncond")
     # The order is chosen from errors near rounding here, so the two may differ by a share of it.
     assert torch.allclose(latents, p.latents[0], rtol=1e-3, atol=5e-4 * float(latents.abs().max()))
 
@@ -240,8 +240,8 @@ def test_with_the_negative_prompt_only_the_prompt_alone_is_what_the_network_sees
     p = host.job(negative_only(True, "static", "", "", mask), sampler_name=sampler)
     both = [-0.2, 0.3] if host.forge else [0.3, -0.2]
     assert host.network.texts == [both if one == "1" else [0.3] for one in mask]
-    assert fates(runs[0]) == "C" * len(mask)
-    assert fates(runs[0], "uncond") == mask.replace("1", "C").replace("0", "S")
+    assert decisions(runs[0]) == "C" * len(mask)
+    assert decisions(runs[0], "uncond") == mask.replace("1", "C").replace("0", "S")
     assert close(p, bare)
     assert not close(host.job([True, "static", "", "", mask], sampler_name=sampler), bare)
     assert left(host, runs) == []
@@ -305,7 +305,7 @@ def test_pag_and_sag_still_pass_through_beside_the_negative_prompt_only(extensio
     bare = host.job(None)
     assert close(host.job(negative_only(*MASKED)), bare)
     assert host.network.calls == [n for one in "1001010011" for n in (2 if one == "1" else 1, 1)]
-    assert (runs[0].patch.auxiliary, fates(runs[0], "uncond")) == (10, "CSSCSCSSCC")
+    assert (runs[0].patch.auxiliary, decisions(runs[0], "uncond")) == (10, "CSSCSCSSCC")
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_what_forge_may_order_by_rows_unknown_to_us_is_computed_whole_and_said(e
     bare = host.job(None)
     p = host.job(negative_only(*MASKED))
     assert same(p, bare)
-    assert fates(runs[0], "uncond") == "C" * 10
+    assert decisions(runs[0], "uncond") == "C" * 10
     assert p.comments[0].startswith(f"StepCache: negative prompt only: {why}")
     assert any("it cannot be taken apart" in comment for comment in p.comments)
 
@@ -387,7 +387,7 @@ def test_hires_counts_both_passes_or_only_the_first(name, runs):
     host = Host(name)
     p = host.job(ON, hr=7)
     assert p.extra_generation_params["StepCache skipped"] == "4/10 + 2/7"
-    assert [len(fates(run)) for run in runs] == [10, 7]
+    assert [len(decisions(run)) for run in runs] == [10, 7]
     p = host.job([*ON, "", "", "", "dynamic", False], hr=7)
     assert p.extra_generation_params["StepCache skipped"] == "4/10"
     assert len(runs) == 3
@@ -411,7 +411,7 @@ def test_the_callback_names_the_steps_of_a_sampler_nobody_knows(runs, monkeypatc
 @pytest.mark.parametrize("name", NAMES)
 def test_every_batch_is_a_run_of_its_own(name, runs):
     p = Host(name).job(ON, n_iter=3)
-    assert [fates(run) for run in runs] == ["CCSCSCSCSC"] * 3
+    assert [decisions(run) for run in runs] == ["CCSCSCSCSC"] * 3
     assert p.extra_generation_params["StepCache skipped"] == "4/10"
     assert same(p, Host(name).job(ON, n_iter=3))
 
@@ -444,8 +444,8 @@ def test_calls_split_at_some_evaluations_only_keep_the_branches_apart(name, runs
     host.job(MASKED)
     report = runs[0].engine.report
     assert sorted(report.branches) == ["cond", "uncond"]
-    assert len(fates(runs[0])) == len(fates(runs[0], "uncond")) == 10
-    assert fates(runs[0]) == "CSSCSCSSCC"
+    assert len(decisions(runs[0])) == len(decisions(runs[0], "uncond")) == 10
+    assert decisions(runs[0]) == "CSSCSCSSCC"
 
 
 @pytest.mark.filterwarnings("ignore:branch .* is evaluated before the reference")
@@ -458,7 +458,7 @@ def test_heun_without_uncond_at_some_evaluations_keeps_two_of_one_sigma_apart(na
     assert len(p.saw) == 19
     assert any(a == b for a, b in itertools.pairwise(p.saw))
     assert runs[0].engine.report.evaluations == 19
-    assert len(fates(runs[0])) == 19
+    assert len(decisions(runs[0])) == 19
     uncond = [event.position.evaluation for event in runs[0].engine.report.events if event.branch == "uncond"]
     assert uncond == [*range(0, 19, 2)]
 
@@ -467,7 +467,7 @@ def test_heun_without_uncond_at_some_evaluations_keeps_two_of_one_sigma_apart(na
 def test_an_edited_prompt_is_computed_when_it_changes(name, runs):
     host = Host(name)
     host.job([True, "static", "", "", "1000000001"], prompt=[EDITED])
-    assert fates(runs[0]) == "CSSSSCSSSC"
+    assert decisions(runs[0]) == "CSSSSCSSSC"
     assert any("prompt" in note for note in runs[0].engine.report.notes)
 
 
@@ -476,14 +476,14 @@ def test_words_that_alternate_are_computed_at_every_change(name, runs):
     words = tuple((step, 0.3 if step % 2 else 0.8) for step in range(STEPS * 2))
     host = Host(name)
     host.job([True, "static", "", "", "1000000001"], prompt=[[(1.0, words)]])
-    assert fates(runs[0]) == "C" * 10
+    assert decisions(runs[0]) == "C" * 10
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_refiner_begins_with_a_computed_evaluation_and_is_cached_too(name, runs):
     host = Host(name)
     host.job([True, "static", "", "", "1000000001"], refiner_at=6)
-    assert fates(runs[0]) == "CSSSSSCSSC"
+    assert decisions(runs[0]) == "CSSSSSCSSC"
     assert left(host, runs) == []
 
 
@@ -498,7 +498,7 @@ def test_pag_and_sag_pass_through_and_are_never_stored(extension, prompt, low, r
     host.job(MASKED, prompt=prompt)
     again = (len(prompt[0]) if extension is pag else 1) * (low or extension is sag) or 1
     assert runs[-1].patch.auxiliary == 10 * (again if low else 1)
-    assert fates(runs[-1]) == "CSSCSCSSCC"
+    assert decisions(runs[-1]) == "CSSCSCSSCC"
     branches = {"cond", "uncond"} | ({"cond 2"} if prompt == [TWO] else set())
     assert set(runs[-1].engine.report.branches) == branches
 
@@ -514,7 +514,7 @@ def test_further_calls_on_a1111_pass_through_and_are_never_stored(runs, monkeypa
     monkeypatch.setattr(Denoiser, "a1111", again)
     host = Host("a1111-1.10")
     host.job(MASKED)
-    assert (runs[0].patch.auxiliary, fates(runs[0])) == (10, "CSSCSCSSCC")
+    assert (runs[0].patch.auxiliary, decisions(runs[0])) == (10, "CSSCSCSSCC")
     assert host.network.calls == [2, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 2, 1, 2, 1]
     assert same(host.job([True, "forecast", 1]), host.job(None))
 
@@ -537,7 +537,7 @@ def test_a_controlnet_that_ends_in_the_run_is_computed_when_it_does(runs):
     host = Host("forge")
     host.extensions = [controlnet(host, until=4)]
     host.job([True, "static", "", "", "1000000001"])
-    assert fates(runs[0]) == "CSSSCSSSSC"
+    assert decisions(runs[0]) == "CSSSCSSSSC"
 
 
 def test_inpainting_noise_at_every_evaluation_does_not_disturb():
