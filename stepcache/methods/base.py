@@ -42,9 +42,10 @@ class Method:
     Attributes:
         criterion: whether an evaluation that may be skipped is skipped. Default `Always`.
         predictor: what a skipped evaluation returns. Default `Reuse`.
-        start, end: the window, as shares from 0 to 1, default 0 and 1.
-        window: what the shares are of: "steps" (this run's steps) or "training" (the training timetable). None
-            (default): no window, unless start or end is given, which are then shares of this run's steps.
+        start: before this share of the run, from 0 to 1, everything is computed. Default 0.
+        end: after this share of the run everything is computed. Default 1.
+        window: what start and end are shares of: "steps" (this run's steps) or "training" (the training timetable).
+            None (default): no window, unless start or end is given, which are then shares of this run's steps.
         mask: a `StepMask`, or anything it takes (text, a list, a preset's name). Default None: no mask.
         warmup: the first so many steps are computed. Default 0.
         last_step: the last step is computed. Default False.

@@ -42,7 +42,7 @@ def FBCache(
         start, end: the window, as shares of the training timetable. `window="steps"` makes it this run's steps.
         max_consecutive_cache_hits: at most so many skips in a row, then one full call; -1 no limit, 0 disables it.
         object_to_patch: the part of the model that has the blocks if it has one of that name; not patched.
-        block: the path of the block to look at. None: the first of the lists named in `stepcache.blocks.CONTAINERS`.
+        block: the path of the block to look at. None: the first of the lists named in `stepcache.probe.CONTAINERS`.
         **common: every option of `Method`: mask, warmup, last_step, max_cached, predictor, ...
 
     Errors: "Unsupported model" if no block is found, at once; "STG is not supported" if the deciding branch is
