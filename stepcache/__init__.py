@@ -7,6 +7,7 @@ These are the names for users. `stepcache.extend` has those for authors of metho
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._version import version
 from .compat import load_config, parse
 from .masks import StepMask
 from .methods import METHODS, Method, method
@@ -26,12 +27,11 @@ from .methods.ucache import UCache
 from .options import OptionError
 from .report import Report
 
-__version__ = "0.1.0"
-
 _ROOT = Path(__file__).parent.parent
 if (_ROOT / "samplers" / "k_diffusion.py").is_file() and (_ROOT / "pyproject.toml").is_file():
     __path__ += [str(_ROOT), str(_ROOT / "examples")]  # a clone, not installed: samplers/ and examples/demo/ are parts
 
+__version__ = version(_ROOT)
 
 if TYPE_CHECKING:
     from .samplers import attach

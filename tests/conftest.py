@@ -1,4 +1,4 @@
-"""What all tests share: the cores, and a way to run an example."""
+"""What all tests share: the cores, a way to run an example, and the record of a run for docs/versions.md."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import versions
 from hypothesis import settings
 
 settings.register_profile("same examples in every run", derandomize=True)
@@ -34,3 +36,9 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield run
     torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if folder := os.environ.get("STEPCACHE_RECORD"):
+        path = versions.write(versions.record(config, terminalreporter.stats), Path(folder))
+        terminalreporter.write_line(f"Recorded in {path}")

@@ -18,7 +18,7 @@ from package import FOLDERS, ROOT, modules
 import stepcache
 
 LAYERS = """
-_optional options
+_optional _version options
 parametrization clock deferred masks plan call noise probe
 run_info
 branch
