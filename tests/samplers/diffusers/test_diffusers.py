@@ -285,7 +285,7 @@ def test_a_mask_of_another_length_is_an_error_with_both_lengths(sd):
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "places"),
+    ("scheduler", "expected"),
     [
         ("EulerDiscrete", [(i, 0) for i in range(4)]),
         ("DDIM", [(i, 0) for i in range(4)]),
@@ -297,13 +297,13 @@ def test_a_mask_of_another_length_is_an_error_with_both_lengths(sd):
         ("FlowMatchHeunDiscrete", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]),
     ],
 )
-def test_schedulers_with_two_calls_a_step_are_counted_in_steps(scheduler, places):
+def test_schedulers_with_two_calls_a_step_are_counted_in_steps(scheduler, expected):
     import diffusers
 
     made = getattr(diffusers, f"{scheduler}Scheduler")()
     made.set_timesteps(4)
     found = places(made)
-    assert [place[1:] for place in found] == places
+    assert [place[1:] for place in found] == expected
     sigmas = [sigma for sigma, _, _ in found]
     assert sigmas == sorted(sigmas, reverse=True)
     assert min(sigmas) > 0
