@@ -50,7 +50,8 @@ class StepCache(webui.Extension, scripts.Script):
 webui.register(script_callbacks, scripts)
 '''
 METADATA = f"{MARK}\n[Extension]\nName = stepcache\n"
-PANEL = "scripts/stepcache_webui.py"
+PANEL, NODES = "scripts/stepcache_webui.py", "samplers/comfyui/nodes.py"
+"""Files by which a clone of this repository is recognised."""
 
 
 @contextmanager
@@ -66,10 +67,15 @@ def _os_errors_explained() -> Iterator[None]:
 def comfyui(path: Path) -> list[str]:
     """Creates custom_nodes/stepcache in a ComfyUI folder.
 
-    Returns sentences about what it did. Raises OptionError if `path` is no ComfyUI folder, if custom_nodes/stepcache
-    is not ours, or if it cannot be written.
+    Returns sentences about what it did. Raises OptionError if `path` is no ComfyUI folder, if custom_nodes/ has a clone
+    of this repository, which is the nodes already, if custom_nodes/stepcache is not ours, or if it cannot be written.
     """
     _check(path, "ComfyUI", COMFYUI_HAS, "ComfyUI's main.py", "ComfyUI")
+    for file in sorted(path.glob(f"custom_nodes/*/{NODES}")):
+        raise OptionError(
+            f"the nodes are there already, as a clone of their repository: {file.parents[2]}. Restart ComfyUI to use "
+            "them, or delete that folder and install again"
+        )
     sentences = [_write(path / "custom_nodes" / "stepcache", {"__init__.py": COMFYUI})]
     sentences.extend(_other_python("ComfyUI", path / "venv", path / ".venv", path.parent / "python_embeded"))
     sentences.append("Restart ComfyUI; the nodes are under model_patches/stepcache.")

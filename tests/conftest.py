@@ -1,4 +1,4 @@
-"""What all tests share: the cores, a way to run an example, and the record of a run for docs/versions.md."""
+"""What all tests share: the cores, a way to run an example, the record of a run, and that the root is no package."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # torch takes all cores for each worker otherwise
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+
+class RootIsNoPackage:
+    """The root has an `__init__.py`, for ComfyUI. pytest would import it as a package with the name of the folder."""
+
+    @staticmethod
+    @pytest.hookimpl
+    def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == EXAMPLES.parent else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(RootIsNoPackage())
 
 
 @pytest.fixture

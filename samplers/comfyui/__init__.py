@@ -12,7 +12,9 @@ architecture. ControlNets and compiled graphs are inside of it, so that a skippe
     run.py       one sampling loop: which branches are asked for    call.py     one call, in the network's own space
     active.py    what of a prompt is active at a sigma              options.py  a method from a node's fields
     nodes.py     the three nodes                                    v3.py       the second node interface, exports
-    samplers.py  evaluations of a step                              others.py   other caches on the same model
+    tooltips.py  what they say of each field                        picture.py  the report as an IMAGE
+    steps.py     how many steps the queued samplers have            samplers.py evaluations of a step
+    others.py    other caches on the same model
 
 Nothing of ComfyUI is imported before ComfyUI calls.
 """
@@ -20,7 +22,7 @@ Nothing of ComfyUI is imported before ComfyUI calls.
 from .cache import Cache, in_one_line
 from .call import BatchCall, scalings
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from .options import UNSET, chosen_method
+from .options import chosen_method, method_at
 from .patch import cache_of, patched
 from .samplers import ADAPTIVE, AT_STEP_ENDS, EVALUATIONS, OFF_SCHEDULE
 from .v3 import comfy_entrypoint, exports
@@ -34,7 +36,6 @@ __all__ = [
     "NODE_CLASS_MAPPINGS",
     "NODE_DISPLAY_NAME_MAPPINGS",
     "OFF_SCHEDULE",
-    "UNSET",
     "BatchCall",
     "Cache",
     "cache_of",
@@ -42,6 +43,7 @@ __all__ = [
     "comfy_entrypoint",
     "exports",
     "in_one_line",
+    "method_at",
     "patched",
     "scalings",
 ]

@@ -4,86 +4,73 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepcache import METHODS
+from stepcache import METHODS, Report
 from stepcache import method as make_method
-from stepcache.extend import PRESETS, main_number
+from stepcache.extend import PRESETS
 
-from .options import UNSET, chosen_method
+from .options import CUSTOM, DEFAULT, OFF, SPEEDS, method_at
 from .patch import cache_of, patched
+from .picture import picture
+from .steps import check_mask
+from .tooltips import FIRST_BLOCK, REPORT, STEPCACHE
 
-NUMBERS = "; ".join(f"{name}: {main[0]} ({main[1]:g})" for name in METHODS if (main := main_number(name)) is not None)
-
-TIPS = {
-    "method": "forecast: half the model calls, nothing to calibrate; for runs of 7 steps or more. ucache, easycache: "
-    "skip while an estimated error stays below a threshold. fbcache, dbcache, taylorseer, cache-dit: the model's first "
-    "blocks decide. none: off; the other fields are ignored.",
-    "number": f"The method's main number; -1: its default, in brackets. {NUMBERS}",
-    "start": "Nothing is skipped before this share of the run (0 to 1); -1: the method's default.",
-    "end": "Nothing is skipped after this share of the run (0 to 1); -1: the method's default.",
-    "mask": "Steps that are always computed: many with slow, few with ultra. See policy.",
-    "policy": "The mask's other steps. dynamic: the method decides; forecast still computes every second of them, so "
-    "that a mask makes it slower. static: all of them are skipped.",
-    "decide": "reference: the positive prompt decides for all images of a batch. each: every prompt of every image "
-    "decides, and a step is skipped only if all agree.",
-    "skip": "all: on a skipped step the model runs for no prompt. uncond: it still runs for the positive prompt, and "
-    "only the negative one is predicted, from that. Better for samplers that add noise (Euler a, DPM++ SDE). Saves "
-    "half as much, and nothing with cfg 1.",
-    "options": "More options as key=value, separated by commas or lines: warmup=3, max_consecutive=2, last_step=1, "
-    "mask=1101... They override the fields above.",
-}
+CATEGORY = "model_patches/stepcache"
+NO_CACHE = "StepCache: this model has no cache; connect the StepCache node's output, as the sampler gets it"
 
 
 class StepCacheNode:
     """Skips model calls whose result can be predicted: MODEL in, MODEL out, before the sampler."""
 
-    CATEGORY = "model_patches/stepcache"
-    DESCRIPTION = "Predicts some of the sampler's steps instead of running the model. Put it before the sampler."
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Makes sampling faster: predicts some of the sampler's steps instead of running the model. Put it between the "
+        "model (or the last LoRA) and the sampler. For every model and sampler; not for runs of 6 steps or fewer."
+    )
     FUNCTION = "patch"
     RETURN_TYPES = ("MODEL",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         def field(name: str, kind: Any, default: Any, **more: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-            return {name: (kind, {"default": default, **more, "tooltip": TIPS[name]})}
+            return {name: (kind, {"default": default, **more, "tooltip": STEPCACHE[name]})}
 
-        share = {"min": UNSET, "max": 1.0, "step": 0.01}
+        def folded(name: str, kind: Any, default: Any, **more: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+            return field(name, kind, default, advanced=True, **more)
+
         return {
-            "required": {
-                "model": ("MODEL",),
-                **field("method", list(METHODS), "forecast"),
-                **field("number", "FLOAT", UNSET, min=UNSET, max=1000.0, step=0.01),
-                **field("start", "FLOAT", UNSET, **share),
-                **field("end", "FLOAT", UNSET, **share),
-                **field("mask", ["none", *PRESETS], "none"),
-                **field("policy", ["dynamic", "static"], "dynamic"),
-            },
+            "required": {"model": ("MODEL",), **field("speed", [*SPEEDS, OFF, CUSTOM], next(iter(SPEEDS)))},
             "optional": {
-                **field("decide", ["reference", "each"], "reference"),
-                **field("skip", ["all", "uncond"], "all"),
-                **field("options", "STRING", "", multiline=True),
+                **folded("skip", ["all", "uncond"], "all"),
+                **folded("start", "STRING", DEFAULT),
+                **folded("end", "STRING", DEFAULT),
+                **folded("mask", ["none", *PRESETS], "none"),
+                **folded("policy", ["dynamic", "static"], "dynamic"),
+                **folded("decide", ["reference", "each"], "reference"),
+                **folded("method", [name for name in METHODS if name != "none"], "forecast"),
+                **folded("threshold_or_interval", "STRING", DEFAULT),
+                **folded("options", "STRING", "", multiline=True),
             },
+            "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"},
         }
 
     def patch(
         self,
         model: Any,
-        method: str,
-        number: float,
-        start: float,
-        end: float,
-        mask: str,
-        policy: str,
+        speed: str,
         decide: str = "reference",
-        skip: str = "all",
-        options: str = "",
+        prompt: Any = None,
+        unique_id: Any = None,
+        **fields: str,
     ) -> tuple[Any]:
-        return (patched(model, chosen_method(method, number, start, end, mask, policy, options, skip), decide),)
+        chosen = method_at(speed, decide=decide, **fields)
+        check_mask(chosen.mask, prompt, unique_id)
+        return (patched(model, chosen, "reference" if speed == OFF else decide),)
 
 
 class FirstBlockCacheNode:
     """The inputs, names, defaults and order of "Apply First Block Cache" (Comfy-WaveSpeed), on our `fbcache`."""
 
-    CATEGORY = "model_patches/stepcache"
+    CATEGORY = CATEGORY
     DESCRIPTION = (
         "First Block Cache with the inputs of the node Apply First Block Cache: swap the node, keep the numbers."
     )
@@ -92,98 +79,50 @@ class FirstBlockCacheNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        def field(name: str, kind: str, default: Any, **more: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+            return {name: (kind, {"default": default, **more, "tooltip": FIRST_BLOCK[name]})}
+
+        share = {"min": 0.0, "max": 1.0}
         return {
             "required": {
                 "model": ("MODEL",),
-                "object_to_patch": (
-                    "STRING",
-                    {"default": "diffusion_model", "tooltip": "The part of the model whose first block decides."},
-                ),
-                "residual_diff_threshold": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.001,
-                        "tooltip": "Skip while the first block's residual has changed by less than this share. Higher "
-                        "is faster and worse; 0 is off.",
-                    },
-                ),
-                "start": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "tooltip": "Skip from this share of sampling on.",
-                    },
-                ),
-                "end": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "tooltip": "Skip up to this share of sampling.",
-                    },
-                ),
-                "max_consecutive_cache_hits": (
-                    "INT",
-                    {"default": -1, "min": -1, "tooltip": "At most so many skips in a row; -1: no limit, 0: off."},
-                ),
+                **field("object_to_patch", "STRING", "diffusion_model"),
+                **field("residual_diff_threshold", "FLOAT", 0.0, **share, step=0.001),
+                **field("start", "FLOAT", 0.0, **share, step=0.01),
+                **field("end", "FLOAT", 1.0, **share, step=0.01),
+                **field("max_consecutive_cache_hits", "INT", -1, min=-1),
             }
         }
 
-    def patch(
-        self,
-        model: Any,
-        object_to_patch: str,
-        residual_diff_threshold: float,
-        start: float = 0.0,
-        end: float = 1.0,
-        max_consecutive_cache_hits: int = -1,
-    ) -> tuple[Any]:
-        chosen = make_method(
-            "fbcache",
-            residual_diff_threshold=residual_diff_threshold,
-            start=start,
-            end=end,
-            max_consecutive_cache_hits=max_consecutive_cache_hits,
-            object_to_patch=object_to_patch,
-        )
-        return (patched(model, chosen),)
+    def patch(self, model: Any, **options: Any) -> tuple[Any]:
+        return (patched(model, make_method("fbcache", **options)),)
 
 
 class ReportNode:
     """The report of the model's last run. It takes the latent, so that it is read after the run."""
 
-    CATEGORY = "model_patches/stepcache"
-    DESCRIPTION = "What the cache did in the last run, as text. The latent passes through unchanged."
+    CATEGORY = CATEGORY
+    DESCRIPTION = "What the cache did in the last run, as text and as an image. The latent passes through unchanged."
     FUNCTION = "read"
-    RETURN_TYPES = ("LATENT", "STRING")
-    RETURN_NAMES = ("latent", "report")
+    RETURN_TYPES = ("LATENT", "STRING", "IMAGE")
+    RETURN_NAMES = ("latent", "report", "image")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "latent": ("LATENT", {"tooltip": "The sampler's output: the report is read after the run."}),
-                "model": ("MODEL", {"tooltip": "The output of the StepCache node, as the sampler gets it."}),
-                "table": ("BOOLEAN", {"default": False, "tooltip": "Adds a row for every evaluation."}),
+                "latent": ("LATENT", {"tooltip": REPORT["latent"]}),
+                "model": ("MODEL", {"tooltip": REPORT["model"]}),
+                "table": ("BOOLEAN", {"default": False, "tooltip": REPORT["table"]}),
             }
         }
 
-    def read(self, latent: Any, model: Any, table: bool = False) -> tuple[Any, str]:
+    def read(self, latent: Any, model: Any, table: bool = False) -> tuple[Any, str, Any]:
         cache = cache_of(model)
         if cache is None:
-            return (
-                latent,
-                "StepCache: this model has no cache; connect the StepCache node's output, as the sampler gets it",
-            )
-        return latent, f"{cache.report}\n\n{cache.report.table()}" if table else str(cache.report)
+            return latent, NO_CACHE, picture(Report("no cache"))  # so that the node StepCache can be bypassed
+        report = cache.report
+        return latent, f"{report}\n\n{report.table()}" if table else str(report), picture(report)
 
 
 NODE_CLASS_MAPPINGS = {

@@ -1,26 +1,28 @@
-"""The nodes for ComfyUI's second interface (V3), and what custom_nodes/stepcache exports."""
+"""The nodes for ComfyUI's second interface (V3), and what our folder in custom_nodes/ exports."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 
 def exports() -> dict[str, Any]:
-    """What custom_nodes/stepcache/__init__.py defines: the entry point (V3) if this ComfyUI has one, else the mappings.
+    """What our folder in custom_nodes/ defines: the mappings, and the entry point (V3) if this ComfyUI has one.
 
-    Never both: if a module has both, ComfyUI takes the mappings and does not call the entry point.
+    A ComfyUI that reads both takes the mappings. The nodes are the same.
     """
-    try:
+    found: dict[str, Any] = {
+        "NODE_CLASS_MAPPINGS": NODE_CLASS_MAPPINGS,
+        "NODE_DISPLAY_NAME_MAPPINGS": NODE_DISPLAY_NAME_MAPPINGS,
+    }
+    with suppress(ImportError):
         import_module("comfy_api.latest")
-    except ImportError:
-        return {
-            "NODE_CLASS_MAPPINGS": NODE_CLASS_MAPPINGS,
-            "NODE_DISPLAY_NAME_MAPPINGS": NODE_DISPLAY_NAME_MAPPINGS,
-        }
-    return {"comfy_entrypoint": comfy_entrypoint}
+        found["comfy_entrypoint"] = comfy_entrypoint
+    return found
 
 
 async def comfy_entrypoint() -> Any:
@@ -37,22 +39,14 @@ def _as_v3(io: Any, node_id: str, node: Any) -> type:
     kinds = {
         "MODEL": io.Model,
         "LATENT": io.Latent,
+        "IMAGE": io.Image,
         "STRING": io.String,
         "FLOAT": io.Float,
         "INT": io.Int,
         "BOOLEAN": io.Boolean,
     }
-
-    def inputs() -> list[Any]:
-        found = []
-        for group, entries in node.INPUT_TYPES().items():
-            for name, (kind, *rest) in entries.items():
-                options = {**(rest[0] if rest else {}), "optional": group == "optional"}
-                if isinstance(kind, list):
-                    found.append(io.Combo.Input(name, options=kind, **options))
-                else:
-                    found.append(kinds[kind].Input(name, **options))
-        return found
+    groups = node.INPUT_TYPES()
+    hidden = groups.get("hidden", {})
 
     def define_schema(cls: Any, /) -> Any:
         names = getattr(node, "RETURN_NAMES", node.RETURN_TYPES)
@@ -61,14 +55,36 @@ def _as_v3(io: Any, node_id: str, node: Any) -> type:
             display_name=NODE_DISPLAY_NAME_MAPPINGS[node_id],
             category=node.CATEGORY,
             description=node.DESCRIPTION,
-            inputs=inputs(),
+            inputs=[
+                _input(
+                    io.Combo if isinstance(kind, list) else kinds[kind], name, kind, *rest, optional=group != "required"
+                )
+                for group in ("required", "optional")
+                for name, (kind, *rest) in groups.get(group, {}).items()
+            ],
             outputs=[
                 kinds[kind].Output(display_name=name) for kind, name in zip(node.RETURN_TYPES, names, strict=True)
             ],
+            hidden=[getattr(io.Hidden, name) for name in hidden],
         )
 
     def execute(cls: Any, /, **given: Any) -> Any:
+        given |= {name: getattr(cls.hidden, name) for name in hidden}
         return io.NodeOutput(*getattr(node(), node.FUNCTION)(**given))
 
     methods = {"define_schema": classmethod(define_schema), "execute": classmethod(execute), "__module__": __name__}
     return type(node.__name__, (io.ComfyNode,), methods)
+
+
+def _input(host: Any, name: str, kind: Any, options: dict[str, Any] | None = None, *, optional: bool) -> Any:
+    given = {**(options or {}), "optional": optional}
+    if isinstance(kind, list):
+        given["options"] = kind
+    if given.pop("advanced", False):
+        if "advanced" in signature(host.Input).parameters:
+            given["advanced"] = True
+        else:  # before the interface had a word for it, the frontend already folded such fields
+            made = host.Input(name, **given)
+            made.extra_dict["advanced"] = True
+            return made
+    return host.Input(name, **given)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepcache import OptionError
 from stepcache.samplers import comfyui
-from stepcache.samplers.comfyui import UNSET, cache_of, chosen_method, patched
+from stepcache.samplers.comfyui import cache_of, chosen_method, patched
 from stepcache.samplers.k_diffusion import EVALUATIONS, CachedDenoiser
 from stepcache.samplers.k_diffusion import sample as k_sample
 
@@ -32,8 +32,8 @@ CRITERION = "threshold=1.5,start=0,end=1"
 """Skips some evaluations and computes others with the small random networks here."""
 
 
-def chosen(name: str, options: str = "", number: float = UNSET, mask: str = "none", policy: str = "dynamic"):
-    return chosen_method(name, number, UNSET, UNSET, mask, policy, options)
+def chosen(name: str, options: str = "", number: str = "default", mask: str = "none", policy: str = "dynamic"):
+    return chosen_method(name, number, options, mask=mask, policy=policy)
 
 
 def noise(rows: int = 1, size: int = 8, first: int = 7) -> Tensor:

@@ -22,7 +22,7 @@ from comfyui_situations import run
 from stepcache import OptionError, StepMask
 from stepcache.cli import main
 from stepcache.samplers import comfyui
-from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, UNSET, cache_of, chosen_method, patched
+from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, cache_of, chosen_method, method_at, patched
 
 SKIPS = ["all", "uncond"]
 
@@ -53,13 +53,33 @@ def test_the_node_with_its_defaults_is_forecast(host: Double) -> None:
     node = NODE_CLASS_MAPPINGS["StepCache"]()
     (model,) = node.patch(host.model(), **defaults("StepCache"))
     run(host, model)
-    latent, text = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({"samples": 1}, model)
+    latent, text, image = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({"samples": 1}, model)
     assert latent == {"samples": 1}
     assert "forecast: 10 steps, 10 evaluations, 20 calls asked for" in text
-    _, table = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({}, model, table=True)
+    assert colours_along(image) == ["computed"] * 2 + ["skipped", "computed"] * 4
+    _, table, _ = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({}, model, table=True)
     assert len(table.splitlines()) > 20
-    _, text = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({}, host.model())
+    _, text, image = NODE_CLASS_MAPPINGS["StepCacheReport"]().read({}, host.model())
     assert "this model has no cache" in text
+    assert colours_along(image) == []
+
+
+def colours_along(image: torch.Tensor) -> list[str]:
+    """What the report's image shows of each evaluation, read off its first row of cells from left to right."""
+    assert (image.dtype, image.dim(), image.shape[0], image.shape[3]) == (torch.float32, 4, 1, 3)
+    assert 0 <= image.min() <= image.max() == 1
+    grey = torch.tensor([227, 230, 235]) / 255
+    for line in image[0, 60:90]:
+        cells, before = [], "paper"
+        for pixel in line[110:]:
+            paper, skipped = pixel.min() > 0.99, torch.allclose(pixel, grey)
+            now = "paper" if paper else "skipped" if skipped else "computed"
+            if now != before and now != "paper":
+                cells.append(now)
+            before = now
+        if cells:
+            return cells
+    return []
 
 
 def test_the_run_is_in_the_log_in_one_line(host: Double, caplog: Any) -> None:
@@ -73,25 +93,66 @@ def test_the_run_is_in_the_log_in_one_line(host: Double, caplog: Any) -> None:
 
 
 def test_the_fields_make_the_method() -> None:
-    made = chosen_method("ucache", 0.5, 0.1, UNSET, "fast", "static", "reset=0\nwarmup=2,\n")
+    made = chosen_method("ucache", "0.5", "reset=0\nwarmup=2,\n", start="0.1", mask="fast", policy="static")
     assert (made.criterion.threshold, made.criterion.reset, made.start, made.end) == (0.5, False, 0.1, 0.95)
     assert (made.mask.mask, made.mask.policy, made.warmup) == ("fast", "static", 2)
-    assert chosen_method("forecast", 3, UNSET, UNSET, "none", "dynamic").gates[1].n == 3
-    assert chosen_method("forecast", 3, UNSET, UNSET, "none", "dynamic", "interval=4").gates[1].n == 4
-    assert chosen_method("dbcache", 0.2, UNSET, UNSET, "none", "dynamic").criterion.threshold == 0.2
-    assert chosen_method("static", UNSET, UNSET, UNSET, "none", "dynamic", "mask=110").mask.mask == (1, 1, 0)
-    rest = UNSET, UNSET, UNSET, "none", "dynamic"
-    assert [chosen_method("forecast", *rest, text, skip).skip for text in ("", "skip=uncond") for skip in SKIPS] == [
+    assert chosen_method("forecast", "3").gates[1].n == 3
+    assert chosen_method("forecast", "3", "interval=4").gates[1].n == 4
+    assert chosen_method("forecast", " Default ", start="").gates[1].n == 2
+    assert chosen_method("dbcache", "0.2").criterion.threshold == 0.2
+    assert chosen_method("static", options="mask=110").mask.mask == (1, 1, 0)
+    assert [
+        chosen_method("forecast", options=text, skip=skip).skip for text in ("", "skip=uncond") for skip in SKIPS
+    ] == [
         "all",
         "uncond",
         "uncond",
         "uncond",
     ]
-    assert chosen_method("forecast", *rest, "skip=all", "uncond").skip == "all"
+    assert chosen_method("forecast", options="skip=all", skip="uncond").skip == "all"
 
 
-def test_none_is_off_whatever_the_other_fields_say(host: Double) -> None:
-    fields = {"method": "none", "number": 3.0, "start": 0.1, "mask": "fast", "skip": "uncond", "options": "warmup=2"}
+@pytest.mark.parametrize(
+    ("speed", "decisions"),
+    [
+        ("2x: every second step", "CCSCSCSCSC"),
+        ("3x: every third step", "CCSSCSSCSC"),
+        ("4x: every fourth step", "CCSSSCSSSC"),
+        ("off", "C" * 10),
+        ("custom", "CCSCSCSCSC"),
+    ],
+)
+def test_each_speed_computes_the_steps_that_it_says(host: Double, speed: str, decisions: str) -> None:
+    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), "speed": speed})
+    run(host, model)
+    assert cache_of(model).report.decisions("cond") == decisions
+    assert NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["required"]["speed"][0].index(speed) >= 0
+
+
+def test_the_tooltips_figures_of_a_run_of_20_steps_are_right(host: Double) -> None:
+    """Of speed: steps that are computed. Of mask: steps that a preset holds."""
+    tip = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["required"]["speed"][1]["tooltip"]
+    sigmas = torch.cat([torch.linspace(14, 0.05, 20), torch.zeros(1)])
+    for speed, words in SPEED_FIGURES.items():
+        model = patched(host.model(), method_at(speed))
+        run(host, model, sigmas=sigmas)
+        computed = cache_of(model).report.decisions("cond").count("C")
+        assert words.format(computed) in tip
+    tip = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["optional"]["mask"][1]["tooltip"]
+    for preset in ("slow", "medium", "fast", "ultra"):
+        assert f"{preset} {sum(StepMask.preset(preset, 20).mask)}" in tip
+
+
+SPEED_FIGURES = {
+    "2x: every second step": "every second, {} of 20",
+    "3x: every third step": "every third, {} of 20",
+    "4x: every fourth step": "every fourth, {} of 20",
+}
+
+
+def test_off_is_off_whatever_the_other_fields_say(host: Double) -> None:
+    fields = {"speed": "off", "method": "ucache", "threshold_or_interval": "x", "start": "2", "mask": "fast"}
+    fields |= {"skip": "uncond", "decide": "each", "options": "warmup=x"}
     (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), **fields})
     run(host, model)
     assert host.rows == [2] * 10
@@ -105,50 +166,96 @@ def test_with_skip_uncond_the_node_runs_the_positive_prompt_alone(host: Double) 
     assert host.rows == [2, 1] * 4 + [2, 2]
     kind, options = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["optional"]["skip"]
     assert kind == SKIPS
-    assert "it still runs for the positive prompt" in options["tooltip"]
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        (
-            ("forecast", 2.5, UNSET, UNSET, "none", "dynamic"),
-            "number=2.5: forecast's interval is a whole number",
-        ),
-        (
-            ("forecast", 0, UNSET, UNSET, "none", "dynamic"),
-            "^number=0 sets forecast's interval: interval=0: accepted is a whole number of at least 1",
-        ),
-        (("forecast", 0, 0.9, 0.2, "none", "dynamic"), "^start=0.9, end=0.2: the window is empty"),
-        (("magcache", 0.1, UNSET, UNSET, "none", "dynamic"), "^ratios='': MagCache needs the ratios"),
-        (("static", UNSET, UNSET, UNSET, "none", "dynamic"), "static needs a mask"),
-        (("static", 3, UNSET, UNSET, "fast", "dynamic"), "number=3: static has none"),
-        (("ucache", UNSET, 0.9, 0.2, "none", "dynamic"), "the window is empty"),
-        (
-            ("ucache", UNSET, UNSET, UNSET, "none", "dynamic", "treshold=1"),
-            "Did you mean 'threshold'",
-        ),
-    ],
-)
-def test_wrong_fields_are_named(given: tuple, sentence: str) -> None:
-    with pytest.raises(OptionError, match=sentence):
-        chosen_method(*given)
+    assert "the model still runs for the positive one" in options["tooltip"]
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"number": 0.0}, "number=0 sets forecast's interval"),
+        ({"speed": "5x"}, "speed='5x': accepted is one of '2x: every second step'"),
+        ({"method": "ucache"}, "method='ucache' acts only at speed 'custom': choose that, or set method back"),
+        ({"threshold_or_interval": "3"}, "threshold_or_interval='3' acts only at speed 'custom'"),
+        ({"decide": "each"}, "decide='each' acts only at speed 'custom'"),
+        ({"options": "interval=5"}, "speed '2x: every second step' sets the interval"),
+        ({"options": "treshold=1"}, "unknown option 'treshold'"),
+        ({"start": "0.9", "end": "0.2"}, "^start=0.9, end=0.2: the window is empty"),
+        ({"start": "half"}, "start='half': accepted is 'default' or a number: a share of the run from 0 to 1"),
+        ({"end": "1.5"}, "end=1.5"),
+    ],
+)
+def test_wrong_fields_are_an_error_of_our_node_at_every_speed(host: Double, fields: dict, sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"threshold_or_interval": "2.5"}, "threshold_or_interval=2.5: forecast's interval is a whole number"),
+        (
+            {"threshold_or_interval": "0"},
+            "^threshold_or_interval=0 sets forecast's interval: interval=0: accepted is a whole number of at least 1",
+        ),
+        ({"threshold_or_interval": "two"}, "='two': accepted is 'default' or a number: forecast's interval, 2 by def"),
+        ({"threshold_or_interval": "0", "start": "0.9", "end": "0.2"}, "^start=0.9, end=0.2: the window is empty"),
+        ({"method": "magcache"}, "^ratios='': MagCache needs the ratios"),
+        ({"method": "static"}, "static needs a mask"),
+        ({"method": "static", "mask": "fast", "threshold_or_interval": "3"}, "=3: static has no number"),
+        ({"method": "ucache", "start": "0.9", "end": "0.2"}, "the window is empty"),
+        ({"method": "ucache", "options": "treshold=1"}, "Did you mean 'threshold'"),
         ({"skip": "uncond", "decide": "each"}, "skip='uncond' with decide='each'"),
-        ({"skip": "uncond", "method": "fbcache", "number": 0.1}, "skip='uncond' with fbcache"),
+        ({"skip": "uncond", "method": "fbcache", "threshold_or_interval": "0.1"}, "skip='uncond' with fbcache"),
         ({"decide": "all"}, "unknown value of decide 'all'"),
-        ({"method": "fbcache", "number": 0.1, "options": "block=nowhere"}, "nowhere"),
+        ({"method": "fbcache", "threshold_or_interval": "0.1", "options": "block=nowhere"}, "nowhere"),
         ({"method": "static", "options": "mask=10x"}, "mask"),
     ],
 )
 def test_what_no_run_could_accept_is_an_error_of_our_node(host: Double, fields: dict, sentence: str) -> None:
+    given = {**defaults("StepCache"), "speed": "custom", **fields}
     with pytest.raises(OptionError, match=sentence):
-        NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), **fields})
+        NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **given)
+
+
+def workflow(kind: str, **inputs: Any) -> dict[str, Any]:
+    """Our node, another one that passes its model on, and a sampler."""
+    return {
+        "1": {"class_type": "StepCache", "inputs": {"model": ["9", 0]}},
+        "2": {"class_type": "FreeU", "inputs": {"model": ["1", 0]}},
+        "3": {"class_type": kind, "inputs": {"model": ["2", 0], **inputs}, "_meta": {"title": "The sampler"}},
+        "4": {"class_type": "KSampler", "inputs": {"model": ["9", 0], "steps": 77}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "steps"),
+    [
+        (workflow("KSampler", steps=20, denoise=1.0), 20),
+        (workflow("KSampler", steps=20, denoise=0.4), 20),
+        (workflow("KSamplerAdvanced", steps=20, start_at_step=5, end_at_step=10000), 15),
+        (workflow("KSamplerAdvanced", steps=20, start_at_step=5, end_at_step=12), 7),
+    ],
+)
+def test_a_mask_of_another_length_is_an_error_of_our_node_before_the_run(host: Double, prompt: Any, steps: int) -> None:
+    node, given = NODE_CLASS_MAPPINGS["StepCache"](), {**defaults("StepCache"), "prompt": prompt, "unique_id": "1"}
+    sentence = rf"the mask has 3 entries, the run has {steps} steps: .* that of the node The sampler \(#3\)"
+    with pytest.raises(OptionError, match=sentence):
+        node.patch(host.model(), **{**given, "options": "mask=110"})
+    assert node.patch(host.model(), **{**given, "options": f"mask={'1' * steps}"})
+    assert node.patch(host.model(), **{**given, "mask": "fast"})
+
+
+def test_steps_that_are_not_written_in_the_sampler_are_left_to_the_run(host: Double) -> None:
+    node = NODE_CLASS_MAPPINGS["StepCache"]()
+    for prompt in (
+        workflow("KSampler", steps=["7", 0]),
+        workflow("KSampler", steps=20, denoise=0),
+        workflow("Other", steps=20),
+        None,
+    ):
+        given = {**defaults("StepCache"), "options": "mask=110", "prompt": prompt, "unique_id": "1"}
+        (model,) = node.patch(host.model(), **given)
+    with pytest.raises(OptionError, match="in the node StepCache: the mask has 3 entries, the run has 10 steps"):
+        run(host, model)
 
 
 def test_with_an_ultra_static_mask_nothing_but_its_ones_is_computed(host: Double) -> None:
@@ -157,6 +264,17 @@ def test_with_an_ultra_static_mask_nothing_but_its_ones_is_computed(host: Double
     run(host, model)
     mask = StepMask.preset("ultra", 10).mask
     assert cache_of(model).report.decisions("cond") == "".join("C" if one else "S" for one in mask)
+
+
+def test_a_dynamic_mask_is_slower_than_none_and_a_static_one_faster_as_the_tooltip_says(host: Double) -> None:
+    calls = {}
+    for fields in ({}, {"mask": "fast"}, {"mask": "fast", "policy": "static"}):
+        (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), **fields})
+        run(host, model)
+        calls[fields.get("policy", fields.get("mask"))] = cache_of(model).report.calls
+    assert calls["static"] < calls[None] < calls["fast"]
+    tip = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["optional"]["policy"][1]["tooltip"]
+    assert "a mask makes a run slower, never faster" in tip
 
 
 def test_a_run_of_four_steps_is_computed_and_the_log_says_why(host: Double, caplog: Any) -> None:
@@ -177,8 +295,8 @@ def test_comfyuis_own_cache_on_the_same_model_is_warned_of(host: Double, caplog:
 
     before = host.model()
     before.add_wrapper_with_key("outer_sample", key, other)
-    before = patched(before, chosen_method("forecast", UNSET, UNSET, UNSET, "none", "dynamic"))
-    behind = patched(host.model(), chosen_method("forecast", UNSET, UNSET, UNSET, "none", "dynamic"))
+    before = patched(before, chosen_method("forecast"))
+    behind = patched(host.model(), chosen_method("forecast"))
     behind.add_wrapper_with_key("outer_sample", key, other)
     name = {"easycache": "EasyCache", "lazycache": "LazyCache"}[key]
     for model in (before, behind):
@@ -188,12 +306,12 @@ def test_comfyuis_own_cache_on_the_same_model_is_warned_of(host: Double, caplog:
         assert record.message.startswith(f"StepCache: {name} is on this model too")
         assert name in str(cache_of(model).report.notes)
     caplog.clear()
-    run(host, patched(before, chosen_method("none", UNSET, UNSET, UNSET, "none", "dynamic")))
+    run(host, patched(before, method_at("off")))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_teacache_is_recognised_by_its_option(host: Double) -> None:
-    model = patched(host.model(), chosen_method("forecast", UNSET, UNSET, UNSET, "none", "dynamic"))
+    model = patched(host.model(), chosen_method("forecast"))
     model.model_options["transformer_options"]["rel_l1_thresh"] = 0.4
     run(host, model)
     assert "TeaCache is on this model too" in str(cache_of(model).report.notes)
@@ -263,18 +381,31 @@ class Field:
     """An input or output of the double of ComfyUI's second node interface: remembers what it was made with."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
-        self.args, self.keywords = args, keywords
+        self.args, self.keywords, self.extra_dict = args, keywords, {}
 
 
-def test_the_second_interface_has_the_same_nodes(host: Double, monkeypatch: Any) -> None:
-    io = types.SimpleNamespace(ComfyNode=type("ComfyNode", (), {}), Schema=Field, NodeOutput=Field, Combo=None)
-    for kind in ("Model", "Latent", "String", "Float", "Int", "Boolean", "Combo"):
-        setattr(io, kind, types.SimpleNamespace(Input=Field, Output=Field))
+class NewerField(Field):
+    """As in later versions: whether an input is folded is an argument."""
+
+    def __init__(self, *args: Any, advanced: bool = False, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.extra_dict["advanced"] = advanced
+
+
+@pytest.mark.parametrize("kind_of_field", [Field, NewerField])
+def test_the_second_interface_has_the_same_nodes(host: Double, monkeypatch: Any, kind_of_field: type[Field]) -> None:
+    class Node:
+        hidden = types.SimpleNamespace(prompt=workflow("KSampler", steps=20), unique_id="1")
+
+    io = types.SimpleNamespace(ComfyNode=Node, Schema=Field, NodeOutput=Field)
+    io.Hidden = types.SimpleNamespace(prompt="PROMPT", unique_id="UNIQUE_ID")
+    for kind in ("Model", "Latent", "Image", "String", "Float", "Int", "Boolean", "Combo"):
+        setattr(io, kind, types.SimpleNamespace(Input=kind_of_field, Output=Field))
     latest = types.ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, type("ComfyExtension", (), {})
     monkeypatch.setitem(sys.modules, "comfy_api", types.ModuleType("comfy_api"))
     monkeypatch.setitem(sys.modules, "comfy_api.latest", latest)
-    assert list(comfyui.exports()) == ["comfy_entrypoint"]
+    assert list(comfyui.exports()) == ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "comfy_entrypoint"]
 
     async def listed() -> list[Any]:
         return await (await comfyui.comfy_entrypoint()).get_node_list()
@@ -284,12 +415,17 @@ def test_the_second_interface_has_the_same_nodes(host: Double, monkeypatch: Any)
     fields = nodes["StepCache"].define_schema().keywords["inputs"]
     given = {field.args[0]: field.keywords["default"] for field in fields if "default" in field.keywords}
     assert given == defaults("StepCache")
+    options = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["optional"]
+    assert {field.args[0] for field in fields if field.extra_dict.get("advanced")} == {*options}
+    assert {field.args[0] for field in fields if field.keywords["optional"]} == {*options}
     output = nodes["StepCache"].execute(model=host.model(), **given)
     run(host, output.args[0])
     assert cache_of(output.args[0]).report.skipped == 8
+    with pytest.raises(OptionError, match="the mask has 3 entries, the run has 20 steps"):
+        nodes["StepCache"].execute(model=host.model(), **{**given, "options": "mask=110"})
 
 
-def test_one_interface_is_exported_never_both(monkeypatch: Any) -> None:
+def test_a_comfyui_without_the_second_interface_gets_the_mappings(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "comfy_api.latest", None)
     assert list(comfyui.exports()) == ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
