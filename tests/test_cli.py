@@ -51,6 +51,36 @@ def test_numbers_that_cannot_be_used_are_refused_before_anything_is_measured(giv
     assert message in refused(capsys, "bench", given, f"--out={tmp_path / 'out'}")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--guidance=nan", "--guidance=nan: accepted is"),
+        ("--samples=0", "--samples=0: accepted is a whole number of at least 1"),
+        ("--repeats=0", "--repeats=0: accepted is a whole number of at least 1"),
+        ("--steps=0", "--steps=0: accepted is a whole number from 1 to 1000"),
+        ("--seed=-1", "--seed=-1: accepted is a whole number from 0 to"),
+        ("--gain=0.5", "--gain=0.5: accepted is a number from 1 to"),
+        ("--methods=forcast", "unknown method 'forcast'. Did you mean 'forecast'"),
+        ("--methods=ucache:threshold", "has no '='"),
+        ("--methods=forecast,forecast", "--methods: 'forecast' is given twice"),
+        ("--class=kats", "unknown class 'kats'. Did you mean 'cats'"),
+        ("--network=colours", "unknown network 'colours'. Did you mean 'colour'"),
+        ("--prompt=a cat", "--prompt='a cat': colour draws classes"),
+        ("--device=cpu", "--device: with --pipeline"),
+        ("--sampler=oiler", "sampler='oiler': accepted is"),
+    ],
+)
+def test_compare_refuses_what_it_cannot_use_and_writes_nothing(given, message, tmp_path, capsys):
+    assert message in refused(capsys, "compare", given, f"--out={tmp_path / 'page.html'}")
+    assert not any(tmp_path.iterdir())
+
+
+def test_compare_refuses_an_out_that_is_no_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert f"--out={tmp_path}: a folder; accepted is" in refused(capsys, "compare", f"--out={tmp_path}")
+    assert "file" in refused(capsys, "compare", f"--out={tmp_path / 'file' / 'page.html'}")
+
+
 def test_install_writes_through_no_link(comfyui, tmp_path, capsys):
     elsewhere, folder = tmp_path / "elsewhere", comfyui / "custom_nodes" / "stepcache"
     elsewhere.mkdir()

@@ -8,13 +8,16 @@
 `subjects` says what is sampled, `results` what a row of a table is, and `metrics` how samples are compared.
 """
 
+from .compare import compare
 from .metrics import METRICS, Metric
+from .page import Comparison
 from .results import Results, Row
 from .run import bench, compared
 from .subjects import KDiffusion, Pipeline, Sampled, Subject
 
 __all__ = [
     "METRICS",
+    "Comparison",
     "KDiffusion",
     "Metric",
     "Pipeline",
@@ -23,5 +26,6 @@ __all__ = [
     "Sampled",
     "Subject",
     "bench",
+    "compare",
     "compared",
 ]
