@@ -36,7 +36,7 @@ PARTS = {
 """The titles of a reference page, and which parts of the package are under each."""
 
 FOR_USERS = (
-    "The names for users. [`attach`][stepcache.samplers.diffusers.attach.attach] is with the other hosts, in "
+    "The names for users. [`attach`][stepcache.samplers.diffusers.attachment.attach] is with the other hosts, in "
     "[samplers](samplers.md). Every method with its options is in [a table](../options.md) as well."
 )
 FOR_AUTHORS = "The names for authors of [methods](../writing-a-method.md) and [hosts](../writing-a-host.md)."

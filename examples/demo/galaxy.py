@@ -8,8 +8,10 @@ Source: galaxygrad 0.2.0, an MLP-Mixer (arXiv 2105.01601) per survey.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +61,7 @@ class Mixer(nn.Module):
         y = nn.functional.conv2d(torch.cat([x, time], dim=1), kernel, bias.flatten(), stride=4)
         shape = y.shape
         y = y.flatten(2)
-        for patch, channel, before_patch, before_channel in self.blocks:
+        for patch, channel, before_patch, before_channel in cast("Iterable[tuple[nn.ParameterList, ...]]", self.blocks):
             y = y + _mlp(patch, _norm(before_patch, y))
             y = y.mT
             y = (y + _mlp(channel, _norm(before_channel, y))).mT
@@ -91,7 +93,7 @@ class ScoreDenoiser(nn.Module):
 
     sigma_min, sigma_max = SIGMA_MIN, SIGMA_MAX
 
-    def __init__(self, inner_model: nn.Module) -> None:
+    def __init__(self, inner_model: Mixer) -> None:
         super().__init__()
         self.inner_model = inner_model
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from stepcache.extend import require
+
 WEIGHTS = Path(__file__).parent / "weights"
 SIZE = 16
 CLASSES = 10
@@ -31,9 +33,7 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from diffusers import UNet2DModel
-
-        self.net = UNet2DModel(
+        self.net = require("diffusers", "demo").UNet2DModel(
             sample_size=SIZE,
             in_channels=1,
             out_channels=1,
@@ -73,9 +73,7 @@ class DiT(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from diffusers import DiTTransformer2DModel
-
-        self.net = DiTTransformer2DModel(
+        self.net = require("diffusers", "demo").DiTTransformer2DModel(
             num_attention_heads=4,
             attention_head_dim=32,
             in_channels=1,
@@ -106,9 +104,7 @@ class Emoji(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from diffusers import UNet2DModel
-
-        self.net = UNet2DModel(
+        self.net = require("diffusers", "demo").UNet2DModel(
             sample_size=EMOJI_SIZE // 2,
             in_channels=12,
             out_channels=12,

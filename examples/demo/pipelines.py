@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import diffusers
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from stepcache import bench
+from stepcache.extend import require
 
 from . import networks
 from .sampling import GUIDANCE, asked, subject
+
+diffusers: Any = require("diffusers", "demo")
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS: dict[str, dict[str, Callable[[], Any]]] = {
@@ -28,7 +29,7 @@ SCHEDULERS: dict[str, dict[str, Callable[[], Any]]] = {
 """Schedulers by network and name."""
 
 
-class DigitsPipeline(diffusers.DiffusionPipeline):
+class DigitsPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]  # to a type checker it is Any
     """Draws digits: `pipe(labels)`, with classifier-free guidance batched in one call, uncond first."""
 
     def __init__(self, denoiser: nn.Module, scheduler: Any) -> None:
@@ -50,6 +51,7 @@ class DigitsPipeline(diffusers.DiffusionPipeline):
     ) -> Tensor:
         """Images (B, 1, 16, 16) in about [-1, 1] of the digits `labels` (B,)."""
         self.scheduler.set_timesteps(num_inference_steps)
+        randn_tensor = diffusers.utils.torch_utils.randn_tensor
         x = randn_tensor((len(labels), 1, networks.SIZE, networks.SIZE), generator=generator)
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
         both = torch.cat([torch.full_like(labels, networks.NO_CLASS), labels])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def subject(name: str, guidance: float = GUIDANCE) -> KDiffusion:
     )
 
 
-def sigmas(denoiser: nn.Module, steps: int) -> Tensor:
+def sigmas(denoiser: Any, steps: int) -> Tensor:
     """The U-Net's Karras schedule between its training sigmas, or the flow's equal steps in time; then 0."""
     if isinstance(denoiser, FlowDenoiser):
         return denoiser.get_sigmas(steps)

@@ -11,7 +11,7 @@ channels, at guidance 3. The rest are galaxygrad's (see `galaxy`): without class
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -56,10 +56,10 @@ def subject(name: str) -> KDiffusion:
     if name not in NAMES:
         raise unknown("network", name, NAMES)
     if name in galaxy.FILES:
-        denoiser = galaxy.load(name)
-        side = denoiser.inner_model.size
+        galaxies = galaxy.load(name)
+        side = galaxies.inner_model.size
         schedule = partial(karras, galaxy.SIGMA_MIN, galaxy.SIGMA_MAX)
-        return KDiffusion(name, denoiser, (1, side, side), schedule, metrics={"PSNR": psnr_of_range})
+        return KDiffusion(name, galaxies, (1, side, side), schedule, metrics={"PSNR": psnr_of_range})
     if name == "colour":
         flow = FlowDenoiser(networks.load("emoji"))
         shape = (3, networks.EMOJI_SIZE, networks.EMOJI_SIZE)
@@ -93,7 +93,7 @@ def _with_classes(
     name: str,
     denoiser: nn.Module,
     shape: tuple[int, ...],
-    sigmas: object,
+    sigmas: Callable[[int], Tensor],
     null: int = networks.NO_CLASS,
     guidance: float = sampling.GUIDANCE,
 ) -> KDiffusion:

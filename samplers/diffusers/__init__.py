@@ -4,7 +4,7 @@ The cache is put in the slot that `torch.nn.Module.__call__` looks into first (`
 `__dict__`: outside compilation, offloading and cache hooks, which go on as before on computed evaluations and are left
 out on skipped ones. No class is changed and no block is hooked; what was in the slot is kept.
 
-    attach.py, callback.py      the two ways in
+    attachment.py, callback.py  the two ways in
     denoiser.py, controlnet.py  what is put in a module's slot
     frames.py                   which pipeline is calling: read from the call stack
     runs.py, schedule.py        which run, which step: read from the scheduler
@@ -16,7 +16,7 @@ out on skipped ones. No class is changed and no block is hooked; what was in the
     parametrization.py          what the network predicts, by its scheduler
 """
 
-from .attach import Attachment, attach
+from .attachment import Attachment, attach
 from .callback import StepCacheCallback
 from .guidance import Guidance
 from .parametrization import parametrization, training_sigma

@@ -8,7 +8,7 @@ from typing import Any
 
 from stepcache import Method, Report, StepMask
 
-from .attach import Attachment, chosen_method
+from .attachment import Attachment, chosen_method
 from .frames import Key, find_caller, key
 from .guidance import Guidance
 

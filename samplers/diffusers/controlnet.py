@@ -78,8 +78,8 @@ class _Deferred(Tensor):
     def __torch_function__(
         cls, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = computed((args, kwargs or {}))
-        return func(*args, **kwargs)
+        positional, named = computed((args, kwargs or {}))
+        return func(*positional, **named)
 
 
 def computed(value: Any) -> Any:

@@ -109,8 +109,8 @@ class PipelineRuns:
 
     def _take(self) -> None:
         """Takes the scheduler's timesteps, as they have just been set."""
-        self._set, self._others = self.scheduler.timesteps, None
-        self._timesteps = self._set.tolist()
+        timesteps = self.scheduler.timesteps
+        self._set, self._others, self._timesteps = timesteps, None, timesteps.tolist()
         self._first, self._at, self._joined = 0, None, False
 
     def _announce(self, first: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ def wrap_sampler(p: Any) -> None:
     hires = bool(getattr(p, "is_hr_pass", False))
     if hires and not job.options.hires:
         return
-    func = getattr(sampler, "func", None)
+    func: Callable[..., Tensor] | None = getattr(sampler, "func", None)
     if not callable(func):
         notify(p, f"the sampler {type(sampler).__name__} is not supported: it runs without the cache")
         return

@@ -12,7 +12,7 @@ NEEDED = (
     "stepcache/py.typed",
     "stepcache/samplers/__init__.py",
     "stepcache/samplers/comfyui/nodes.py",
-    "stepcache/samplers/diffusers/attach.py",
+    "stepcache/samplers/diffusers/attachment.py",
     "stepcache/samplers/webui/panel.py",
     "stepcache/demo/run.py",
     "stepcache/demo/weights/unet.safetensors",
