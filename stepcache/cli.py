@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from . import Method, __version__, method
@@ -115,7 +116,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from stepcache.bench import compare
+    from stepcache.bench import Subject, compare
     from stepcache.demo import named
 
     _check_numbers(options)
@@ -128,13 +129,15 @@ def _compare(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     methods = _methods(options.methods)
     count = options.samples or (1 if options.pipeline else 4)
+    subject: Subject
+    captions: Callable[[int], str] = "seed {}".format
     if options.pipeline:
         for name in ("label", "sampler"):
             if getattr(options, name) is not None:
                 raise OptionError(f"--{name.replace('label', 'class')}: not with --pipeline, which has its own")
-        subject = named.pipeline(options.pipeline, options.prompt, options.guidance, options.device)
-        sampler = next(iter(subject.schedulers))
-        captions = "seed {}".format
+        pipeline = named.pipeline(options.pipeline, options.prompt, options.guidance, options.device)
+        sampler = next(iter(pipeline.schedulers))
+        subject = pipeline
     else:
         if options.device is not None:
             raise OptionError("--device: with --pipeline; the networks run on the CPU, and your function knows its own")

@@ -67,7 +67,7 @@ def _users(name: str, options: dict[str, Any]) -> Subject:
     given = {key: value for key, value in options.items() if value is not None}
     if ignored := [key for key in given if key not in known]:
         raise OptionError(f"--{ignored[0]}: {function}() in {module} has no parameter {ignored[0]!r}")
-    made = make(**given)
+    made: Any = make(**given)
     if not callable(getattr(made, "sample", None)):
         raise OptionError(
             f"--network={name!r}: {function}() returned {type(made).__name__}; accepted is a subject of "
