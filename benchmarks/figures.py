@@ -46,7 +46,7 @@ class Walk:
 
     @property
     def computed(self) -> list[bool]:
-        return [fate == "C" for fate in self.report.fates(self.report.branches[0])]
+        return [decision == "C" for decision in self.report.decisions(self.report.branches[0])]
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
-"""Examples in docstrings and in README.md run as they are printed."""
+"""Examples in docstrings, in README.md and in docs/ run as they are printed."""
 
 from __future__ import annotations
 
+import argparse
 import doctest
 import re
+import shlex
+import textwrap
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
@@ -17,10 +20,25 @@ from toys import twice
 
 import stepcache
 from stepcache import METHODS
+from stepcache.bench import KDiffusion
+from stepcache.cli import main
 from stepcache.samplers.k_diffusion import CachedDenoiser
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page, without the indentation that they have in a list."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(code) for _, code in found]
+
+
+SMALLER = {
+    'device="cuda"': 'device="cpu"',
+    "steps=[30], samples=64, batch=4": "steps=[8], samples=1, others=[], methods={'ucache': stepcache.UCache()}",
+}
+"""What is too large for a test, and the small thing that is run in its place."""
 
 
 def examples() -> Iterator[doctest.DocTest]:
@@ -74,17 +92,24 @@ class MyGuidance:
 
 @pytest.fixture
 def pipe():
-    """A tiny Stable Diffusion whose text encoder answers every prompt alike."""
+    """A tiny Stable Diffusion whose text encoder answers every prompt alike, with the scheduler of the pages."""
     tiny = PIPELINES["sd"]
     made = tiny.build()
+    made.scheduler = import_module("diffusers").EulerDiscreteScheduler.from_config(made.scheduler.config)
     inputs = tiny.call(made)
     made.encode_prompt = lambda *args, **kwargs: (inputs["prompt_embeds"], inputs["negative_prompt_embeds"])
     return made
 
 
-def test_the_readmes_python_runs(pipe):
-    """Its blocks in their order, in one namespace. The names that it leaves to the reader are toys here."""
-    names = {
+def towards_zero(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+    """The exact denoiser of data that is normally distributed."""
+    return x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+
+@pytest.fixture
+def names(pipe):
+    """What the pages leave to the reader: his model, latents, schedule and pipeline. Here they are small."""
+    return {
         "stepcache": stepcache,
         "model": twice,
         "MyGuidance": MyGuidance,
@@ -93,11 +118,52 @@ def test_the_readmes_python_runs(pipe):
         "extra_args": {},
         "pipe": pipe,
         "prompt": "a lighthouse",
+        "net": lambda x, t: x * (1 - t),
+        "times": torch.linspace(1, 0, 11),
+        "subject": KDiffusion("toy", towards_zero, (1, 8, 8), lambda n: torch.linspace(10, 0, n + 1), limit=None),
     }
-    assert BLOCKS
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), names)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_the_python_of_a_page_runs(page, names, tmp_path, monkeypatch):
+    """Its blocks in their order, in one namespace, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "python"):
+        for large, small in SMALLER.items():
+            block = block.replace(large, small)
+        exec(compile(block, page, "exec"), names)
         if cache := names.pop("cache", None):
             assert cache.report.calls < cache.report.evaluations * 2
-        if (cached := names.pop("cached", None)) is not None:
+        if (cached := names.pop("cached", None)) is not None and cached.report.events:
             assert cached.report.decisions(cached.report.branches[0]).count("S") > 0
+        if (engine := names.pop("engine", None)) is not None:
+            assert engine.report.skipped > 0
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every call of `stepcache` in a block of a shell: the page and the arguments."""
+    for page in PAGES:
+        for block in blocks(page, "(?:bash|sh|console)"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if "stepcache" in words and words[0] in ("stepcache", "python"):
+                    yield page, words[words.index("stepcache") + 1 :]
+
+
+class Parsed(Exception):
+    """The arguments were accepted."""
+
+
+@pytest.mark.parametrize(("page", "arguments"), [*commands()])
+def test_a_command_of_a_page_is_accepted(page, arguments, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser: argparse.ArgumentParser, given: list[str] | None = None, space: Any = None) -> None:
+        for text in getattr(parse(parser, given, space), "method", None) or ():
+            stepcache.method(*text.split(":", 1))
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    with pytest.raises(Parsed):
+        main(arguments)
