@@ -1,4 +1,4 @@
-"""What the site has beside the pages of docs/: the README as its first page, the changelog, options and reference."""
+"""What the site has beside the pages of docs/: README and its neighbours, all options, the reference, the examples."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ import options  # noqa: E402
 
 import stepcache  # noqa: E402
 from stepcache import extend  # noqa: E402
+
+TOP = {path.name: path.name.lower() for path in ROOT.glob("*.md")} | {"README.md": "index.md"}
+"""The pages of the repository's top folder, and their names here."""
 
 REFERENCE = """# {title}
 
@@ -45,8 +48,7 @@ FOR_AUTHORS = "The names for authors of [methods](../writing-a-method.md) and [h
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are written while the site is built."""
     made = {
-        "index.md": repository_page("README.md"),
-        "changelog.md": repository_page("CHANGELOG.md"),
+        **{page: repository_page(name) for name, page in TOP.items()},
         "options.md": options.page(),
         "reference/stepcache.md": _reference("stepcache", FOR_USERS, [n for n in stepcache.__all__ if n != "attach"]),
         "reference/extend.md": _reference("stepcache.extend", FOR_AUTHORS, extend.__all__),
@@ -60,9 +62,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def repository_page(name: str) -> str:
-    """A page from the repository's top folder; links to files in docs/ and to others that are pages here still work."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return re.sub(r"\]\((?:docs/)?(CHANGELOG)?", lambda match: "](" + (match[1] or "").lower(), text)
+    """A page from the repository's top folder, with links that are right in the site."""
+    text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+    return re.sub(r"\]\((\w+\.md)", lambda match: f"]({TOP.get(match[1], match[1])}", text)
 
 
 def _reference(module: str, introduction: str, names: list[str]) -> str:
