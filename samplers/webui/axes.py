@@ -10,6 +10,7 @@ from stepcache import METHODS
 from stepcache.extend import PRESETS
 
 from .messages import TITLE
+from .options import CUSTOM, SKIPS, SPEEDS
 
 
 def add_axes(scripts: Any) -> None:
@@ -23,11 +24,12 @@ def add_axes(scripts: Any) -> None:
         methods = [name for name in METHODS if name != "none"]
         for label, option, kind, choices in (
             ("Enabled", "enabled", _is_true, ["True", "False"]),
+            ("Speed", "speed", str, [*SPEEDS, CUSTOM]),
             ("Method", "method", str, methods),
             ("Number", "number", float, None),
-            ("Preset", "mask", str, ["none", *PRESETS]),
+            ("Skip", "skip", str, SKIPS),
+            ("Mask preset", "mask", str, ["none", *PRESETS]),
             ("Mask", "mask", str, None),
-            ("Negative prompt only", "negative_only", _is_true, ["True", "False"]),
         ):
             more: dict[str, Any] = {} if choices is None else {"choices": functools.partial(list, choices)}
             plot.axis_options.append(plot.AxisOption(f"[{TITLE}] {label}", kind, _setter(option), **more))

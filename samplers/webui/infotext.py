@@ -6,26 +6,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from stepcache.extend import flag, main_number
+from stepcache.extend import main_number
 
 from .messages import TITLE
-from .options import Options, as_text, default_window
+from .options import AUTOMATIC, CUSTOM, Options, as_text
 
 LABELS = {
-    "method": "",
+    "speed": "",
+    "method": "method",
     "number": "number",
+    "skip": "skips",
     "window": "window",
-    "mask": "mask",
-    "policy": "policy",
-    "hires": "hires",
     "warmup": "warm-up",
     "max_consecutive": "max in a row",
+    "mask": "mask",
+    "policy": "mask policy",
+    "hires": "hires",
     "text": "options",
-    "negative_only": "negative prompt only",
 }
 """What each option is called in the text, after the title."""
 
-SHARED = ("method", "number", "window", "mask", "text")
+RESULT = f"{TITLE} result"
+"""The key of the line that says what was saved."""
+
+SHARED = ("speed", "method", "number", "skip", "window", "mask", "text")
 """The options that the host may offer for pasting from one tab into another."""
 
 IF_ABSENT = {**asdict(Options()), "mask": "none"}
@@ -39,27 +43,31 @@ def key(option: str) -> str:
     """The key of an option in an image's text.
 
     Example:
-        >>> key("method"), key("warmup")
+        >>> key("speed"), key("warmup")
         ('StepCache', 'StepCache warm-up')
     """
     return f"{TITLE} {LABELS[option]}".strip()
 
 
 def write(options: Options) -> dict[str, Any]:
-    """What is written into the image, by key. Number and window are written even if they are the defaults."""
-    name = as_text(options.method).lower()
+    """What is written into the image, by key: the speed, and what differs from the panel's defaults.
+
+    With a custom speed, also method and number, even if they are the defaults.
+    """
+    name, custom, skip = options.chosen_method, options.chosen_speed == CUSTOM, as_text(options.skip).lower()
     main = main_number(name)
     written = {
-        "method": name,
-        "number": as_text(options.number) or (None if main is None else f"{main[1]:g}"),
-        "window": as_text(options.window) or default_window(name),
+        "speed": options.chosen_speed,
+        "method": name if custom else None,
+        "number": as_text(options.number) or (None if main is None else f"{main[1]:g}") if custom else None,
+        "skip": None if skip == AUTOMATIC else skip,
+        "window": as_text(options.window) or None,
+        "warmup": as_text(options.warmup) or None,
+        "max_consecutive": as_text(options.max_consecutive) or None,
         "mask": as_text(options.mask) if options.masked else None,
         "policy": options.policy if options.masked else None,
-        "hires": bool(options.hires),
-        "warmup": options.warmup or None,
-        "max_consecutive": options.max_consecutive if options.max_consecutive >= 0 else None,
+        "hires": None if options.hires else False,
         "text": as_text(options.text) or None,
-        "negative_only": True if flag("negative_only", options.negative_only) else None,
     }
     return {key(option): value for option, value in written.items() if value is not None}
 
@@ -70,13 +78,15 @@ def remove(infotext: dict[str, Any]) -> None:
         del infotext[name]
 
 
-def paste_fields(components: Mapping[str, Any]) -> list[tuple[Any, Reader]]:
-    """Each component, by the name of its option, with the reader of its value.
+def paste_fields(components: Mapping[str, Any], speeds: Mapping[str, str]) -> list[tuple[Any, Reader]]:
+    """Each component, by the name of its option, with the reader of its value. `speeds` are the panel's words for them.
 
     An image without our text disables the extension and changes nothing else.
     """
-    kinds: dict[str, Callable[[str], Any]] = {"hires": _is_true, "negative_only": _is_true}
-    kinds |= {"warmup": int, "max_consecutive": int}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "hires": lambda text: text == "True",
+        "speed": lambda text: speeds.get(text, speeds[IF_ABSENT["speed"]]),
+    }
     readers: list[tuple[Any, Reader]] = [(components["enabled"], lambda infotext: TITLE in infotext)]
     readers += [(components[option], _reader(option, kinds.get(option, str))) for option in LABELS]
     return readers
@@ -89,7 +99,3 @@ def _reader(option: str, kind: Callable[[str], Any]) -> Reader:
         return kind(infotext[key(option)]) if key(option) in infotext else IF_ABSENT[option]
 
     return read
-
-
-def _is_true(text: str) -> bool:
-    return text == "True"

@@ -96,12 +96,14 @@ class Run:
         if self.failure is not None:
             return [self.failure]
         report, reason = self.engine.report, self.indivisible_because
+        if any(event.reason == "short run" for event in report.events):
+            return [f"every step was computed: a run of {report.evaluations} is too short to predict steps in it"]
         if self.engine.method.skip == "uncond" and (reason or not report.skipped):
             reasons = ([reason] if reason else []) + report.obstacles
             if reasons:
                 return [f"negative prompt only: {reason}" for reason in reasons]
         if report.events:
-            return []
+            return [] if report.skipped else ["with these options no step of this run was skipped"]
         if self.patch.auxiliary:
             return ["nothing was cached: the images of the batch have different numbers of prompts joined by AND"]
         return ["nothing was cached: no call of the model was seen, another extension may have replaced it"]
@@ -122,7 +124,9 @@ def running(
 ) -> Iterator[None]:
     """Caches one sampling loop. If that is not possible, the loop runs as it is, and the user is told why."""
     try:
-        run = Run(job.method, func, denoiser, keywords, forge=hasattr(p.sd_model, "forge_objects"))
+        guided = keywords.get("extra_args", {}).get("cond_scale", 1) != 1
+        method = job.options.as_method(getattr(func, "__name__", ""), guided)
+        run = Run(method, func, denoiser, keywords, forge=hasattr(p.sd_model, "forge_objects"))
     except Exception as error:
         reason = str(error) if isinstance(error, OptionError) else f"{type(error).__name__}: {error}"
         notify(p, f"{reason}; this run goes without the cache")
@@ -135,7 +139,7 @@ def running(
     finally:
         _running.remove(run)
         run.close()
-        job.record_run(p, run.engine.report, hires)
+        job.record_run(p, run.engine.report, method.skip == "uncond", hires)
         for sentence in run.remarks():
             notify(p, sentence)
 

@@ -340,6 +340,7 @@ class Processing:
     def __init__(self, model: Any, fields: dict[str, Any]) -> None:
         self.seed, self.steps, self.cfg_scale, self.s_min_uncond = 3, STEPS, 4.0, 0.0
         self.sampler_name, self.n_iter, self.refiner_at, self.img2img, self.hr = "Euler", 1, None, False, None
+        self.hr_sampler: str | None = None
         self.prompt: Any = [[(1.0, ((STEPS * 4, 0.3),))]]
         vars(self).update(fields)
         self.sd_model, self.is_hr_pass, self.sampler = model, False, None
@@ -473,7 +474,7 @@ class Host:
         latents = p.sampler.run(noise, p.steps, skip=4 if p.img2img else 0)
         if p.hr is None:
             return latents
-        p.is_hr_pass, p.sampler = True, Sampler(self, p, p.sampler_name)
+        p.is_hr_pass, p.sampler = True, Sampler(self, p, p.hr_sampler or p.sampler_name)
         self.hook(p, arguments, "before_hr")
         if self.forge:  # called twice; what the first call patched is thrown away
             self.before_sampling(p, arguments)

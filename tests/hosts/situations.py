@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -21,15 +22,20 @@ from PIL import Image
 SAMPLERS = ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "Heun", "DPM2", "DPM++ SDE", "DDIM", "PLMS", "UniPC")
 SAMPLERS += ("LMS", "DPM adaptive", "Restart", "DPM++ 2S a", "DPM++ 3M SDE")
 COMPARED = ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "Heun", "DPM2", "DPM++ SDE")
-NEGATIVE_ONLY = [True, "forecast", *[None] * 9, True]
+WHOLE_STEPS, NEGATIVE = "whole steps", "negative prompt only"
+NEVER = [True, "custom", "forecast", 1]
+WHOLE = [True, "2x", None, None, WHOLE_STEPS]
+NEGATIVE_ONLY = [True, "2x", None, None, NEGATIVE]
+MASKED = [True, "custom", "static", None, None, None, None, None, "medium"]
 METHODS = {
-    "forecast": ["forecast"],
-    "ucache": ["ucache", 0.3],
-    "easycache": ["easycache", 0.2],
-    "static": ["static", "", "", "medium"],
-    "negative prompt only": NEGATIVE_ONLY[1:],
+    "forecast": WHOLE,
+    "ucache": [True, "custom", "ucache", 0.3],
+    "easycache": [True, "custom", "easycache", 0.2],
+    "static": MASKED,
+    NEGATIVE: NEGATIVE_ONLY,
 }
-ON = [True, "forecast"]
+ON = [True]
+"""Everything as the panel has it, but Enable: at 2x, and what is skipped is chosen by the sampler."""
 
 
 def picture(mask: bool = False) -> Image.Image:
@@ -170,15 +176,16 @@ def left(host: Host, objects: list[Any]) -> list[str]:
 
 
 def summary(result: Any) -> dict[str, Any]:
-    said = [line for line in result.said if ": skipped " in line]
+    counts = [re.search(r"(\d+) of (\d+) (?:steps|evaluations)", line) for line in result.said]
+    runs = [(int(count[1]), int(count[2])) for count in counts if count is not None]
     return {
         "error": result.error,
         "digest": result.digest,
         "calls": sum(result.calls),
         "rows": result.calls,
         "said": result.said,
-        "skipped": [int(line.split("skipped ")[1].split()[0]) for line in said],
-        "evaluations": [int(line.split(" of ")[1].split()[0]) for line in said],
+        "skipped": [total - computed for computed, total in runs],
+        "evaluations": [total for _, total in runs],
         "infotext": result.infotexts[-1].splitlines()[-1] if result.infotexts else "",
     }
 
@@ -192,7 +199,7 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
 
     caught: dict[str, Any] = {}
     seen["spy"] = caught.update
-    result = run(host, {"sampler_name": sampler}, [True, *method])
+    result = run(host, {"sampler_name": sampler}, method)
     seen["spy"] = None
     assert result.error is None, result.error
     report = seen["runs"][-1].engine.report
@@ -200,7 +207,7 @@ def compare(host: Host, sampler: str, method: list[Any], seen: dict[str, Any]) -
     extra = keywords.pop("extra_args")
     cond = extra["cond"].batch[0][0].schedules[0].cond[None]
     uncond = extra["uncond"][0][0].cond[None]
-    chosen = Options.of([True, *method]).as_method()
+    chosen = Options.of(method).as_method(func.__name__)
     if host.family == "forge":
         kmodel = host.model.forge_objects.unet.model
         order, more = ("uncond", "cond"), {"c_crossattn": torch.cat([uncond, cond])}
@@ -293,9 +300,10 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
     for situation, fields in ((situation, again[situation]) for situation, _ in chosen):
         entry = found["situations"][situation]
         seen["runs"].clear()
-        entry["never"] = summary(run(host, fields, [True, "forecast", 1]))
+        entry["never"] = summary(run(host, fields, NEVER))
         entry["on"] = summary(run(host, fields, ON))
-        entry["mask"] = summary(run(host, fields, [True, "static", "", "", "medium"]))
+        entry["whole"] = summary(run(host, fields, WHOLE))
+        entry["mask"] = summary(run(host, fields, MASKED))
         entry["negative only"] = summary(run(host, fields, NEGATIVE_ONLY))
         entry["left"] = left(host, [one.denoiser for one in seen["runs"]])
         entry["auxiliary"] = sum(one.patch.auxiliary for one in seen["runs"])
@@ -342,10 +350,16 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
 
     found["wrong options"] = {
         str(arguments): summary(run(host, {}, arguments))
-        for arguments in ([True, "forcast"], [True, "ucache", -1], [True, "static"], [True, "forecast", 2, "", "110"])
+        for arguments in (
+            [True, "5x"],
+            [True, "custom", "forcast"],
+            [True, "custom", "ucache", -1],
+            [True, "custom", "static"],
+            [True, "2x", *[None] * 6, "110"],
+        )
     }
     found["wrong options"]["plain"] = plain
-    found["hires off"] = summary(run(host, dict(jobs(host))["hires"], [True, "forecast", "", "", "", "dynamic", False]))
+    found["hires off"] = summary(run(host, dict(jobs(host))["hires"], [True, *[None] * 9, False]))
     add_axes(host.scripts)
     add_axes(host.scripts)
     (plot,) = [one.module for one in host.scripts.scripts_data if one.script_class.__module__ == "xyz_grid.py"]
@@ -362,7 +376,8 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
     except ImportError:  # A1111 before 1.8
         from modules import generation_parameters_copypaste as infotext_utils
 
-    text = run(host, {}, [True, "ucache", 0.5, "0.1-0.9", "1,1,1,0,0,1,0,0,1,0,0,1", "static", False]).infotexts[0]
+    given = [True, "custom", "ucache", 0.5, WHOLE_STEPS, "10-90", 1, 3, "1,1,1,0,0,1,0,0,1,0,0,1", "static", False]
+    text = run(host, {}, [*given, "decay=0.9,reset=0"]).infotexts[0]
     parsed = infotext_utils.parse_generation_parameters(text)
     (script,) = [one for one in host.runner(False).scripts if one.title() == "StepCache"]
     found["pasted"] = [read(parsed) for _, read in script.infotext_fields]

@@ -20,7 +20,8 @@ import pytest
 
 HOSTS = ("A1111", "FORGE", "REFORGE", "CLASSIC", "NEO")
 HERE = Path(__file__).parent
-AXES = ("Enabled", "Method", "Number", "Preset", "Mask", "Negative prompt only")
+AXES = ("Enabled", "Speed", "Method", "Number", "Skip", "Mask preset", "Mask")
+SAMPLERS = ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "DPM++ 3M SDE", "DPM++ SDE", "DPM++ 2S a", "Heun", "UniPC")
 LATENTS = 1e-4
 """Of the largest latent: rounding, over a run."""
 
@@ -45,7 +46,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def test_every_situation_runs_through(found):
     errors = {
-        situation: [entry[kind]["error"] for kind in ("without", "never", "on", "mask", "negative only")]
+        situation: [entry[kind]["error"] for kind in ("without", "never", "on", "whole", "mask", "negative only")]
         for situation, entry in found["situations"].items()
     }
     assert {situation: error for situation, error in errors.items() if any(error)} == {}
@@ -69,16 +70,19 @@ def test_calls_are_skipped_and_counted(found):
         else:
             assert entry["on"]["calls"] < entry["without"]["calls"], situation
             counts = zip(entry["on"]["skipped"], entry["on"]["evaluations"], strict=True)
-            text = " + ".join(f"{skipped}/{all_}" for skipped, all_ in counts)
-            last = text.split(" + ")[-1] if "2 batches" in situation or "twice" in situation else text
-            assert f"StepCache skipped: {last}" in entry["on"]["infotext"], situation
+            passes = [f"{all_ - skipped} of {all_} " for skipped, all_ in counts]
+            passes = passes[-1:] if "2 batches" in situation or "twice" in situation else passes
+            result = entry["on"]["infotext"].partition("StepCache result: ")[2].partition(" (")[0]
+            assert all(one in part for one, part in zip(passes, result.split(" + "), strict=True)), situation
+            assert "x fewer network calls)" in entry["on"]["infotext"], situation
 
 
 def test_plain_runs_have_the_counts_that_follow_from_their_steps(found):
     """12 steps of one evaluation, 23 of two; DDIM as many as its host runs it for."""
     for sampler in ("Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE"):
         entry = found["situations"][sampler]
-        assert (entry["on"]["skipped"], entry["on"]["evaluations"]) == ([5], [12]), sampler
+        assert (entry["whole"]["skipped"], entry["whole"]["evaluations"]) == ([5], [12]), sampler
+        assert entry["whole"]["calls"] == 14, sampler
         assert entry["mask"]["calls"] == 12, sampler
     assert found["situations"]["Heun"]["on"]["evaluations"] == [23]
     for sampler in ("DDIM", "UniPC"):
@@ -122,14 +126,22 @@ def test_with_the_negative_prompt_only_the_prompt_is_computed_at_every_evaluatio
         if situation == "batch of 2":
             assert set(ours["rows"]) == {2, 4}
     assert found["situations"]["Euler a"]["negative only"]["said"] == [
-        "StepCache: forecast, negative prompt only: skipped 5 of 12 evaluations, 1.26x fewer model calls"
+        "StepCache: negative prompt computed in 7 of 12 steps (1.3x fewer network calls)"
     ]
+
+
+def test_what_is_skipped_is_chosen_by_the_sampler(found):
+    for sampler, entry in ((name, found["situations"].get(name)) for name in SAMPLERS):
+        if entry is not None:
+            chosen = "negative only" if sampler in ("DPM++ 2M SDE", "DPM++ 3M SDE") else "whole"
+            assert entry["on"]["digest"] == entry[chosen]["digest"], sampler
+            assert entry["on"]["calls"] == entry[chosen]["calls"], sampler
 
 
 def test_auxiliary_calls_pass_through(found):
     for situation in ("PAG", "SAG", "PAG, AND"):
         if situation in found["situations"]:
-            assert found["situations"][situation]["auxiliary"] == 48, situation  # four runs of 12 evaluations
+            assert found["situations"][situation]["auxiliary"] == 60, situation  # five runs of 12 evaluations
             assert found["situations"][situation]["mask"]["skipped"] == [6], situation
 
 
@@ -148,7 +160,8 @@ def test_hires_can_be_left_out(found):
 
 def test_the_xyz_plot_and_the_infotext(found):
     assert found["axes"] == [f"[StepCache] {name}" for name in AXES]
-    assert "StepCache: ucache, StepCache number: 0.4" in found["axis"]["infotext"]
+    assert "StepCache: custom, StepCache method: ucache, StepCache number: 0.4" in found["axis"]["infotext"]
     mask = "1,1,1,0,0,1,0,0,1,0,0,1"
-    assert found["pasted"] == [True, "ucache", "0.5", "0.1-0.9", mask, "static", False, 0, -1, "", False]
-    assert found["pasted without"] == [False, *[None] * 10]
+    fields = ["ucache", "0.5", "whole steps", "10-90", "1", "3", mask, "static", False, "decay=0.9,reset=0"]
+    assert found["pasted"] == [True, "custom: method and number", *fields]
+    assert found["pasted without"] == [False, *[None] * 11]

@@ -42,6 +42,7 @@ from stepcache.samplers.webui import run as run_module
 from stepcache.samplers.webui.a1111 import A1111Patch
 from stepcache.samplers.webui.axes import add_axes
 from stepcache.samplers.webui.call import WebuiCall
+from stepcache.samplers.webui.components import INFO, NUMBER_INFO, SPEED_CHOICES
 from stepcache.samplers.webui.forge import ForgePatch
 from stepcache.samplers.webui.run import Run, on_cfg_denoiser
 from stepcache.samplers.webui.schedule import unipc_times
@@ -49,14 +50,25 @@ from stepcache.samplers.webui.schedule import unipc_times
 pytestmark = pytest.mark.filterwarnings("ignore:the last step cannot be protected")  # DPM fast
 
 NAMES = ("a1111-1.10", "a1111-1.7", "a1111-1.6", "forge")
-ON = [True, "forecast"]
-MASKED = [True, "static", "", "", "1001010011"]
+ON = [True, "2x"]
+
+
+def settings(method="forecast", number="", **more):
+    """Arguments as the API passes them, of a custom speed."""
+    options = Options(enabled=True, speed="custom", method=method, number=number, **more)
+    return list(vars(options).values())
+
+
+def negative_only(method="forecast", number="", **more):
+    """The same, with the negative prompt alone skipped."""
+    return settings(method, number, skip="negative prompt only", **more)
+
+
+SIX_OF_TEN = "6 of 10 steps computed (1.7x fewer network calls)"
+NEVER = settings("forecast", 1)
+MASKED = settings("static", mask="1001010011")
 """Five of ten steps are computed."""
-
-
-def negative_only(*given):
-    """The same with the last argument, "Skip the negative prompt only", set."""
-    return [*given, *[None] * (11 - len(given)), True]
+NEGATIVE_MASKED = negative_only("static", mask="1001010011")
 
 
 HORSE = [(1.0, ((STEPS * 4, 0.3),))]
@@ -133,7 +145,7 @@ def test_disabled_or_never_skipping_is_bit_identical_and_nothing_is_left(name, s
     host, fields = Host(name), SITUATIONS[situation]
     bare = host.job(None, **fields)
     calls = list(host.network.calls)
-    never = host.job([True, "forecast", 1], **fields)
+    never = host.job(NEVER, **fields)
     assert host.network.calls == calls
     assert same(never, bare)
     cached = host.job(ON, **fields)
@@ -163,7 +175,7 @@ def test_a_static_mask_skips_exactly_its_steps(name, sampler, runs):
 @pytest.mark.parametrize("name", ["a1111-1.10", "forge"])
 def test_steps_are_not_evaluations(name, runs):
     """DDIM runs one step fewer than asked for, as in its hosts; PLMS evaluates the first of them twice."""
-    host, nine = Host(name), [True, "static", "", "", "100101001"]
+    host, nine = Host(name), settings("static", mask="100101001")
     host.job(nine, sampler_name="DDIM")
     host.job(nine, sampler_name="PLMS")
     host.job(MASKED, sampler_name="Heun")
@@ -176,11 +188,11 @@ def test_steps_are_not_evaluations(name, runs):
 @pytest.mark.parametrize(
     "method",
     [
-        ["forecast"],
-        ["ucache", 0.3],
-        ["easycache", 0.8],
-        ["static", "", "", "fast"],
-        negative_only(True, "forecast")[1:],
+        settings("forecast"),
+        settings("ucache", 0.3),
+        settings("easycache", 0.8),
+        settings("static", mask="fast"),
+        negative_only(),
     ],
 )
 def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, runs):
@@ -195,13 +207,13 @@ def test_the_same_decisions_as_the_k_diffusion_adapter(name, sampler, method, ru
     spy.__signature__, spy.__name__ = inspect.signature(func), func.__name__
     SAMPLERS["spied"] = spy
     try:
-        p = host.job([True, *method], sampler_name="spied")
+        p = host.job(method, sampler_name="spied")
     finally:
         del SAMPLERS["spied"]
     network = Network()
     inner = CompVisDenoiser(types.SimpleNamespace(apply_model=network, alphas_cumprod=products_of(host)))
     names, texts = (("uncond", "cond"), (-0.2, 0.3)) if host.forge else (("cond", "uncond"), (0.3, -0.2))
-    cached = CachedDenoiser(inner, Options.of([True, *method]).as_method(), branches=names)
+    cached = CachedDenoiser(inner, Options.of(method).as_method(func.__name__), branches=names)
 
     def guided(x, sigma):
         answers = cached(torch.cat([x, x]), torch.cat([sigma, sigma]), text=torch.tensor(texts)).chunk(2)
@@ -237,13 +249,13 @@ def test_with_the_negative_prompt_only_the_prompt_alone_is_what_the_network_sees
     if sampler == "DDIM":
         mask = mask[:9]  # see test_steps_are_not_evaluations
     bare = host.job(None, sampler_name=sampler)
-    p = host.job(negative_only(True, "static", "", "", mask), sampler_name=sampler)
+    p = host.job(negative_only("static", mask=mask), sampler_name=sampler)
     both = [-0.2, 0.3] if host.forge else [0.3, -0.2]
     assert host.network.texts == [both if one == "1" else [0.3] for one in mask]
     assert decisions(runs[0]) == "C" * len(mask)
     assert decisions(runs[0], "uncond") == mask.replace("1", "C").replace("0", "S")
     assert close(p, bare)
-    assert not close(host.job([True, "static", "", "", mask], sampler_name=sampler), bare)
+    assert not close(host.job(settings("static", mask=mask), sampler_name=sampler), bare)
     assert left(host, runs) == []
     assert same(host.job([False], sampler_name=sampler), bare)
 
@@ -261,7 +273,7 @@ def test_the_negative_prompt_is_predicted_from_the_prompt_whatever_the_situation
     host.low_memory = lambda: low
     bare = host.job(None, **fields)
     calls = sum(host.network.calls)
-    p = host.job(negative_only(True, "forecast"), **fields)
+    p = host.job(negative_only(), **fields)
     assert close(p, bare)
     if (situation, host.forge) in (("CFG 1", True), ("AND, unequal", False), ("AND, batch of 2", False)):
         assert sum(host.network.calls) == calls
@@ -288,7 +300,7 @@ def test_what_forge_hands_to_the_slot_is_cut_by_chunks(prompt, extensions, runs)
     host.extensions = [one(host, until=99) if one is controlnet else one(host) for one in extensions]
     bare = host.job(None, prompt=prompt)
     each = len(host.network.calls) // 10
-    p = host.job(negative_only(*MASKED), prompt=prompt)
+    p = host.job(NEGATIVE_MASKED, prompt=prompt)
     images, branches = len(prompt), len(prompt[0]) + 1
     rows = [images * (branches if one == "1" else 1) for one in "1001010011" for _ in range(each)]
     assert host.network.calls == rows
@@ -303,7 +315,7 @@ def test_pag_and_sag_still_pass_through_beside_the_negative_prompt_only(extensio
     host = Host("forge")
     host.extensions = [extension(host)]
     bare = host.job(None)
-    assert close(host.job(negative_only(*MASKED)), bare)
+    assert close(host.job(NEGATIVE_MASKED), bare)
     assert host.network.calls == [n for one in "1001010011" for n in (2 if one == "1" else 1, 1)]
     assert (runs[0].patch.auxiliary, decisions(runs[0], "uncond")) == (10, "CSSCSCSSCC")
 
@@ -323,7 +335,7 @@ def test_what_forge_may_order_by_rows_unknown_to_us_is_computed_whole_and_said(e
     host = Host("forge")
     host.extensions = [extension(host) for extension in extensions]
     bare = host.job(None)
-    p = host.job(negative_only(*MASKED))
+    p = host.job(NEGATIVE_MASKED)
     assert same(p, bare)
     assert decisions(runs[0], "uncond") == "C" * 10
     assert p.comments[0].startswith(f"StepCache: negative prompt only: {why}")
@@ -342,15 +354,16 @@ def test_conditioning_that_is_not_ordered_by_rows_on_a1111_is_computed_whole_and
     monkeypatch.setattr(Denoiser, "dictionary", lambda self, texts: {**usual(self, texts), **more})
     host = Host("a1111-1.10")
     bare = host.job(None)
-    p = host.job(negative_only(*MASKED))
+    p = host.job(NEGATIVE_MASKED)
     assert same(p, bare)
     assert p.comments[0] == f"StepCache: negative prompt only: {why}"
 
 
 def test_without_a_negative_prompt_it_says_so():
-    p = Host("forge").job(negative_only(*ON), cfg_scale=1.0)
+    p = Host("forge").job(negative_only(), cfg_scale=1.0)
     assert "where cond is the only branch nothing is skipped" in p.comments[0]
-    assert p.extra_generation_params["StepCache skipped"] == "0/10"
+    result = "negative prompt computed in 10 of 10 steps (nothing saved)"
+    assert p.extra_generation_params["StepCache result"] == result
 
 
 @pytest.mark.parametrize("name", ["a1111-1.10", "forge"])
@@ -359,37 +372,61 @@ def test_out_of_memory_in_a_call_for_the_prompt_alone(name, runs):
     host = Host(name)
     bare = host.job(None)
     host.network.fails_at = lambda call: call == 2
-    p = host.job(negative_only(*MASKED))
+    p = host.job(NEGATIVE_MASKED)
     assert same(p, bare)
     assert "the call for cond alone fails: pretended" in p.comments[0]
     host.network.fails_at = lambda call: call > 1
     with pytest.raises(torch.OutOfMemoryError, match="pretended"):
-        host.job(negative_only(*MASKED))
+        host.job(NEGATIVE_MASKED)
     host.network.fails_at = None
     assert left(host, runs) == []
-    assert close(host.job(negative_only(*MASKED)), bare)
+    assert close(host.job(NEGATIVE_MASKED), bare)
     assert same(host.job([False]), bare)
 
 
 def test_the_negative_prompt_only_in_the_console_the_image_and_the_options(capsys):
-    p = Host("a1111-1.10").job(negative_only(*ON), hr=7)
-    assert p.extra_generation_params["StepCache negative prompt only"] is True
-    assert p.extra_generation_params["StepCache skipped"] == "4/10 + 3/7"
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == ("StepCache: forecast, negative prompt only: skipped 4 of 10 evaluations, 1.25x fewer model calls")
-    assert "forecast, negative prompt only, hires. fix: skipped 3 of 7" in second
-    assert "StepCache negative prompt only" not in Host("forge").job(ON).extra_generation_params
-    assert Options(text="skip=all", negative_only=True).as_method().skip == "all"
+    p = Host("a1111-1.10").job(negative_only(), hr=7)
+    assert p.extra_generation_params["StepCache skips"] == "negative prompt only"
+    both = "negative prompt computed in 6 of 10 steps + negative prompt computed in 4 of 7 steps"
+    assert p.extra_generation_params["StepCache result"] == f"{both} (1.3x fewer network calls)"
+    assert capsys.readouterr().out.splitlines() == [
+        "StepCache: negative prompt computed in 6 of 10 steps (1.2x fewer network calls)",
+        "StepCache, hires. fix: negative prompt computed in 4 of 7 steps (1.3x fewer network calls)",
+    ]
+    assert "StepCache skips" not in Host("forge").job(ON).extra_generation_params
+    assert Options(text="skip=all", skip="negative prompt only").as_method().skip == "all"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_automatic_skips_whole_steps_unless_fewer_steps_would_be_better(name, sampler, runs):
+    """DPM++ 2M SDE and 3M SDE: the figures are in docs/webui.md. Only Forecast chooses, and only with guidance."""
+    host = Host(name)
+    for arguments, scale in ((ON, 4.0), (ON, 1.0), (settings("ucache"), 4.0), (settings(skip="whole steps"), 4.0)):
+        host.job(arguments, sampler_name=sampler, cfg_scale=scale)
+    noisy = sampler in ("DPM++ 2M SDE", "DPM++ 3M SDE")
+    expected = ["uncond" if noisy else "all", "all", "all", "all"]
+    assert [run.engine.method.skip for run in runs] == (expected if sampler != "DPM adaptive" else [])
+
+
+def test_automatic_chooses_anew_for_the_second_pass(runs):
+    """Each pass of hires. fix may have another sampler."""
+    host = Host("forge")
+    p = host.job(ON, sampler_name="DPM++ 2M SDE", hr=7, hr_sampler="Euler")
+    assert [run.engine.method.skip for run in runs] == ["uncond", "all"]
+    result = "negative prompt computed in 6 of 10 steps + 5 of 7 steps computed (1.3x fewer network calls)"
+    assert p.extra_generation_params["StepCache result"] == result
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hires_counts_both_passes_or_only_the_first(name, runs):
     host = Host(name)
     p = host.job(ON, hr=7)
-    assert p.extra_generation_params["StepCache skipped"] == "4/10 + 2/7"
+    both = "6 of 10 steps computed + 5 of 7 steps computed (1.5x fewer network calls)"
+    assert p.extra_generation_params["StepCache result"] == both
     assert [len(decisions(run)) for run in runs] == [10, 7]
-    p = host.job([*ON, "", "", "", "dynamic", False], hr=7)
-    assert p.extra_generation_params["StepCache skipped"] == "4/10"
+    p = host.job(settings(hires=False), hr=7)
+    assert p.extra_generation_params["StepCache result"] == SIX_OF_TEN
     assert len(runs) == 3
 
 
@@ -412,7 +449,7 @@ def test_the_callback_names_the_steps_of_a_sampler_nobody_knows(runs, monkeypatc
 def test_every_batch_is_a_run_of_its_own(name, runs):
     p = Host(name).job(ON, n_iter=3)
     assert [decisions(run) for run in runs] == ["CCSCSCSCSC"] * 3
-    assert p.extra_generation_params["StepCache skipped"] == "4/10"
+    assert p.extra_generation_params["StepCache result"] == SIX_OF_TEN
     assert same(p, Host(name).job(ON, n_iter=3))
 
 
@@ -466,7 +503,7 @@ def test_heun_without_uncond_at_some_evaluations_keeps_two_of_one_sigma_apart(na
 @pytest.mark.parametrize("name", NAMES)
 def test_an_edited_prompt_is_computed_when_it_changes(name, runs):
     host = Host(name)
-    host.job([True, "static", "", "", "1000000001"], prompt=[EDITED])
+    host.job(settings("static", mask="1000000001"), prompt=[EDITED])
     assert decisions(runs[0]) == "CSSSSCSSSC"
     assert any("prompt" in note for note in runs[0].engine.report.notes)
 
@@ -475,14 +512,14 @@ def test_an_edited_prompt_is_computed_when_it_changes(name, runs):
 def test_words_that_alternate_are_computed_at_every_change(name, runs):
     words = tuple((step, 0.3 if step % 2 else 0.8) for step in range(STEPS * 2))
     host = Host(name)
-    host.job([True, "static", "", "", "1000000001"], prompt=[[(1.0, words)]])
+    host.job(settings("static", mask="1000000001"), prompt=[[(1.0, words)]])
     assert decisions(runs[0]) == "C" * 10
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_refiner_begins_with_a_computed_evaluation_and_is_cached_too(name, runs):
     host = Host(name)
-    host.job([True, "static", "", "", "1000000001"], refiner_at=6)
+    host.job(settings("static", mask="1000000001"), refiner_at=6)
     assert decisions(runs[0]) == "CSSSSSCSSC"
     assert left(host, runs) == []
 
@@ -494,7 +531,7 @@ def test_pag_and_sag_pass_through_and_are_never_stored(extension, prompt, low, r
     host = Host("forge")
     host.extensions, host.low_memory = [extension(host)], lambda: low
     bare = host.job(None, prompt=prompt)
-    assert same(host.job([True, "forecast", 1], prompt=prompt), bare)
+    assert same(host.job(NEVER, prompt=prompt), bare)
     host.job(MASKED, prompt=prompt)
     again = (len(prompt[0]) if extension is pag else 1) * (low or extension is sag) or 1
     assert runs[-1].patch.auxiliary == 10 * (again if low else 1)
@@ -516,7 +553,7 @@ def test_further_calls_on_a1111_pass_through_and_are_never_stored(runs, monkeypa
     host.job(MASKED)
     assert (runs[0].patch.auxiliary, decisions(runs[0])) == (10, "CSSCSCSSCC")
     assert host.network.calls == [2, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 2, 1, 2, 1]
-    assert same(host.job([True, "forecast", 1]), host.job(None))
+    assert same(host.job(NEVER), host.job(None))
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -527,7 +564,7 @@ def test_multidiffusion_is_kept_called_and_skipped_whole(late, runs):
         host.extensions.insert(0, pag(host))
     bare = host.job(None)
     tiled = list(host.network.calls)
-    assert same(host.job([True, "forecast", 1]), bare)
+    assert same(host.job(NEVER), bare)
     host.job(MASKED)
     assert len(host.network.calls) == len(tiled) / 2 + (10 if late else 0)
     assert isinstance(host.first.forge_objects.unet.model_options["model_function_wrapper"], Tiles)
@@ -536,7 +573,7 @@ def test_multidiffusion_is_kept_called_and_skipped_whole(late, runs):
 def test_a_controlnet_that_ends_in_the_run_is_computed_when_it_does(runs):
     host = Host("forge")
     host.extensions = [controlnet(host, until=4)]
-    host.job([True, "static", "", "", "1000000001"])
+    host.job(settings("static", mask="1000000001"))
     assert decisions(runs[0]) == "CSSSCSSSSC"
 
 
@@ -544,9 +581,9 @@ def test_inpainting_noise_at_every_evaluation_does_not_disturb():
     host = Host("forge")
     host.inpainting = True
     bare = host.job(None)
-    assert same(host.job([True, "forecast", 1]), bare)
+    assert same(host.job(NEVER), bare)
     cached = host.job(ON)
-    assert cached.extra_generation_params["StepCache skipped"] == "4/10"
+    assert cached.extra_generation_params["StepCache result"] == SIX_OF_TEN
     assert cached.latents[0].isfinite().all()
 
 
@@ -556,7 +593,7 @@ def test_interrupt_leaves_nothing_and_the_next_job_is_untouched(name, runs):
     bare = host.job(None)
     host.stop_at = 5
     stopped = host.job(ON)
-    assert stopped.extra_generation_params["StepCache skipped"] == "2/5"
+    assert stopped.extra_generation_params["StepCache result"].startswith("3 of 5 steps computed")
     assert left(host, runs) == []
     host.stop_at = None
     assert same(host.job([False]), bare)
@@ -599,20 +636,26 @@ def test_an_error_of_our_own_costs_the_speed_and_not_the_image(name, runs, monke
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([True, "forcast"], "Did you mean 'forecast'?"),
-        ([True, "ucache", -1], "threshold=-1.0: accepted is a number of at least 0"),
-        ([True, "ucache", "much"], "threshold='much': accepted is a number"),
-        ([True, "forecast", 2.5], "interval='2.5': accepted is a whole number"),
-        ([True, "static"], "static needs a mask"),
-        ([True, "static", 3, "", "fast"], "static takes no number; leave it empty"),
-        ([True, "forecast", "", "half"], "window='half': accepted are two shares"),
-        ([True, "forecast", "", "0.9-0.1"], "the window is empty"),
-        ([True, "forecast", "", "", "110"], "the mask has 3 entries, the run has 10 steps"),
-        ([True, "forecast", "", "", "fast", "stern"], "unknown policy 'stern'"),
-        ([True, "ucache", "", "", "", "dynamic", True, 0, -1, "decays=1"], "Did you mean 'decay'?"),
-        ([*ON, *[None] * 10, 1], "13 arguments: accepted are 12"),
-        ([*ON, *[None] * 9, "yes please"], "negative_only='yes please'"),
-        ([*ON, *[None] * 4, "no"], "hires='no': accepted is 0 or 1"),
+        (settings("forcast"), "Did you mean 'forecast'?"),
+        ([True, "5x"], "unknown speed '5x'"),
+        ([True, "forecast"], "unknown speed 'forecast'"),
+        (settings("ucache", -1), "threshold=-1.0: accepted is a number of at least 0"),
+        (settings("ucache", "much"), "threshold='much': accepted is a number"),
+        (settings("forecast", 2.5), "interval='2.5': accepted is a whole number"),
+        (settings("static"), "static needs a mask"),
+        (settings("static", 3, mask="fast"), "static takes no number; leave it empty"),
+        (settings(window="half"), "window='half': accepted are two numbers in per cent of the run"),
+        (settings(window="90-10"), "window='90-10': accepted is a start before the end"),
+        (settings(window="50-150"), "window='50-150': accepted is a start before the end, from 0 to 100"),
+        (settings(window="0.15-0.95"), "it is in per cent; did you mean 15-95?"),
+        (settings(warmup="some"), "warmup='some': accepted is a whole number of at least 0"),
+        (settings(max_consecutive=-1), "max_consecutive='-1': accepted is a whole number of at least 0"),
+        (settings(mask="110"), "the mask has 3 entries, the run has 10 steps"),
+        (settings(mask="fast", policy="stern"), "unknown policy 'stern'"),
+        (settings("ucache", text="decays=1"), "Did you mean 'decay'?"),
+        ([*settings(), 1], "14 arguments: accepted are 13"),
+        (settings(skip="negative"), "unknown skip 'negative'"),
+        (settings(hires="no"), "hires='no': accepted is 0 or 1"),
     ],
 )
 def test_wrong_options_are_said_and_the_job_runs_without_the_cache(name, arguments, said, capsys):
@@ -658,24 +701,41 @@ def test_a_batch_of_unequal_and_prompts_is_computed_on_a1111_and_says_so():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_console_line_and_the_infotext_count_evaluations(name, capsys):
-    p = Host(name).job([True, "ucache", 0.5, "0-1", "fast", "static", True, 1, 3, "decay=0.5"])
+    given = {"window": "0-100", "mask": "fast", "policy": "static", "hires": False, "text": "decay=0.5"}
+    p = Host(name).job(settings("ucache", 0.5, warmup=1, max_consecutive="3", **given))
     assert p.extra_generation_params == {
-        "StepCache": "ucache",
+        "StepCache": "custom",
+        "StepCache method": "ucache",
         "StepCache number": "0.5",
-        "StepCache window": "0-1",
+        "StepCache window": "0-100",
+        "StepCache warm-up": "1",
+        "StepCache max in a row": "3",
         "StepCache mask": "fast",
-        "StepCache policy": "static",
-        "StepCache hires": True,
-        "StepCache warm-up": 1,
-        "StepCache max in a row": 3,
+        "StepCache mask policy": "static",
+        "StepCache hires": False,
         "StepCache options": "decay=0.5",
-        "StepCache skipped": "6/10",
+        "StepCache result": "4 of 10 steps computed (2.5x fewer network calls)",
     }
-    assert capsys.readouterr().out == "StepCache: ucache: skipped 6 of 10 evaluations, 2.50x fewer model calls\n"
+    assert capsys.readouterr().out == "StepCache: 4 of 10 steps computed (2.5x fewer network calls)\n"
+    assert Host(name).job(ON).extra_generation_params == {"StepCache": "2x", "StepCache result": SIX_OF_TEN}
+
+
+def test_a_sampler_with_two_evaluations_a_step_is_counted_in_evaluations():
+    p = Host("forge").job(ON, sampler_name="Heun")
+    assert p.extra_generation_params["StepCache result"] == "11 of 19 evaluations computed (1.7x fewer network calls)"
+
+
+def test_a_run_too_short_and_one_in_which_nothing_was_skipped_are_said():
+    p = Host("forge").job(ON, hr=5)
+    assert p.comments == ["StepCache: every step was computed: a run of 5 is too short to predict steps in it"]
+    for arguments in (NEVER, settings("fbcache")):
+        assert Host("forge").job(arguments).comments == [
+            "StepCache: with these options no step of this run was skipped"
+        ]
 
 
 def test_the_table_goes_to_the_console_when_asked_for(capsys):
-    Host("forge").job([*ON, *[None] * 8, True])
+    Host("forge").job(settings(table=True))
     assert (
         len([line for line in capsys.readouterr().out.splitlines() if "every 2" in line or "criterion" in line]) >= 10
     )
@@ -751,18 +811,45 @@ def test_unipcs_own_times(spacing, power, host_modules):
 
 
 def test_options_by_position_with_defaults_for_those_missing():
-    assert Options.of([True, "ucache"]) == Options(enabled=True, method="ucache")
-    assert Options.of([True, None, 3]) == Options(enabled=True, number=3)
+    assert Options.of([True, "3x"]) == Options(enabled=True, speed="3x")
+    assert Options.of([True, None, "ucache"]) == Options(enabled=True, method="ucache")
     assert Options.of([]) == Options()
-    method = Options.of([True, "ucache", "0.5", "0.2-0.8", "fast", "static"]).as_method()
+    given = {"window": "20-80", "mask": "fast", "policy": "static", "warmup": 3, "max_consecutive": "2"}
+    method = Options.of(settings("ucache", "0.5", **given)).as_method()
     assert (method.criterion.threshold, method.start, method.end) == (0.5, 0.2, 0.8)
-    assert method.mask == StepMask("fast", "static")
-    assert Options.of([True, "ucache"]).as_method().start == 0.15
+    assert (method.mask, method.warmup, method.max_consecutive) == (StepMask("fast", "static"), 3, 2)
+    default = Options.of([True, "custom", "ucache"]).as_method()
+    assert default == METHODS["ucache"]()
+    assert (default.start, default.end) == (0.15, 0.95)
+
+
+@pytest.mark.parametrize(("speed", "interval"), [("2x", 2), ("3x: every third step", 3), ("4X", 4)])
+def test_a_speed_is_forecast_whatever_the_hidden_fields_hold(speed, interval):
+    method = Options(speed=speed, method="ucache", number="0.5").as_method()
+    assert method == METHODS["forecast"](interval)
+
+
+@pytest.mark.parametrize(
+    ("panel", "axes", "expected"),
+    [
+        (ON, {"speed": "4x"}, METHODS["forecast"](4)),
+        (ON, {"number": 3}, METHODS["forecast"](3)),
+        ([True, "2x", "ucache"], {"number": 3}, METHODS["forecast"](3)),
+        (ON, {"method": "ucache"}, METHODS["ucache"]()),
+        (settings("ucache", 0.5), {"method": "easycache"}, METHODS["easycache"]()),
+        (settings("ucache", 0.5), {"method": "ucache"}, METHODS["ucache"](0.5)),
+        (settings("ucache", 0.5), {"number": 0.7}, METHODS["ucache"](0.7)),
+        (settings("ucache", 0.5), {"speed": "3x"}, METHODS["forecast"](3)),
+    ],
+)
+def test_the_axes_of_the_plot_make_the_speed_custom_if_they_need_it(panel, axes, expected):
+    assert Options.of(panel, **axes).as_method() == expected
 
 
 def test_further_options_win_over_the_fields():
-    method = Options(method="ucache", number=1, warmup=2, text="threshold=0.25,warmup=3").as_method()
+    method = Options(speed="custom", method="ucache", number=1, warmup=2, text="threshold=0.25,warmup=3").as_method()
     assert (method.criterion.threshold, method.warmup) == (0.25, 3)
+    assert Options(text="interval=5").as_method() == METHODS["forecast"](5)
     with pytest.raises(OptionError, match="Did you mean 'warmup'"):
         Options(text="warm=3").as_method()
 
@@ -776,19 +863,22 @@ def test_every_method_has_a_place_in_the_panel():
     assert main_number("static") is None
     for name in METHODS:
         if name not in ("none", "static", "magcache"):
-            assert Options(method=name, number=main_number(name)[1]).as_method() == METHODS[name]()
+            assert Options.of(settings(name, main_number(name)[1])).as_method() == METHODS[name]()
+        if main := main_number(name):
+            assert main[0] in NUMBER_INFO, name
 
 
 COMPONENTS = {option: number for number, option in enumerate(vars(Options()))}
 
 
-def test_the_panel_has_a_component_for_each_option_in_the_order_of_the_api(monkeypatch):
-    """On a double of gradio, whose components keep what they were made with."""
+@pytest.fixture
+def gradio(monkeypatch):
+    """A double of gradio, whose components keep what they were made with. Returns the list of those made."""
     made = []
 
     class Component:
         def __init__(self, *arguments, **keywords):
-            self.keywords = keywords
+            self.keywords, self.kind = keywords, type(self).__name__
             made.append(self)
 
         def __enter__(self):
@@ -800,34 +890,62 @@ def test_the_panel_has_a_component_for_each_option_in_the_order_of_the_api(monke
         def change(self, function, **keywords):
             self.function = function
 
-    gradio = types.ModuleType("gradio")
-    for kind in ("Accordion", "Row", "Checkbox", "Dropdown", "Textbox", "Radio", "Slider"):
-        setattr(gradio, kind, Component)
-    gradio.update = dict
-    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    module = types.ModuleType("gradio")
+    for kind in ("Accordion", "Row", "Checkbox", "Dropdown", "Textbox", "Radio"):
+        setattr(module, kind, type(kind, (Component,), {}))
+    module.update = dict
+    monkeypatch.setitem(sys.modules, "gradio", module)
+    return made
+
+
+def test_the_panel_has_a_component_for_each_option_in_the_order_of_the_api(gradio):
+    made = gradio
     script = webui.Extension()
     components = script.ui(is_img2img=True)
-    assert [one.keywords["elem_id"].removeprefix("stepcache_img2img_") for one in components] == [
-        "options" if option == "text" else option for option in vars(Options())
-    ]
+    assert [one.keywords["elem_id"].removeprefix("stepcache_img2img_") for one in components] == [*vars(Options())]
     assert all(one in made for one in components)
-    assert [one for one, _ in script.infotext_fields] == [one for one in components if one is not components[10]]
-    number, window = components[1].function("ucache")
-    assert number == {"info": "ucache's threshold; empty: 1", "placeholder": "1"}
-    assert window == {"placeholder": "0.15-0.95"}
-    assert components[1].function("static")[0] == {"info": "static takes no number", "placeholder": ""}
+    assert [one for one, _ in script.infotext_fields] == components[:-1]
+    panel = dict(zip(vars(Options()), components, strict=True))
+    assert all(len(one.keywords["info"]) > 20 for one in components)
+    assert {option for option in panel if option not in INFO} == {"method", "number"}
+    assert not panel["hires"].keywords["visible"], "img2img has no hires. fix"
+    _, second = [one for one in made if one.kind == "Accordion"]
+    assert not second.keywords["open"]
+    assert [one for one in components if made.index(one) < made.index(second)] == [panel["enabled"], panel["speed"]]
+
+
+def test_method_and_number_are_shown_only_with_a_custom_speed(gradio):
+    panel = dict(zip(vars(Options()), webui.Extension().ui(is_img2img=False), strict=True))
+    assert panel["speed"].function is panel["method"].function
+    hints = panel["speed"].function
+    row, method, number, window, warmup = hints(SPEED_CHOICES["custom"], "ucache")
+    assert row == {"visible": True}
+    assert method["info"].startswith("ucache skips while")
+    assert (number["placeholder"], window, warmup) == ("1", {"placeholder": "15-95"}, {"placeholder": "0"})
+    assert hints(SPEED_CHOICES["custom"], "static")[2] == {"info": "static takes no number.", "placeholder": ""}
+    row, _, _, window, warmup = hints(SPEED_CHOICES["3x"], "ucache")
+    assert (row, window, warmup) == ({"visible": False}, {"placeholder": "0-100"}, {"placeholder": "2"})
+    assert panel["mask"].function("fast") == {"visible": True}
+    assert panel["mask"].function("none") == panel["mask"].function(None) == {"visible": False}
 
 
 def test_the_infotext_is_pasted_back_into_every_component():
-    given = [True, "ucache", 0.5, "0.1-0.9", "1,1,0", "static", False, 2, 3, "decay=0.5", False, True]
+    given = settings("ucache", 0.5, skip="whole steps", window="10-90", warmup=2, max_consecutive=3, hires=False)
+    given[8:10], given[11] = ["110", "static"], "decay=0.5"
     text = {key: str(value) for key, value in infotext.write(Options.of(given)).items()}
-    read = [value(text) for _, value in infotext.paste_fields(COMPONENTS)]
-    assert read == [True, "ucache", "0.5", "0.1-0.9", "1,1,0", "static", False, 2, 3, "decay=0.5", True]
-    plain = {key: str(value) for key, value in infotext.write(Options(enabled=True)).items()}
-    assert [value(plain) for _, value in infotext.paste_fields(COMPONENTS)] == [
-        *(True, "forecast", "2", "0-1", "none", "dynamic", True, 0, -1, "", False)
+    fields = infotext.paste_fields(COMPONENTS, SPEED_CHOICES)
+    read = [value(text) for _, value in fields]
+    custom = SPEED_CHOICES["custom"]
+    assert read == [
+        *(True, custom, "ucache", "0.5", "whole steps", "10-90", "2", "3", "110", "static", False, "decay=0.5")
     ]
-    assert [value({"Steps": "20"}) for _, value in infotext.paste_fields(COMPONENTS)] == [False, *[None] * 10]
+    assert Options.of(read).as_method() == Options.of(given).as_method()
+    plain = {key: str(value) for key, value in infotext.write(Options(enabled=True, speed="3x")).items()}
+    assert plain == {"StepCache": "3x"}
+    assert [value(plain) for _, value in fields] == [
+        *(True, SPEED_CHOICES["3x"], "forecast", "", "automatic", "", "", "", "none", "dynamic", True, "")
+    ]
+    assert [value({"Steps": "20"}) for _, value in fields] == [False, *[None] * 11]
 
 
 def test_the_xyz_plot_gets_its_axes_once_and_they_act():
@@ -841,7 +959,7 @@ def test_the_xyz_plot_gets_its_axes_once_and_they_act():
     add_axes(scripts)
     add_axes(scripts)
     axes = {axis.label: axis for axis in plot.axis_options[1:]}
-    names = ("Enabled", "Method", "Number", "Preset", "Mask", "Negative prompt only")
+    names = ("Enabled", "Speed", "Method", "Number", "Skip", "Mask preset", "Mask")
     assert list(axes) == [f"[StepCache] {name}" for name in names]
     assert "forecast" in axes["[StepCache] Method"].choices()
     host = Host("forge")
@@ -851,11 +969,13 @@ def test_the_xyz_plot_gets_its_axes_once_and_they_act():
     axes["[StepCache] Method"].apply(p, "ucache", [])
     axes["[StepCache] Number"].apply(p, 0.4, [])
     script.process(p, True)
-    assert p.stepcache_job.method.criterion.threshold == 0.4
-    assert p.stepcache_job.method.skip == "all"
-    axes["[StepCache] Negative prompt only"].apply(p, axes["[StepCache] Negative prompt only"].type("True"), [])
+    assert p.stepcache_job.options.as_method().criterion.threshold == 0.4
+    assert p.stepcache_job.options.as_method().skip == "all"
+    assert axes["[StepCache] Speed"].choices() == ["2x", "3x", "4x", "custom"]
+    skip = axes["[StepCache] Skip"]
+    skip.apply(p, skip.type(skip.choices()[2]), [])
     script.process(p, True)
-    assert p.stepcache_job.method.skip == "uncond"
+    assert p.stepcache_job.options.as_method().skip == "uncond"
     script.process(p, False)
     assert p.stepcache_job is None
     assert "has no effect while StepCache is not enabled" in p.comments[0]
@@ -1000,12 +1120,12 @@ spec = importlib.util.spec_from_file_location("stepcache_webui.py", clone + "/sc
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 p = types.SimpleNamespace(extra_generation_params={})
-module.StepCache().process(p, True, "ucache", 0.5)
+module.StepCache().process(p, True, "custom", "ucache", 0.5)
 found = {
     "installed": installed,
     "from": [sys.modules[name].__file__ for name in ("stepcache", "stepcache.samplers.webui")],
     "callbacks": len(callbacks),
-    "threshold": p.stepcache_job.method.criterion.threshold,
+    "threshold": p.stepcache_job.options.as_method().criterion.threshold,
     "path unchanged": sys.path == before,
     "others found": [name for name in ("samplers", "tests") if importlib.util.find_spec(name)],
 }
