@@ -439,7 +439,7 @@ def test_the_callback_names_the_steps_of_a_sampler_nobody_knows(runs, monkeypatc
 
     monkeypatch.setitem(SAMPLERS, "unheard of", sample_unheard_of)
     seen = []
-    monkeypatch.setattr(Engine, "note", lambda self, step: seen.append(step))
+    monkeypatch.setattr(Engine, "set_step", lambda self, step: seen.append(step))
     Host("forge").job(ON, sampler_name="unheard of")
     assert seen == [*range(10)]
     assert runs[0].schedule.stages is None
