@@ -113,6 +113,16 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def links(session: nox.Session) -> None:
+    """Every link of the documentation site, those to other sites too. Needs the network."""
+    session.install("-e", ".[docs]", "linkchecker")
+    site = session.create_tmp()
+    build = ("mkdocs", "build", "--strict", "--no-directory-urls", "--site-dir", site)
+    session.run(*build, env={"NO_MKDOCS_2_WARNING": "1"})
+    session.run("linkchecker", "--check-extern", f"{site}/index.html")
+
+
+@nox.session
 def tag(session: nox.Session) -> None:
     """Before a release: the tag is the version, and the changelog has a section for it. `nox -s tag -- v0.1.0`."""
     (name,) = session.posargs

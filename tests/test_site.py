@@ -79,6 +79,34 @@ def test_a_figure_that_a_choice_rests_on_is_on_the_page_that_is_linked(text, fig
     assert [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", linked)] == []
 
 
+def defaults() -> list[tuple[str, str, str]]:
+    """Every `option=default` in the table of docs/methods.md, with the method of its row."""
+    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \W*`(\w+)\(.*?\)`\W* \| (.*?) \|", text, re.MULTILINE)
+    return [(name, *pair) for name, cell in rows for pair in re.findall(r"(\w+)=([\w.-]+)", cell)]
+
+
+@pytest.mark.parametrize(("function", "option", "default"), defaults())
+def test_a_default_in_the_overview_is_the_methods_own(function, option, default):
+    (name,) = [name for name, made in METHODS.items() if made.__name__ == function]
+    assert str(accepted_options(name)[option]) == default
+
+
+def test_the_overview_has_every_method():
+    assert {function for function, _, _ in defaults()} == {made.__name__ for made in METHODS.values()} - {
+        "Off",
+        "Static",
+    }
+
+
+@pytest.mark.parametrize("folder", ["stepcache", "samplers"])
+def test_the_design_page_names_every_file_at_the_top(folder):
+    text = (DOCS / "design.md").read_text(encoding="utf-8")
+    files = {path.name for path in (ROOT / folder).glob("*.py") if not path.name.startswith("_")}
+    assert [name for name in files if name not in text] == []
+    assert {name for name in re.findall(r"(?<!\w)\w+\.py", text) if not [*ROOT.rglob(name)]} == set()
+
+
 FOLDERS = "stepcache|samplers|tests|examples|benchmarks|docs"
 
 
