@@ -1,9 +1,9 @@
 """The pictures of docs/how-it-works.md, from the shipped network that draws emoji.
 
-python benchmarks/figures.py [--out docs]
+python benchmarks/figures.py [--out docs] [--steps 20]
 
-Writes trajectory.png, forecast.png and trace.png: one image under Euler, 20 steps, guidance 3. It takes half a minute
-on two CPU cores.
+Writes trajectory.png, forecast.png and trace.png: one image under Euler, guidance 3. It takes half a minute on two CPU
+cores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from stepcache.demo import zoo
 from stepcache.extend import require
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
-STEPS = 20
 SEED = 5
 FULL, OURS, OTHER = "0.6", "C0", "C1"
 
@@ -50,7 +49,7 @@ class Walk:
 
 
 @torch.no_grad()
-def walk(method: Method | None, steps: int = STEPS) -> Walk:
+def walk(method: Method | None, steps: int) -> Walk:
     """Samples one image under Euler and keeps what the sampler asks and is answered."""
     subject = zoo.subject("colour")
     model, sigmas, seen = subject.guided(subject.model), subject.sigmas(steps), []
@@ -132,9 +131,11 @@ def forecast(path: Path, run: Walk) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to (default %(default)s)")
-    out = parser.parse_args().out
+    parser.add_argument("--steps", type=int, default=20, help="default %(default)s")
+    options = parser.parse_args()
+    out, steps = options.out, options.steps
     out.mkdir(parents=True, exist_ok=True)
-    full, ours, other = walk(None), walk(Forecast()), walk(UCache())
+    full, ours, other = walk(None, steps), walk(Forecast(), steps), walk(UCache(), steps)
     trajectory(out / "trajectory.png", full, {"Forecast": ours, "UCache": other})
     forecast(out / "forecast.png", ours)
     other.report.plot(out / "trace.png")

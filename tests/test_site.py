@@ -107,6 +107,13 @@ def test_the_design_page_names_every_file_at_the_top(folder):
     assert {name for name in re.findall(r"(?<!\w)\w+\.py", text) if not [*ROOT.rglob(name)]} == set()
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(DOCS.rglob("*.md")), ids=lambda path: path.name)
+def test_a_list_in_a_list_is_indented_by_four(page):
+    """MkDocs takes fewer spaces for the outer list; GitHub takes both for the inner one."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^ {1,3}(?:[-*]|\d+\.) .*", text, re.MULTILINE) == []
+
+
 FOLDERS = "stepcache|samplers|tests|examples|benchmarks|docs"
 
 

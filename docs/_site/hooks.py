@@ -27,13 +27,13 @@ REFERENCE = """# {title}
 """
 
 PARTS = {
-    "A host": ("engine", "call", "parametrization"),
-    "What came of it": ("report", "event", "trace"),
     "A method": ("methods", "masks", "compat"),
+    "A host": ("engine", "call", "parametrization"),
     "Gates": ("gates",),
     "Criteria": ("criteria",),
     "Predictors": ("predictors",),
     "What they look at": ("branch", "clock", "run_info", "plan", "deferred", "noise", "probe"),
+    "The report": ("report", "event", "trace"),
     "Options": ("options", "_optional"),
 }
 """The titles of a reference page, and which parts of the package are under each."""
@@ -47,10 +47,11 @@ FOR_AUTHORS = "The names for authors of [methods](../writing-a-method.md) and [h
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are written while the site is built."""
+    others = {*stepcache.__all__} - {"Forecast", "attach"}
     made = {
         **{page: repository_page(name) for name, page in TOP.items()},
         "options.md": options.page(),
-        "reference/stepcache.md": _reference("stepcache", FOR_USERS, [n for n in stepcache.__all__ if n != "attach"]),
+        "reference/stepcache.md": _reference("stepcache", FOR_USERS, ["Forecast", *sorted(others)]),
         "reference/extend.md": _reference("stepcache.extend", FOR_AUTHORS, extend.__all__),
     }
     for path, text in made.items():
