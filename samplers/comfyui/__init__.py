@@ -11,7 +11,7 @@ architecture. ControlNets and compiled graphs are inside of it, so that a skippe
     patch.py     the cache on a model: `patched`, `cache_of`        cache.py    options and report, OUTER_SAMPLE
     run.py       one sampling loop: which branches are asked for    call.py     one call, in the network's own space
     active.py    what of a prompt is active at a sigma              options.py  a method from a node's fields
-    nodes.py     the three nodes                                    v3.py       the second node interface, exports
+    nodes.py     the four nodes                                     v3.py       the second node interface, exports
     tooltips.py  what they say of each field                        picture.py  the report as an IMAGE
     steps.py     how many steps the queued samplers have            samplers.py evaluations of a step
     others.py    other caches on the same model
@@ -22,7 +22,7 @@ Nothing of ComfyUI is imported before ComfyUI calls.
 from .cache import Cache, in_one_line
 from .call import BatchCall, scalings
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from .options import chosen_method, method_at
+from .options import SPEEDS, chosen_method
 from .patch import cache_of, patched
 from .samplers import ADAPTIVE, AT_STEP_ENDS, EVALUATIONS, OFF_SCHEDULE
 from .v3 import comfy_entrypoint, exports
@@ -36,6 +36,7 @@ __all__ = [
     "NODE_CLASS_MAPPINGS",
     "NODE_DISPLAY_NAME_MAPPINGS",
     "OFF_SCHEDULE",
+    "SPEEDS",
     "BatchCall",
     "Cache",
     "cache_of",
@@ -43,7 +44,6 @@ __all__ = [
     "comfy_entrypoint",
     "exports",
     "in_one_line",
-    "method_at",
     "patched",
     "scalings",
 ]

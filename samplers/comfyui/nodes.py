@@ -1,18 +1,18 @@
-"""The nodes: StepCache, Apply First Block Cache (StepCache), StepCache Report."""
+"""The nodes: StepCache, StepCache (advanced), Apply First Block Cache (StepCache), StepCache Report."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from stepcache import METHODS, Report
+from stepcache import METHODS, OptionError, Report
 from stepcache import method as make_method
 from stepcache.extend import PRESETS
 
-from .options import CUSTOM, DEFAULT, OFF, SPEEDS, method_at
+from .options import DEFAULT, SPEEDS, chosen_method
 from .patch import cache_of, patched
 from .picture import picture
 from .steps import check_mask
-from .tooltips import FIRST_BLOCK, REPORT, STEPCACHE
+from .tooltips import ADVANCED, FIRST_BLOCK, REPORT, STEPCACHE
 
 CATEGORY = "model_patches/stepcache"
 NO_CACHE = "StepCache: this model has no cache; connect the StepCache node's output, as the sampler gets it"
@@ -31,40 +31,61 @@ class StepCacheNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        def field(name: str, kind: Any, default: Any, **more: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-            return {name: (kind, {"default": default, **more, "tooltip": STEPCACHE[name]})}
+        speed = {"default": next(iter(SPEEDS)), "tooltip": STEPCACHE["speed"]}
+        return {"required": {"model": ("MODEL",), "speed": ([*SPEEDS], speed)}}
 
-        def folded(name: str, kind: Any, default: Any, **more: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-            return field(name, kind, default, advanced=True, **more)
+    def patch(self, model: Any, speed: str) -> tuple[Any]:
+        if speed not in SPEEDS:
+            raise OptionError(f"speed={speed!r}: accepted is one of {', '.join(map(repr, SPEEDS))}")
+        return (patched(model, SPEEDS[speed]),)
+
+
+class AdvancedNode:
+    """Every method with every option: MODEL in, MODEL out, before the sampler."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "The node StepCache with all options, and with the methods of others. Put it between the model (or the last "
+        "LoRA) and the sampler. With every field at its default it is the node StepCache at 2x."
+    )
+    FUNCTION = "patch"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        def field(name: str, kind: Any, default: Any, **more: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+            return {name: (kind, {"default": default, **more, "tooltip": ADVANCED[name]})}
 
         return {
-            "required": {"model": ("MODEL",), **field("speed", [*SPEEDS, OFF, CUSTOM], next(iter(SPEEDS)))},
-            "optional": {
-                **folded("skip", ["all", "uncond"], "all"),
-                **folded("start", "STRING", DEFAULT),
-                **folded("end", "STRING", DEFAULT),
-                **folded("mask", ["none", *PRESETS], "none"),
-                **folded("policy", ["dynamic", "static"], "dynamic"),
-                **folded("decide", ["reference", "each"], "reference"),
-                **folded("method", [name for name in METHODS if name != "none"], "forecast"),
-                **folded("threshold_or_interval", "STRING", DEFAULT),
-                **folded("options", "STRING", "", multiline=True),
+            "required": {
+                "model": ("MODEL",),
+                **field("method", list(METHODS), "forecast"),
+                **field("threshold_or_interval", "STRING", DEFAULT),
+                **field("skip", ["all", "uncond"], "all"),
+                **field("start", "STRING", DEFAULT),
+                **field("end", "STRING", DEFAULT),
+                **field("mask", ["none", *PRESETS], "none"),
+                **field("policy", ["dynamic", "static"], "dynamic"),
+                **field("decide", ["reference", "each"], "reference"),
             },
+            "optional": field("options", "STRING", "", multiline=True),
             "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"},
         }
 
     def patch(
         self,
         model: Any,
-        speed: str,
+        method: str,
+        threshold_or_interval: str = DEFAULT,
         decide: str = "reference",
+        options: str = "",
         prompt: Any = None,
         unique_id: Any = None,
         **fields: str,
     ) -> tuple[Any]:
-        chosen = method_at(speed, decide=decide, **fields)
+        chosen = chosen_method(method, threshold_or_interval, options, **fields)
         check_mask(chosen.mask, prompt, unique_id)
-        return (patched(model, chosen, "reference" if speed == OFF else decide),)
+        return (patched(model, chosen, "reference" if chosen.never_skips else decide),)
 
 
 class FirstBlockCacheNode:
@@ -127,11 +148,13 @@ class ReportNode:
 
 NODE_CLASS_MAPPINGS = {
     "StepCache": StepCacheNode,
+    "StepCacheAdvanced": AdvancedNode,
     "StepCacheFirstBlock": FirstBlockCacheNode,
     "StepCacheReport": ReportNode,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "StepCache": "StepCache",
+    "StepCacheAdvanced": "StepCache (advanced)",
     "StepCacheFirstBlock": "Apply First Block Cache (StepCache)",
     "StepCacheReport": "StepCache Report",
 }

@@ -4,61 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepcache import Method, OptionError, StepMask
+from stepcache import Forecast, Method, Off, OptionError, StepMask
 from stepcache import method as make_method
 from stepcache.extend import PRESETS, main_number
 
-SPEEDS = {"2x: every second step": 2, "3x: every third step": 3, "4x: every fourth step": 4}
-"""The choices of `speed` that set Forecast's interval."""
-
-OFF, CUSTOM = "off", "custom"
-"""The other choices of `speed`: no cache, and the fields `method` and `threshold_or_interval`."""
+SPEEDS: dict[str, Method] = {
+    "2x: every second step": Forecast(2),
+    "3x: every third step": Forecast(3),
+    "4x: every fourth step": Forecast(4),
+    "1.3x: for Euler a and SDE samplers": Forecast(skip="uncond"),
+    "off": Off(),
+}
+"""The choices of the node StepCache."""
 
 DEFAULT = "default"
 """In a node's text fields: the method's own default."""
-
-
-def method_at(
-    speed: str,
-    method: str = "forecast",
-    threshold_or_interval: str = DEFAULT,
-    options: str = "",
-    decide: str = "reference",
-    **fields: str,
-) -> Method:
-    """The method that the node StepCache's fields ask for; `fields` are the others of `chosen_method`.
-
-    `method`, `threshold_or_interval` and `decide` act at speed "custom" only; at 2x to 4x they are an error if set.
-
-    If `speed` is "off", the other fields are not read, so that one field turns the node off.
-
-    Raises `OptionError` naming the field, the value, what is accepted and what to do.
-
-    Example:
-        >>> from stepcache.samplers.comfyui import method_at
-        >>> method_at("off", options="warmup=2").name
-        'none'
-        >>> method_at("3x: every third step").name
-        'forecast'
-    """
-    if speed == OFF:
-        return make_method("none")
-    if speed == CUSTOM:
-        return chosen_method(method, threshold_or_interval, options, **fields)
-    if speed not in SPEEDS:
-        raise OptionError(f"speed={speed!r}: accepted is one of {', '.join(map(repr, (*SPEEDS, OFF, CUSTOM)))}")
-    for name, value, usual in (
-        ("method", method, "forecast"),
-        ("threshold_or_interval", threshold_or_interval, DEFAULT),
-        ("decide", decide, "reference"),
-    ):
-        if _plain(value) != usual:
-            raise OptionError(
-                f"{name}={value!r} acts only at speed {CUSTOM!r}: choose that, or set {name} back to {usual!r}"
-            )
-    if "interval" in _keys(_one_line(options)):
-        raise OptionError(f"options: speed {speed!r} sets the interval: take interval out, or choose {CUSTOM!r}")
-    return chosen_method("forecast", str(SPEEDS[speed]), options, **fields)
 
 
 def chosen_method(
@@ -72,7 +32,9 @@ def chosen_method(
     policy: str = "dynamic",
     skip: str = "all",
 ) -> Method:
-    """A method by its name. `number`: its main number. A key written in `options` wins over its field.
+    """The method that the fields of the node StepCache (advanced) ask for. A key in `options` wins over its field.
+
+    If `method` is "none", the other fields are not read, so that one field turns the node off.
 
     Raises `OptionError` naming the field, the option, the value and what is accepted.
 
@@ -81,8 +43,10 @@ def chosen_method(
         >>> chosen_method("ucache", "0.5", mask="fast", policy="static").criterion.threshold
         0.5
     """
-    text = _one_line(options)
-    keys = _keys(text)
+    if method == "none":
+        return make_method(method)
+    text = ",".join(line.strip().strip(",") for line in options.splitlines() if line.strip())
+    keys = {part.partition("=")[0].strip() for part in text.split(",")}
     fields: dict[str, Any] = {} if skip == "all" else {"skip": skip}
     for key, share in (("start", start), ("end", end)):
         if _plain(share) != DEFAULT:
@@ -126,11 +90,3 @@ def _number(field: str, text: str, meaning: str) -> float:
 def _plain(text: str) -> str:
     """A text field without what is easily left around its value; an emptied field is at its default."""
     return str(text).strip().lower() or DEFAULT
-
-
-def _one_line(options: str) -> str:
-    return ",".join(line.strip().strip(",") for line in options.splitlines() if line.strip())
-
-
-def _keys(text: str) -> set[str]:
-    return {part.partition("=")[0].strip() for part in text.split(",")}

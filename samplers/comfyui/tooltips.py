@@ -3,42 +3,43 @@
 from stepcache import METHODS
 from stepcache.extend import main_number
 
-from .options import CUSTOM
-
 _NUMBERS = "; ".join(f"{name}: {main[0]}, {main[1]:g}" for name in METHODS if (main := main_number(name)) is not None)
 
 STEPCACHE = {
     "speed": "How many of the sampler's steps run the model; the first two and the last always do. 2x: every "
-    "second, 11 of 20, with the image nearly that of the full run. 3x: every third, 8 of 20, with details "
-    "that change. 4x: every fourth, 7 of 20, for drafts. off: the image is exactly the one without this "
-    "node. custom: the fields method and threshold_or_interval decide. Runs of 6 steps or fewer are "
-    "computed throughout at 2x to 4x.",
+    "second, 11 of 20, with the image nearly that of the full run. 3x: every third, 8 of 20, with details that "
+    "change. 4x: every fourth, 7 of 20, for drafts. 1.3x: every step runs it for the positive prompt, 11 of 20 for the "
+    "negative one too; for samplers that add noise, where 2x changes the image much; saves nothing at cfg 1. off: the "
+    "image is exactly the one without this node. Runs of 6 steps or fewer are computed throughout at 2x to 4x.",
+}
+
+ADVANCED = {
+    "method": "forecast: what the node StepCache uses. ucache, easycache, magcache, seacache: skip while an estimated "
+    "change stays below a threshold. fbcache, dbcache, taylorseer, cache-dit: the model's first blocks are run at "
+    "every step and decide. hicache, spectrum: at fixed gaps. static: the mask alone. none: off, and the other "
+    "fields are not read.",
+    "threshold_or_interval": "The method's main number: a threshold (a change as a share of the output; higher is "
+    "faster and worse), or an interval in steps (2 is every second). default is the method's own. They are: "
+    f"{_NUMBERS}.",
     "skip": "What is predicted on a skipped step. all: every prompt, the model does not run. uncond: the negative "
-    "prompt alone; the model still runs for the positive one. Choose uncond for samplers that add noise "
-    "(Euler a, DPM++ SDE): it saves half as much and looks better there. It saves nothing at cfg 1, which "
-    "has no negative prompt.",
-    "start": "Share of the run, from 0 to 1, before which every step is computed. Higher is slower and closer to "
-    "the full run. default: the method's own, 0 at 2x to 4x.",
-    "end": "Share of the run, from 0 to 1, after which every step is computed. Lower is slower and keeps more of "
-    "the fine detail. default: the method's own, 1 at 2x to 4x.",
+    "prompt alone; the model still runs for the positive one. Choose uncond for samplers that add noise (Euler a, "
+    "DPM++ SDE): it saves half as much and looks better there. It saves nothing at cfg 1, which has no negative "
+    "prompt.",
+    "start": "Share of the run, from 0 to 1, before which every step is computed. Higher is slower and closer to the "
+    "full run. default is the method's own, 0 with forecast.",
+    "end": "Share of the run, from 0 to 1, after which every step is computed. Lower is slower and keeps more of the "
+    "fine detail. default is the method's own, 1 with forecast.",
     "mask": "Steps that are always computed, of 20: slow 13, medium 11, fast 8, ultra 6. none: no step is. What "
     "becomes of the others is set by policy.",
-    "policy": "The steps that the mask leaves. dynamic: the speed, or the method, decides about them, so that a "
-    "mask makes a run slower, never faster. static: they are skipped, and the mask alone sets the speed.",
-    "decide": "Whose change is looked at by a method with a threshold. reference: that of the first image's "
-    "positive prompt, for the whole batch. each: that of every prompt of every image, and a step is "
-    "skipped only if all agree, which is safer and slower. It acts with speed custom; at 2x to 4x the "
-    "steps are known beforehand.",
-    "method": f"Acts at speed {CUSTOM} only. forecast: what 2x to 4x use. ucache, easycache, magcache, seacache: "
-    "skip while an estimated change stays below a threshold. fbcache, dbcache, taylorseer, cache-dit: the "
-    "model's first blocks are run at every step and decide. hicache, spectrum: at fixed gaps. static: the "
-    "mask alone.",
-    "threshold_or_interval": f"Acts at speed {CUSTOM} only. The method's main number: a threshold "
-    "(a change as a share of the output; higher is faster and worse), or an interval in steps. default "
-    f"is the method's own. They are: {_NUMBERS}.",
-    "options": "More options of the method as key=value, separated by commas or lines. They override the fields "
-    "above. warmup=3: the first 3 steps are computed. max_consecutive=2: at most 2 skips in a row. "
-    "last_step=1: the last step is computed. mask=11010...: one digit for each step, 1 is computed.",
+    "policy": "The steps that the mask leaves. dynamic: the method decides about them; forecast computes every second "
+    "of them, so that a mask makes it slower, never faster. static: they are skipped, and the mask alone sets the "
+    "speed.",
+    "decide": "Whose change is looked at by a method with a threshold. reference: that of the first image's positive "
+    "prompt, for the whole batch. each: that of every prompt of every image, and a step is skipped only if all "
+    "agree, which is safer and slower. hicache, spectrum, static and forecast have no threshold.",
+    "options": "More options of the method as key=value, separated by commas or lines. They override the fields above. "
+    "warmup=3: the first 3 steps are computed. max_consecutive=2: at most 2 skips in a row. last_step=1: the last "
+    "step is computed. mask=11010...: one digit for each step, 1 is computed.",
 }
 
 FIRST_BLOCK = {

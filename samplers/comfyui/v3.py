@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from importlib import import_module
-from inspect import signature
 from typing import Any
 
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
@@ -77,14 +76,5 @@ def _as_v3(io: Any, node_id: str, node: Any) -> type:
 
 
 def _input(host: Any, name: str, kind: Any, options: dict[str, Any] | None = None, *, optional: bool) -> Any:
-    given = {**(options or {}), "optional": optional}
-    if isinstance(kind, list):
-        given["options"] = kind
-    if given.pop("advanced", False):
-        if "advanced" in signature(host.Input).parameters:
-            given["advanced"] = True
-        else:  # before the interface had a word for it, the frontend already folded such fields
-            made = host.Input(name, **given)
-            made.extra_dict["advanced"] = True
-            return made
-    return host.Input(name, **given)
+    choices = {"options": kind} if isinstance(kind, list) else {}
+    return host.Input(name, optional=optional, **choices, **(options or {}))

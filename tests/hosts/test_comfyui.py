@@ -234,8 +234,8 @@ def test_the_second_interface_has_the_nodes_of_the_first(host: Real) -> None:
                 assert not isinstance(kind, list) or there[key]["options"] == kind
             assert list(there) == list(asked.get(group, {}))
         assert tuple(second["output"]) == first.RETURN_TYPES
-    given = {name: rest[0]["default"] for name, (_, *rest) in asked_of("StepCache").items() if rest}
-    clone = nodes["StepCache"].PREPARE_CLASS_CLONE({"prompt": {}, "unique_id": "1"})
+    given = {name: rest[0]["default"] for name, (_, *rest) in asked_of("StepCacheAdvanced").items() if rest}
+    clone = nodes["StepCacheAdvanced"].PREPARE_CLASS_CLONE({"prompt": {}, "unique_id": "1"})
     model = clone.execute(model=host.model(), **given).result[0]
     run(host, model)
     latent, text, image = nodes["StepCacheReport"].execute(latent={}, model=model, table=False).result

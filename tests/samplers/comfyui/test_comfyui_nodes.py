@@ -22,7 +22,7 @@ from comfyui_situations import run
 from stepcache import OptionError, StepMask
 from stepcache.cli import main
 from stepcache.samplers import comfyui
-from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, cache_of, chosen_method, method_at, patched
+from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, SPEEDS, cache_of, chosen_method, patched
 
 SKIPS = ["all", "uncond"]
 
@@ -113,79 +113,66 @@ def test_the_fields_make_the_method() -> None:
 
 
 @pytest.mark.parametrize(
-    ("speed", "decisions"),
+    ("speed", "cond", "uncond"),
     [
-        ("2x: every second step", "CCSCSCSCSC"),
-        ("3x: every third step", "CCSSCSSCSC"),
-        ("4x: every fourth step", "CCSSSCSSSC"),
-        ("off", "C" * 10),
-        ("custom", "CCSCSCSCSC"),
+        ("2x: every second step", "CCSCSCSCSC", "CCSCSCSCSC"),
+        ("3x: every third step", "CCSSCSSCSC", "CCSSCSSCSC"),
+        ("4x: every fourth step", "CCSSSCSSSC", "CCSSSCSSSC"),
+        ("1.3x: for Euler a and SDE samplers", "C" * 10, "CSCSCSCSCC"),
+        ("off", "C" * 10, "C" * 10),
     ],
 )
-def test_each_speed_computes_the_steps_that_it_says(host: Double, speed: str, decisions: str) -> None:
-    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), "speed": speed})
+def test_each_speed_computes_the_steps_that_it_says(host: Double, speed: str, cond: str, uncond: str) -> None:
+    assert speed in NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["required"]["speed"][0]
+    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), speed)
     run(host, model)
-    assert cache_of(model).report.decisions("cond") == decisions
-    assert NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["required"]["speed"][0].index(speed) >= 0
+    report = cache_of(model).report
+    assert (report.decisions("cond"), report.decisions("uncond")) == (cond, uncond)
 
 
 def test_the_tooltips_figures_of_a_run_of_20_steps_are_right(host: Double) -> None:
     """Of speed: steps that are computed. Of mask: steps that a preset holds."""
-    tip = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["required"]["speed"][1]["tooltip"]
     sigmas = torch.cat([torch.linspace(14, 0.05, 20), torch.zeros(1)])
-    for speed, words in SPEED_FIGURES.items():
-        model = patched(host.model(), method_at(speed))
+    tip = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["required"]["speed"][1]["tooltip"]
+    words = ("every second, {} of 20", "every third, {} of 20", "every fourth, {} of 20", "{} of 20 for the negative")
+    for method, figure in zip(SPEEDS.values(), words, strict=False):
+        model = patched(host.model(), method)
         run(host, model, sigmas=sigmas)
-        computed = cache_of(model).report.decisions("cond").count("C")
-        assert words.format(computed) in tip
-    tip = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["optional"]["mask"][1]["tooltip"]
+        assert figure.format(cache_of(model).report.decisions("uncond").count("C")) in tip
+    tip = NODE_CLASS_MAPPINGS["StepCacheAdvanced"].INPUT_TYPES()["required"]["mask"][1]["tooltip"]
     for preset in ("slow", "medium", "fast", "ultra"):
         assert f"{preset} {sum(StepMask.preset(preset, 20).mask)}" in tip
 
 
-SPEED_FIGURES = {
-    "2x: every second step": "every second, {} of 20",
-    "3x: every third step": "every third, {} of 20",
-    "4x: every fourth step": "every fourth, {} of 20",
-}
+def test_the_advanced_node_with_its_defaults_is_the_node_at_2x(host: Double) -> None:
+    (model,) = NODE_CLASS_MAPPINGS["StepCacheAdvanced"]().patch(host.model(), **defaults("StepCacheAdvanced"))
+    assert cache_of(model).method == next(iter(SPEEDS.values()))
 
 
 def test_off_is_off_whatever_the_other_fields_say(host: Double) -> None:
-    fields = {"speed": "off", "method": "ucache", "threshold_or_interval": "x", "start": "2", "mask": "fast"}
+    fields = {"method": "none", "threshold_or_interval": "x", "start": "2", "mask": "fast"}
     fields |= {"skip": "uncond", "decide": "each", "options": "warmup=x"}
-    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), **fields})
+    (model,) = NODE_CLASS_MAPPINGS["StepCacheAdvanced"]().patch(
+        host.model(), **{**defaults("StepCacheAdvanced"), **fields}
+    )
     run(host, model)
     assert host.rows == [2] * 10
     assert cache_of(model).report.method == "none"
 
 
 def test_with_skip_uncond_the_node_runs_the_positive_prompt_alone(host: Double) -> None:
-    given = {**defaults("StepCache"), "skip": "uncond"}
-    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **given)
+    given = {**defaults("StepCacheAdvanced"), "skip": "uncond"}
+    (model,) = NODE_CLASS_MAPPINGS["StepCacheAdvanced"]().patch(host.model(), **given)
     run(host, model, "euler_ancestral")
     assert host.rows == [2, 1] * 4 + [2, 2]
-    kind, options = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["optional"]["skip"]
+    kind, options = NODE_CLASS_MAPPINGS["StepCacheAdvanced"].INPUT_TYPES()["required"]["skip"]
     assert kind == SKIPS
     assert "the model still runs for the positive one" in options["tooltip"]
 
 
-@pytest.mark.parametrize(
-    ("fields", "sentence"),
-    [
-        ({"speed": "5x"}, "speed='5x': accepted is one of '2x: every second step'"),
-        ({"method": "ucache"}, "method='ucache' acts only at speed 'custom': choose that, or set method back"),
-        ({"threshold_or_interval": "3"}, "threshold_or_interval='3' acts only at speed 'custom'"),
-        ({"decide": "each"}, "decide='each' acts only at speed 'custom'"),
-        ({"options": "interval=5"}, "speed '2x: every second step' sets the interval"),
-        ({"options": "treshold=1"}, "unknown option 'treshold'"),
-        ({"start": "0.9", "end": "0.2"}, "^start=0.9, end=0.2: the window is empty"),
-        ({"start": "half"}, "start='half': accepted is 'default' or a number: a share of the run from 0 to 1"),
-        ({"end": "1.5"}, "end=1.5"),
-    ],
-)
-def test_wrong_fields_are_an_error_of_our_node_at_every_speed(host: Double, fields: dict, sentence: str) -> None:
-    with pytest.raises(OptionError, match=sentence):
-        NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), **fields})
+def test_a_speed_that_is_none_is_an_error_of_our_node(host: Double) -> None:
+    with pytest.raises(OptionError, match="speed='5x': accepted is one of '2x: every second step'"):
+        NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), "5x")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +185,9 @@ def test_wrong_fields_are_an_error_of_our_node_at_every_speed(host: Double, fiel
         ),
         ({"threshold_or_interval": "two"}, "='two': accepted is 'default' or a number: forecast's interval, 2 by def"),
         ({"threshold_or_interval": "0", "start": "0.9", "end": "0.2"}, "^start=0.9, end=0.2: the window is empty"),
+        ({"start": "half"}, "start='half': accepted is 'default' or a number: a share of the run from 0 to 1"),
+        ({"end": "1.5"}, "end=1.5"),
+        ({"options": "treshold=1"}, "unknown option 'treshold'"),
         ({"method": "magcache"}, "^ratios='': MagCache needs the ratios"),
         ({"method": "static"}, "static needs a mask"),
         ({"method": "static", "mask": "fast", "threshold_or_interval": "3"}, "=3: static has no number"),
@@ -211,15 +201,14 @@ def test_wrong_fields_are_an_error_of_our_node_at_every_speed(host: Double, fiel
     ],
 )
 def test_what_no_run_could_accept_is_an_error_of_our_node(host: Double, fields: dict, sentence: str) -> None:
-    given = {**defaults("StepCache"), "speed": "custom", **fields}
     with pytest.raises(OptionError, match=sentence):
-        NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **given)
+        NODE_CLASS_MAPPINGS["StepCacheAdvanced"]().patch(host.model(), **{**defaults("StepCacheAdvanced"), **fields})
 
 
 def workflow(kind: str, **inputs: Any) -> dict[str, Any]:
     """Our node, another one that passes its model on, and a sampler."""
     return {
-        "1": {"class_type": "StepCache", "inputs": {"model": ["9", 0]}},
+        "1": {"class_type": "StepCacheAdvanced", "inputs": {"model": ["9", 0]}},
         "2": {"class_type": "FreeU", "inputs": {"model": ["1", 0]}},
         "3": {"class_type": kind, "inputs": {"model": ["2", 0], **inputs}, "_meta": {"title": "The sampler"}},
         "4": {"class_type": "KSampler", "inputs": {"model": ["9", 0], "steps": 77}},
@@ -236,7 +225,10 @@ def workflow(kind: str, **inputs: Any) -> dict[str, Any]:
     ],
 )
 def test_a_mask_of_another_length_is_an_error_of_our_node_before_the_run(host: Double, prompt: Any, steps: int) -> None:
-    node, given = NODE_CLASS_MAPPINGS["StepCache"](), {**defaults("StepCache"), "prompt": prompt, "unique_id": "1"}
+    node, given = (
+        NODE_CLASS_MAPPINGS["StepCacheAdvanced"](),
+        {**defaults("StepCacheAdvanced"), "prompt": prompt, "unique_id": "1"},
+    )
     sentence = rf"the mask has 3 entries, the run has {steps} steps: .* that of the node The sampler \(#3\)"
     with pytest.raises(OptionError, match=sentence):
         node.patch(host.model(), **{**given, "options": "mask=110"})
@@ -245,22 +237,22 @@ def test_a_mask_of_another_length_is_an_error_of_our_node_before_the_run(host: D
 
 
 def test_steps_that_are_not_written_in_the_sampler_are_left_to_the_run(host: Double) -> None:
-    node = NODE_CLASS_MAPPINGS["StepCache"]()
+    node = NODE_CLASS_MAPPINGS["StepCacheAdvanced"]()
     for prompt in (
         workflow("KSampler", steps=["7", 0]),
         workflow("KSampler", steps=20, denoise=0),
         workflow("Other", steps=20),
         None,
     ):
-        given = {**defaults("StepCache"), "options": "mask=110", "prompt": prompt, "unique_id": "1"}
+        given = {**defaults("StepCacheAdvanced"), "options": "mask=110", "prompt": prompt, "unique_id": "1"}
         (model,) = node.patch(host.model(), **given)
     with pytest.raises(OptionError, match="in the node StepCache: the mask has 3 entries, the run has 10 steps"):
         run(host, model)
 
 
 def test_with_an_ultra_static_mask_nothing_but_its_ones_is_computed(host: Double) -> None:
-    given = {**defaults("StepCache"), "mask": "ultra", "policy": "static"}
-    (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **given)
+    given = {**defaults("StepCacheAdvanced"), "mask": "ultra", "policy": "static"}
+    (model,) = NODE_CLASS_MAPPINGS["StepCacheAdvanced"]().patch(host.model(), **given)
     run(host, model)
     mask = StepMask.preset("ultra", 10).mask
     assert cache_of(model).report.decisions("cond") == "".join("C" if one else "S" for one in mask)
@@ -269,12 +261,14 @@ def test_with_an_ultra_static_mask_nothing_but_its_ones_is_computed(host: Double
 def test_a_dynamic_mask_is_slower_than_none_and_a_static_one_faster_as_the_tooltip_says(host: Double) -> None:
     calls = {}
     for fields in ({}, {"mask": "fast"}, {"mask": "fast", "policy": "static"}):
-        (model,) = NODE_CLASS_MAPPINGS["StepCache"]().patch(host.model(), **{**defaults("StepCache"), **fields})
+        (model,) = NODE_CLASS_MAPPINGS["StepCacheAdvanced"]().patch(
+            host.model(), **{**defaults("StepCacheAdvanced"), **fields}
+        )
         run(host, model)
         calls[fields.get("policy", fields.get("mask"))] = cache_of(model).report.calls
     assert calls["static"] < calls[None] < calls["fast"]
-    tip = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["optional"]["policy"][1]["tooltip"]
-    assert "a mask makes a run slower, never faster" in tip
+    tip = NODE_CLASS_MAPPINGS["StepCacheAdvanced"].INPUT_TYPES()["required"]["policy"][1]["tooltip"]
+    assert "a mask makes it slower, never faster" in tip
 
 
 def test_a_run_of_four_steps_is_computed_and_the_log_says_why(host: Double, caplog: Any) -> None:
@@ -306,7 +300,7 @@ def test_comfyuis_own_cache_on_the_same_model_is_warned_of(host: Double, caplog:
         assert record.message.startswith(f"StepCache: {name} is on this model too")
         assert name in str(cache_of(model).report.notes)
     caplog.clear()
-    run(host, patched(before, method_at("off")))
+    run(host, patched(before, SPEEDS["off"]))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -381,26 +375,17 @@ class Field:
     """An input or output of the double of ComfyUI's second node interface: remembers what it was made with."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
-        self.args, self.keywords, self.extra_dict = args, keywords, {}
+        self.args, self.keywords = args, keywords
 
 
-class NewerField(Field):
-    """As in later versions: whether an input is folded is an argument."""
-
-    def __init__(self, *args: Any, advanced: bool = False, **keywords: Any) -> None:
-        super().__init__(*args, **keywords)
-        self.extra_dict["advanced"] = advanced
-
-
-@pytest.mark.parametrize("kind_of_field", [Field, NewerField])
-def test_the_second_interface_has_the_same_nodes(host: Double, monkeypatch: Any, kind_of_field: type[Field]) -> None:
+def test_the_second_interface_has_the_same_nodes(host: Double, monkeypatch: Any) -> None:
     class Node:
         hidden = types.SimpleNamespace(prompt=workflow("KSampler", steps=20), unique_id="1")
 
     io = types.SimpleNamespace(ComfyNode=Node, Schema=Field, NodeOutput=Field)
     io.Hidden = types.SimpleNamespace(prompt="PROMPT", unique_id="UNIQUE_ID")
     for kind in ("Model", "Latent", "Image", "String", "Float", "Int", "Boolean", "Combo"):
-        setattr(io, kind, types.SimpleNamespace(Input=kind_of_field, Output=Field))
+        setattr(io, kind, types.SimpleNamespace(Input=Field, Output=Field))
     latest = types.ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, type("ComfyExtension", (), {})
     monkeypatch.setitem(sys.modules, "comfy_api", types.ModuleType("comfy_api"))
@@ -412,17 +397,16 @@ def test_the_second_interface_has_the_same_nodes(host: Double, monkeypatch: Any,
 
     nodes = {node.define_schema().keywords["node_id"]: node for node in asyncio.run(listed())}
     assert list(nodes) == list(NODE_CLASS_MAPPINGS)
-    fields = nodes["StepCache"].define_schema().keywords["inputs"]
+    advanced = nodes["StepCacheAdvanced"]
+    fields = advanced.define_schema().keywords["inputs"]
     given = {field.args[0]: field.keywords["default"] for field in fields if "default" in field.keywords}
-    assert given == defaults("StepCache")
-    options = NODE_CLASS_MAPPINGS["StepCache"].INPUT_TYPES()["optional"]
-    assert {field.args[0] for field in fields if field.extra_dict.get("advanced")} == {*options}
-    assert {field.args[0] for field in fields if field.keywords["optional"]} == {*options}
-    output = nodes["StepCache"].execute(model=host.model(), **given)
+    assert given == defaults("StepCacheAdvanced")
+    assert [field.args[0] for field in fields if field.keywords["optional"]] == ["options"]
+    output = advanced.execute(model=host.model(), **given)
     run(host, output.args[0])
     assert cache_of(output.args[0]).report.skipped == 8
     with pytest.raises(OptionError, match="the mask has 3 entries, the run has 20 steps"):
-        nodes["StepCache"].execute(model=host.model(), **{**given, "options": "mask=110"})
+        advanced.execute(model=host.model(), **{**given, "options": "mask=110"})
 
 
 def test_a_comfyui_without_the_second_interface_gets_the_mappings(monkeypatch: Any) -> None:
@@ -430,15 +414,40 @@ def test_a_comfyui_without_the_second_interface_gets_the_mappings(monkeypatch: A
     assert list(comfyui.exports()) == ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
 
-def test_the_example_workflow_names_every_input_of_our_nodes() -> None:
-    workflow = json.loads((Path(__file__).parents[3] / "examples" / "comfyui" / "text_to_image.json").read_text())
-    ours = [node for node in workflow.values() if node["class_type"] in NODE_CLASS_MAPPINGS]
-    assert [node["class_type"] for node in ours] == ["StepCache", "StepCacheReport"]
-    for node in ours:
-        inputs = NODE_CLASS_MAPPINGS[node["class_type"]].INPUT_TYPES()
-        assert set(node["inputs"]) == {*inputs["required"], *inputs.get("optional", {})}
-        given = {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
-        assert given == defaults(node["class_type"])
+EXAMPLES = Path(__file__).parents[3] / "examples"
+WORKFLOWS = sorted((EXAMPLES / "comfyui").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_an_example_workflow_has_our_nodes_with_every_input_at_its_default(path: Path) -> None:
+    nodes = json.loads(path.read_text(encoding="utf-8"))
+    ours = {node["class_type"]: node for node in nodes.values() if node["class_type"] in NODE_CLASS_MAPPINGS}
+    assert list(ours) == ["StepCache", "StepCacheReport"]
+    for name, node in ours.items():
+        assert list(node["inputs"]) == list(NODE_CLASS_MAPPINGS[name].INPUT_TYPES()["required"])
+        assert {key: value for key, value in node["inputs"].items() if not isinstance(value, list)} == defaults(name)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_for_the_canvas_is_that_for_scripts_with_a_picture(path: Path) -> None:
+    """ComfyUI lists `examples/*.json` among its templates, each with the picture of the same name."""
+    scripted = json.loads(path.read_text(encoding="utf-8"))
+    canvas = json.loads((EXAMPLES / f"comfyui_{path.name}").read_text(encoding="utf-8"))
+    drawn = {str(node["id"]): node for node in canvas["nodes"]}
+    assert {name: node["type"] for name, node in drawn.items()} == {
+        name: node["class_type"] for name, node in scripted.items()
+    }
+    links = {
+        (str(target), drawn[str(target)]["inputs"][slot]["name"]): [str(source), output]
+        for _, source, output, target, slot, _ in canvas["links"]
+    }
+    for name, node in scripted.items():
+        given = [value for value in node["inputs"].values() if not isinstance(value, list)]
+        assert all(value in drawn[name]["widgets_values"] for value in given)
+        for key, value in node["inputs"].items():
+            assert not isinstance(value, list) or links.pop((name, key)) == value
+    assert not links
+    assert (EXAMPLES / f"comfyui_{path.stem}.jpg").stat().st_size < 200_000
 
 
 @pytest.fixture
