@@ -175,7 +175,7 @@ def test_off_is_the_picture_without_the_node(server: comfyui.Server) -> None:
     [
         ({"threshold_or_interval": "two"}, "threshold_or_interval='two': accepted is 'default' or a number"),
         ({"options": "mask=110"}, "the mask has 3 entries, the run has 10 steps"),
-        ({"method": "fbcache", "skip": "uncond"}, "skip='uncond' with fbcache"),
+        ({"method": "fbcache", "threshold_or_interval": "0.1", "skip": "uncond"}, "skip='uncond' with fbcache"),
     ],
 )
 def test_a_wrong_option_is_an_error_of_our_node(server: comfyui.Server, fields: dict[str, str], sentence: str) -> None:
