@@ -129,7 +129,7 @@ def measure(
                 copies.append(copy)
         decisions = model.report.decisions("guided")[8:]
         assert set(decisions) == {"S" if kind == "skipped" else "C"}, decisions
-        kept = sum(entry.x.nbytes + entry.out.nbytes for h in model.engine._state.histories.values() for entry in h)
+        kept = sum(entry.x.nbytes + entry.out.nbytes for h in model.engine._run.caches.values() for entry in h)
         with Allocations() as memory, Transfers() as transfers:
             model(latents[0], sigmas[-2].to(device).expand(shape[0]))
     size = latents[0].nbytes
@@ -151,15 +151,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument(
+        "--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES], help="(default %(default)s)"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    shapes = [tuple(map(int, text.split("x"))) for text in options.shapes]
     jobs = [
         (kind, name, shape, dtype)
-        for shape in SHAPES
+        for shape in shapes
         for dtype in DTYPES
         for name in METHODS
         for kind in ("gated", "computed", "skipped")

@@ -13,8 +13,8 @@ What the categories exercise:
 - experts: two denoisers share one schedule; per-token: a tensor of timesteps per call
 - control: a ControlNet runs before the denoiser; scheduler: two calls a step, or one more than asked for
 
-Every class and model is looked up when an entry is built, so this file imports without diffusers and, with an older
-release, only the entries it lacks fail. `PIPELINES[name].build()` twice gives the same weights bit for bit.
+Every class and model is looked up when an entry is built, so this file imports without diffusers. What an older release
+lacks is skipped. `PIPELINES[name].build()` twice gives the same weights bit for bit.
 """
 
 # ruff: noqa: C408 - configurations read best as keyword arguments
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 STEPS = 6
@@ -93,6 +94,8 @@ def sched(name: str, **config):
 
 
 PIPELINES: dict[str, Tiny] = {}
+SINCE_0_33 = ("sana", "ltx", "latte")
+"""Pipelines that diffusers 0.32 has, but not without a VAE or a tokenizer, or without returning latents."""
 
 
 def add(key, cls, category, forwards, parts, call, denoisers=("transformer",), after=None) -> None:
@@ -101,6 +104,8 @@ def add(key, cls, category, forwards, parts, call, denoisers=("transformer",), a
     def build():
         import diffusers
 
+        if not hasattr(diffusers, cls) or (key in SINCE_0_33 and diffusers.__version__.startswith("0.32.")):
+            pytest.skip(f"diffusers {diffusers.__version__} has no {cls} that is built and run without a VAE")
         kind = getattr(diffusers, cls)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
