@@ -1,6 +1,6 @@
 """Samples Stable Diffusion 1.x or 2.x (a diffusers checkpoint) with k-diffusion, its denoiser cached by stepcache.
 
-python examples/k_diffusion_sd.py --model path/or/hub-id --prompt "a lighthouse at dusk" --method ucache --compare
+python examples/k_diffusion_sd.py --model path/or/hub-id --prompt "a lighthouse at dusk" --method forecast --compare
 python examples/k_diffusion_sd.py --tiny --device cpu --compare  # random weights, offline, seconds
 """
 
@@ -190,8 +190,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, help="pixels (default: the checkpoint's own size)")
     parser.add_argument("--height", type=int, help="pixels (default: the checkpoint's own size)")
-    parser.add_argument("--method", default="ucache", choices=["ucache", "easycache", "none"])
-    parser.add_argument("--options", default="", help='the method\'s options, as in "threshold=1.5,reset=0"')
+    parser.add_argument("--method", default="forecast", choices=[*stepcache.METHODS], help="(default %(default)s)")
+    parser.add_argument("--options", default="", help='the method\'s options, as in "interval=3"')
     parser.add_argument("--mask", help='steps that must compute: "1,1,0,..." or slow, medium, fast, ultra')
     parser.add_argument("--policy", choices=["dynamic", "static"], default="dynamic", help="what --mask's zeros mean")
     parser.add_argument("--device", default=device, help="(default here: %(default)s)")
@@ -200,7 +200,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compare", action="store_true", help="also sample without the cache, and compare")
     options = parser.parse_args()
     if options.method == "none" and (options.options or options.mask or options.compare):
-        parser.error("--options, --mask and --compare need a cache: choose --method ucache or easycache")
+        parser.error("--options, --mask and --compare need a cache: choose another --method than none")
     if options.dtype is None:
         options.dtype = "float16" if torch.device(options.device).type == "cuda" else "float32"
     return options

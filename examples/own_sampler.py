@@ -1,6 +1,6 @@
 """A sampling loop of your own, cached: a flow network v = net(x, t), Euler steps by hand.
 
-python examples/own_sampler.py [--method forecast] [--steps 20]
+python examples/own_sampler.py --method forecast --options interval=3 --steps 20
 
 `FlowCall` is all that a host has to write. The network here is the demo's, of emoji; yours takes its place.
 """
@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from stepcache import method
+from stepcache import METHODS, method
 from stepcache.demo import networks
 from stepcache.extend import Call, Engine, Parametrization
 
@@ -52,9 +52,14 @@ def sample(net, x, times, engine=None):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="forecast", help="as forecast or ucache (default %(default)s)")
+    parser.add_argument("--method", default="forecast", choices=[*METHODS], help="(default %(default)s)")
+    parser.add_argument("--options", default="", help='the method\'s options, as in "interval=3"')
     parser.add_argument("--steps", type=int, default=20, help="default %(default)s")
     options = parser.parse_args()
+    try:
+        chosen = method(options.method, options.options)
+    except ValueError as error:
+        raise SystemExit(f"--method or --options: {error}") from error
     network, labels = networks.load("emoji"), torch.arange(8)
     x, times = torch.randn(8, 3, networks.EMOJI_SIZE, networks.EMOJI_SIZE), torch.linspace(1, 0, options.steps + 1)
 
@@ -64,7 +69,7 @@ def main() -> None:
     begun = time.perf_counter()
     full = sample(net, x, times)
     full_time = time.perf_counter() - begun
-    engine = Engine(method(options.method), parametrization=Parametrization.flow)
+    engine = Engine(chosen, parametrization=Parametrization.flow)
     begun = time.perf_counter()
     cached = sample(net, x, times, engine)
     print(engine.report)

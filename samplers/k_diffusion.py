@@ -96,7 +96,7 @@ class CachedDenoiser(nn.Module):
 
     Args:
         inner: the model, `denoised = inner(x, sigma, **extra)`; x (B, ...), sigma (B,) or a scalar.
-        method: a `Method`, a published name ("ucache"), or None for off.
+        method: a `Method`, a published name ("ucache"), or None for off; Forecast by default.
         sigmas: the schedule of every run, sigmas[0..n]; better given per run, by `sample` or `run`.
         branches: names as above. None: one branch a call, "guided".
         reference: the branch that decides; see `Engine`. With separate calls it must be the first one called.
@@ -120,7 +120,7 @@ class CachedDenoiser(nn.Module):
     def __init__(
         self,
         inner: Callable[..., Tensor],
-        method: Method | str | None,
+        method: Method | str | None = "forecast",
         *,
         sigmas: Tensor | Iterable[float] | None = None,
         branches: BranchNames = None,

@@ -109,8 +109,14 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help=GUIDANCE)
     parser.add_argument("--samples", type=int, help="images, one a seed (default 4; 1 with --pipeline)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=1, help="so many runs of each for the seconds (%(default)s)")
-    parser.add_argument("--gain", type=float, help="of the differences (default: as much as can be told apart)")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="runs of each, for the seconds of the fastest (default %(default)s)"
+    )
+    parser.add_argument(
+        "--gain",
+        type=float,
+        help="how many times brighter differences are shown (default: as bright as can be, by image)",
+    )
     parser.add_argument("--device", help="with --pipeline (default: cuda if there is one, else cpu)")
     parser.add_argument("--out", type=Path, default=Path("compare.html"), help="the page (default %(default)s)")
 

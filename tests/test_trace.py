@@ -22,7 +22,7 @@ def colour_at(image: torch.Tensor, x: int, y: int) -> str:
     return "#" + bytes(image[y, x].tolist()).hex()
 
 
-def test_each_cell_of_the_strip_has_the_colour_of_its_fate():
+def test_each_cell_of_the_strip_has_the_colour_of_its_decision():
     events = [
         event(0, "warm-up"),
         event(0, "warm-up", "uncond"),

@@ -65,7 +65,7 @@ class Comparison:
     def save(self, path: str | Path, gain: float | None = None) -> Path:
         """Writes the page: one HTML file with everything in it, for any browser. Needs jinja2 and Pillow.
 
-        `gain`: so many times as bright as they are differences are shown; None: as bright as they can be.
+        `gain`: how many times brighter differences are shown; None: as bright as can be, for each image apart.
         """
         path = Path(path)
         path.write_text(page(self, gain), encoding="utf-8")
@@ -74,8 +74,8 @@ class Comparison:
 
 def page(comparison: Comparison, gain: float | None = None) -> str:
     """The HTML, with every image inside it as a data URI. See `Comparison.save`."""
-    differences = list(_differences(comparison))
-    gain = _gain(differences) if gain is None else number("gain", gain, low=1, high=1e6)
+    fixed = None if gain is None else number("gain", gain, low=1, high=1e6)
+    gains = [fixed or _gain(_differences(comparison, at)) for at in range(len(comparison.full))]
     environment = require("jinja2", "bench").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("stepcache.bench") / "page.html.j2").read_text(encoding="utf-8"))
     height, width = comparison.full[0].image.shape[-2:]
@@ -83,29 +83,30 @@ def page(comparison: Comparison, gain: float | None = None) -> str:
         template.render(
             comparison=comparison,
             version=__version__,
-            gain=f"{gain:g}",
+            gains=[f"{gain:g}" for gain in gains],
             width=width,
             height=height,
             small=max(width, height) <= SMALL,
             frames=len(comparison.full[0].image) if comparison.full[0].image.ndim == 4 else 0,
-            full=[_shot(shot, shot, gain) for shot in comparison.full],
+            full=[_shot(shot, shot, 1) for shot in comparison.full],
             full_totals=_totals(comparison.full, comparison.full),
-            rows=[_row(comparison, entry, gain) for entry in comparison.entries],
+            rows=[_row(comparison, entry, gains) for entry in comparison.entries],
             skipped=trace.SKIPPED,
         )
     )
 
 
-def _row(comparison: Comparison, entry: Entry, gain: float) -> dict[str, Any]:
+def _row(comparison: Comparison, entry: Entry, gains: Sequence[float]) -> dict[str, Any]:
     """A method's card and its rival's."""
-    pairs = list(zip(entry.fewer, comparison.full, strict=True))
+    full = comparison.full
+    pairs = list(zip(entry.fewer, full, strict=True))
     fewer = [shot for shot, _ in pairs if shot is not None]
     return {
         "name": entry.name,
-        "shots": [_shot(shot, full, gain) for shot, full in zip(entry.shots, comparison.full, strict=True)],
-        "totals": _totals(entry.shots, comparison.full),
-        "fewer": [None if shot is None else _shot(shot, full, gain) for shot, full in pairs],
-        "fewer_totals": _totals(fewer, [full for shot, full in pairs if shot is not None]) if fewer else None,
+        "shots": [_shot(*each) for each in zip(entry.shots, full, gains, strict=True)],
+        "totals": _totals(entry.shots, full),
+        "fewer": [shot and _shot(shot, *rest) for shot, *rest in zip(entry.fewer, full, gains, strict=True)],
+        "fewer_totals": _totals(fewer, [whole for shot, whole in pairs if shot is not None]) if fewer else None,
         "ahead": not fewer
         or statistics.fmean(s.score for s in entry.shots) >= statistics.fmean(s.score for s in fewer),
     }
@@ -161,17 +162,18 @@ def _limits(image: Tensor) -> tuple[float, float]:
     return -1.0, 1.0
 
 
-def _differences(comparison: Comparison) -> Iterable[Tensor]:
+def _differences(comparison: Comparison, at: int) -> Iterable[Tensor]:
+    """How far every run of one image is from the full run, as a share of what is shown."""
+    full = _still(comparison.full[at].image)
+    low, high = _limits(full)
     for entry in comparison.entries:
-        for shot, fewer, full in zip(entry.shots, entry.fewer, comparison.full, strict=True):
-            low, high = _limits(_still(full.image))
-            for one in (shot, fewer):
-                if one is not None:
-                    yield (_still(one.image) - _still(full.image)).abs() / (high - low)
+        for shot in (entry.shots[at], entry.fewer[at]):
+            if shot is not None:
+                yield (_still(shot.image) - full).abs() / (high - low)
 
 
 def _gain(differences: Iterable[Tensor]) -> float:
-    """The most of `GAINS` at which 97 % of the pixels of the worst image are not too bright to be told apart."""
+    """The most of `GAINS` at which 97 % of the pixels of the worst run are not too bright to be told apart."""
     worst = max((float(_quantile(one, 0.97)) for one in differences), default=0.0)
     return max((gain for gain in GAINS if gain * worst <= 1), default=GAINS[0])
 
@@ -192,13 +194,16 @@ def _uri(image: Tensor) -> str:
 
 
 def _trace(report: Report) -> list[dict[str, Any]]:
-    """A row of cells for each branch; branches with one fate share a row. A cell: colour, tooltip, end of a step."""
+    """A row of cells for each branch; branches with the same decisions share a row.
+
+    A cell is (colour, tooltip, whether it ends a step).
+    """
     shade = trace.colours(report.events)
     rows: dict[tuple[Any, ...], dict[str, list[Event]]] = {}
     for branch in report.branches:
         mine = [event for event in report.events if event.branch == branch]
-        fate = tuple((event.position.evaluation, event.computed, event.reason) for event in mine)
-        rows.setdefault(fate, {})[branch] = mine
+        decisions = tuple((event.position.evaluation, event.computed, event.reason) for event in mine)
+        rows.setdefault(decisions, {})[branch] = mine
     return [{"branches": " and ".join(row), "cells": _cells([*row.values()], shade)} for row in rows.values()]
 
 
@@ -217,8 +222,8 @@ def _tooltip(event: Event) -> str:
     position = event.position
     place = f"evaluation {position.evaluation}" if position.step is None else f"step {position.step}"
     off = "" if event.error_share is None else f"; a skip would have been off by {event.error_share:.1%}"
-    fate = _reason(event) if event.computed else "skipped"
-    return f"{place}, sigma {position.sigma:.3g}: {fate}{off}"
+    what = _reason(event) if event.computed else "skipped"
+    return f"{place}, sigma {position.sigma:.3g}: {what}{off}"
 
 
 def _reason(event: Event) -> str:

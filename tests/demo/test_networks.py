@@ -205,7 +205,11 @@ def test_a_wheel_holds_every_module_and_the_demos_weights(tmp_path):
     subprocess.run(command, check=True, cwd=copy)
     (wheel,) = tmp_path.glob("stepcache-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    expected = {"stepcache/py.typed", *(f"stepcache/demo/weights/{name}.safetensors" for name in networks.NETWORKS)}
+    expected = {
+        "stepcache/py.typed",
+        "stepcache/bench/page.html.j2",
+        *(f"stepcache/demo/weights/{name}.safetensors" for name in networks.NETWORKS),
+    }
     for name, path in modules().items():
         expected.add(name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py"))
     assert expected - set(names) == set()
