@@ -160,7 +160,7 @@ def method_default(name: str, option: str) -> float:
 
     Example:
         >>> method_default("ucache", "start"), method_default("hicache", "warmup"), method_default("forecast", "end")
-        (0.15, 2, 1)
+        (0.15, 2, 1.0)
     """
     parameter = inspect.signature(METHODS[name]).parameters.get(option)
     return float(option == "end") if parameter is None else parameter.default
