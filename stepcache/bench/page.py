@@ -105,7 +105,10 @@ def _row(comparison: Comparison, entry: Entry, gains: Sequence[float]) -> dict[s
         "name": entry.name,
         "shots": [_shot(*each) for each in zip(entry.shots, full, gains, strict=True)],
         "totals": _totals(entry.shots, full),
-        "fewer": [shot and _shot(shot, *rest) for shot, *rest in zip(entry.fewer, full, gains, strict=True)],
+        "fewer": [
+            None if shot is None else _shot(shot, whole, gain)
+            for shot, whole, gain in zip(entry.fewer, full, gains, strict=True)
+        ],
         "fewer_totals": _totals(fewer, [whole for shot, whole in pairs if shot is not None]) if fewer else None,
         "ahead": not fewer
         or statistics.fmean(s.score for s in entry.shots) >= statistics.fmean(s.score for s in fewer),
