@@ -49,7 +49,7 @@ def test_every_example_takes_every_method_and_says_that_forecast_is_the_default(
     ("options", "said"),
     [
         (["--method=ucache", "--options=threshold=much"], "threshold='much': accepted is a number"),
-        (["--options=intervall=3"], "unknown option 'intervall'. Did you mean 'interval'"),
+        (["--options=intervals=3"], "unknown option 'intervals'. Did you mean 'interval'"),
         (["--method=magcache"], "magcache|ratios"),
     ],
     ids=["number", "name", "missing"],
