@@ -108,7 +108,8 @@ class CachedDenoiser(nn.Module):
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: flow time if the scalings are
             a flow's, else log sigma.
         noise: how noisy the sampler is, from 0 to 1, if you know; None: Forecast sees it in the run. See `Engine`.
-        group: a torch.distributed process group whose ranks share one sample.
+        group: the torch.distributed process group whose ranks call one model together; None: found if FSDP or tensor
+            parallelism splits it. See `Engine`.
 
     If the prompt or another argument changes in mid-run, its cache is dropped (`ArgumentChanges` says what counts as
     changed). Weights are not looked at: after loading a LoRA in mid-run call `reset`.

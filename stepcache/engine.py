@@ -24,6 +24,7 @@ from .options import OptionError, number, unknown
 from .parametrization import Parametrization
 from .plan import ComputeReason, Plan, Verdict
 from .probe import Probe
+from .ranks import Ranks
 from .report import Report
 from .run import OTHERS_PREDICTED, Evaluation, Run
 from .run_info import RunInfo
@@ -57,8 +58,9 @@ class Engine:
         lowest_sigma: the model's lowest sigma: at or below it a run without a schedule is over and its cache is freed.
         noise: how noisy the sampler is, if the host knows: 0 for a deterministic one, 1 for one that adds fresh noise
             at every step. None: Forecast measures it in the run itself.
-        group: a torch.distributed process group whose ranks work on one sample together. All of them then take the same
-            decision: to skip if every rank would. None: no communication.
+        group: the torch.distributed process group, or `DeviceMesh`, whose ranks call one model together. All of them
+            then take the same decision: to skip if every rank would. None: found in the network if its parameters are
+            split by FSDP or tensor parallelism. False: this rank decides alone. See `Ranks`.
         notes: sentences of the host for every report.
         network: the model, in which a criterion that looks at blocks finds them.
 
@@ -122,7 +124,7 @@ class Engine:
         self._parametrization = parametrization
         self._noise = None if noise is None else number("noise", noise, high=1.0)
         self._lowest_sigma = lowest_sigma
-        self._group = group
+        self._ranks = Ranks(group, network)
         self._run: Run | None = None
         self._computed: str | None = None
         self._network = network
@@ -334,6 +336,8 @@ class Engine:
         elif info.steps is None:
             info.notes.append("the schedule is not known: steps are not counted, and where a run begins is guessed")
         info.notes.extend(self._notes)
+        if not self.off:
+            info.notes.extend(self._ranks.begin())
         run = Run(self.method, info, position.run, self._reference, self._each, self._noise)
         if self.method.static and not isinstance(self.method.criterion, Always):
             info.notes.append(f"mask policy static: {self.method.name}'s own criterion is not asked")
@@ -385,6 +389,8 @@ class Engine:
         reason = gated or self._followed_reason(evaluation, deciding, branches)
         if reason is None and not all(branch.predictable for branch in branches.values()):
             reason = NO_CACHE
+            if all(branch.history for branch in branches.values()):
+                self._agree(False, branches)  # other ranks may have a prediction, and ask
         if reason is not None:
             plan = Plan.compute(branches, reason)
         elif not deciding:
@@ -520,12 +526,9 @@ class Engine:
         return branch.finite
 
     def _agree(self, skip: bool, branches: dict[str, Branch]) -> bool:
-        """The decision of all ranks of the group: skip if every one would."""
-        if self._group is None:
-            return skip
-        flag = torch.tensor(float(skip), device=next(iter(branches.values())).x.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=self._group)
-        return bool(flag.item())
+        """The decision of all ranks that call this model together: skip if every one would."""
+        first = next(iter(branches.values()))
+        return self._ranks.agree(skip, first.position.evaluation, first.x.device)
 
     # What is said, and when a run is over.
 
@@ -576,11 +579,8 @@ class Engine:
             warnings.warn(sentence, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied or pickled: options and the last report, no lock, run in progress or group of ranks."""
-        alone: dict[str, Any] = {"_computed": None, "_lock": None, "_busy": False, "_run": None, "_group": None}
-        if self._group is not None:
-            alone["_notes"] = (*self._notes, "a copy of an engine with a group: it decides without the other ranks")
-        return {**self.__dict__, **alone}
+        """What is copied or pickled: options and the last report, no lock or run in progress."""
+        return {**self.__dict__, "_computed": None, "_lock": None, "_busy": False, "_run": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -60,6 +60,7 @@ from .predictors import (
     TaylorSeer,
 )
 from .probe import Blocks
+from .ranks import groups_of, groups_of_mesh
 from .report import Report
 from .run_info import RunInfo, SkipCounts
 
@@ -126,6 +127,8 @@ __all__ = [
     "as_gates",
     "calibration",
     "flag",
+    "groups_of",
+    "groups_of_mesh",
     "main_number",
     "mean_abs",
     "mean_abs_difference",

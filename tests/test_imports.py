@@ -19,7 +19,7 @@ import stepcache
 
 LAYERS = """
 _optional _version options
-parametrization clock deferred masks plan call noise probe
+parametrization clock deferred masks plan call noise probe ranks
 run_info
 branch
 event

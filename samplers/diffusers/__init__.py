@@ -13,6 +13,7 @@ out on skipped ones. No class is changed and no block is hooked; what was in the
     call.py, answer.py,         one call of a denoiser, and its tensors in the
       pairing.py                network's own space
     reports.py                  several denoisers in one report
+    parallel.py                 the ranks that call a denoiser together
     parametrization.py          what the network predicts, by its scheduler
 """
 

@@ -51,8 +51,9 @@ def attach(
         components: the denoisers by name. None: those of `unet`, `transformer`, `transformer_2`, ... that it has.
         controlnet: skip the pipeline's ControlNet too if the denoiser is skipped. It is then run when its result is
             first looked at, which on a skipped step is never.
-        group: a torch.distributed process group whose ranks work on one image together: all of them then take the same
-            decision. Needed if the denoiser is split over ranks.
+        group: the torch.distributed process group, or `DeviceMesh`, whose ranks work on one image together: all of them
+            then take the same decision. None: found by itself if the denoiser is split by `enable_parallelism`, FSDP
+            or tensor parallelism; give it if you have split it by hand. False: every rank decides alone.
         **options: `enable_separate_cfg`, `cfg_compute_first`, `cfg_diff_compute_separate`, as for `Guidance`, and those
             of the method.
 

@@ -6,6 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from .call import LATENTS, Layout, ModuleCall
 from .controlnet import computed
 from .frames import find_caller
 from .guidance import Guidance
+from .parallel import parallel_groups
 from .parametrization import coordinate, parametrization, training_sigma
 from .patch import Abandon, HostPatch
 from .runs import PipelineRuns
@@ -38,7 +40,7 @@ def engine_of(module: nn.Module, method: Method, scheduler: Any, guidance: Guida
         coordinate=coordinate(scheduler),
         network=module,
         parametrization=parametrization(scheduler),
-        group=group,
+        group=partial(parallel_groups, module) if group is None else group,
         notes=(f"{method.name} with these options can skip nothing",) if idle else (),
     )
 

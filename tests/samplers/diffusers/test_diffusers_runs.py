@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import pickle
 import weakref
 
 import pytest
 import torch
 from tiny_pipelines import PIPELINES, SD_BETAS, image, run, sched
+from torch import distributed as dist
 from torch import nn
 
 from stepcache import DBCache, Forecast, OptionError, Static, UCache
-from stepcache.extend import Engine
 from stepcache.samplers.diffusers import SLOT, StepCacheCallback, attach
 
 diffusers = pytest.importorskip("diffusers")
@@ -91,39 +90,36 @@ def test_the_callbacks_report_counts_the_first_step_which_was_computed(sd):
     assert report.speedup == 6 / 4
 
 
-# Groups of ranks.
+# Groups of ranks; test_diffusers_ranks.py has several.
+
+
+@pytest.fixture
+def world():
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("way", ["attach", "callback"])
-def test_the_group_is_asked_for_every_decision(sd, way, monkeypatch):
+def test_the_group_is_asked_for_every_decision(sd, way, monkeypatch, world):
     pipe, tiny = sd
-    group, asked = object(), []
+    asked = []
 
-    def nobody_else_would(flag, op, group):
+    def nobody_else_would(flags, op, group):
         asked.append(group)
-        flag.zero_()
+        flags[0] = 0
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", nobody_else_would)
+    monkeypatch.setattr(dist, "all_reduce", nobody_else_would)
     computed = Computed(pipe.unet)
     if way == "attach":
-        with attach(pipe, SKIPS, group=group):
+        with attach(pipe, SKIPS, group=world):
             draw(pipe, tiny)
     else:
-        draw(pipe, tiny, callback_on_step_end=StepCacheCallback(SKIPS, group=group))
+        draw(pipe, tiny, callback_on_step_end=StepCacheCallback(SKIPS, group=world))
     assert computed.count == 6
-    assert set(asked) == {group}
-
-
-def test_a_copy_of_an_engine_leaves_its_group_and_says_so():
-    class Group:
-        def __reduce__(self):
-            raise TypeError("cannot be pickled")
-
-    engine = Engine(SKIPS, group=Group())
-    for copied in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
-        assert copied._group is None
-        assert any("without the other ranks" in note for note in copied._notes)
-    assert engine._group is not None
+    assert set(asked) == {world}
 
 
 # What changes within a run.
