@@ -12,7 +12,7 @@ SPEEDS: dict[str, Method] = {
     "2x: every second step": Forecast(2),
     "3x: every third step": Forecast(3),
     "4x: every fourth step": Forecast(4),
-    "1.3x: for Euler a and SDE samplers": Forecast(skip="uncond"),
+    "1.3x: the negative prompt only": Forecast(skip="uncond"),
     "off": Off(),
 }
 """The choices of the node StepCache."""

@@ -13,7 +13,7 @@ from stepcache import Report
 WIDTH, ROW, MARGIN, LABELS = 960, 34, 16, 96
 INK, FAINT = (24, 28, 36), (96, 102, 112)
 LEGEND = "blue: computed   grey: predicted, the model did not run"
-BARS = "red: how far a prediction was off where it was checked, the largest {:.1%}"
+BARS = "red: how far off a prediction was, where it was checked: {:.1%} at most"
 
 
 def picture(report: Report) -> Tensor:

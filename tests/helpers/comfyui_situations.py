@@ -138,9 +138,9 @@ def test_the_same_decisions_as_under_k_diffusion(host: Any, sampler: str, name: 
     with torch.inference_mode():
         keywords = {"extra_args": {"seed": 5, "model_options": {}}, "disable": True}
         if function.__name__ in EVALUATIONS:
-            here = k_sample(function, guided, first[0], SIGMAS, cache=cached, **keywords)
+            here = k_sample(function, guided, first[0], SIGMAS.clone(), cache=cached, **keywords)
         else:
-            with cached.run(SIGMAS, comfyui.EVALUATIONS[function.__name__]):
+            with cached.run(SIGMAS.clone(), comfyui.EVALUATIONS[function.__name__]):
                 here = function(guided, first[0], SIGMAS.clone(), **keywords)
     assert decisions(model) == cached.report.decisions("cond")
     assert decisions(model, "uncond") == cached.report.decisions("uncond")
@@ -165,7 +165,9 @@ def test_no_state_after_a_run_nor_after_a_broken_one(host: Any, options: str) ->
 
     guider = host.guider(model, host.cond(1), host.cond(2))
     with pytest.raises(KeyboardInterrupt), torch.inference_mode():
-        guider.sample(noise(), torch.zeros_like(noise()), host.sampler("euler"), SIGMAS, callback=interrupt, seed=5)
+        guider.sample(
+            noise(), torch.zeros_like(noise()), host.sampler("euler"), SIGMAS.clone(), callback=interrupt, seed=5
+        )
     assert guider.model_options is model.model_options
     assert model.model_options == usual
     assert "S" in decisions(model, "uncond")

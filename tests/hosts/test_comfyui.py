@@ -190,7 +190,7 @@ def test_guiders_of_the_custom_sampler_nodes(host: Real) -> None:
     guider.set_cfg(5.0, 3.0)
     with torch.inference_mode():
         x = torch.randn(1, 4, 8, 8)
-        guider.sample(x, torch.zeros_like(x), host.sampler("euler"), SIGMAS, seed=1)
+        guider.sample(x, torch.zeros_like(x), host.sampler("euler"), SIGMAS.clone(), seed=1)
     report = cache_of(model).report
     assert set(report.branches) == {"cond", "middle", "uncond"}
     assert {report.decisions(name) for name in report.branches} == {"CCSCSCSCSC"}
@@ -205,7 +205,7 @@ def test_both_other_branches_of_dual_guidance_are_predicted(host: Real) -> None:
     host.rows.clear()
     with torch.inference_mode():
         x = torch.randn(1, 4, 8, 8)
-        guider.sample(x, torch.zeros_like(x), host.sampler("euler_ancestral"), SIGMAS, seed=1)
+        guider.sample(x, torch.zeros_like(x), host.sampler("euler_ancestral"), SIGMAS.clone(), seed=1)
     report = cache_of(model).report
     assert host.rows == [3, 1] * 4 + [3, 3]
     assert {name: report.decisions(name) for name in report.branches} == {

@@ -118,7 +118,7 @@ def test_the_fields_make_the_method() -> None:
         ("2x: every second step", "CCSCSCSCSC", "CCSCSCSCSC"),
         ("3x: every third step", "CCSSCSSCSC", "CCSSCSSCSC"),
         ("4x: every fourth step", "CCSSSCSSSC", "CCSSSCSSSC"),
-        ("1.3x: for Euler a and SDE samplers", "C" * 10, "CSCSCSCSCC"),
+        ("1.3x: the negative prompt only", "C" * 10, "CSCSCSCSCC"),
         ("off", "C" * 10, "C" * 10),
     ],
 )
