@@ -38,7 +38,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     python = os.environ.get(f"STEPCACHE_{name}_PYTHON") or (str(own) if own.exists() else sys.executable)
     command = [python, "-W", "ignore", str(HERE / "situations.py"), name.lower(), str(checkout)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT "))
