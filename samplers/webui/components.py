@@ -14,7 +14,7 @@ SPEED_CHOICES = {
     "2x": "2x: every second step",
     "3x": "3x: every third step",
     "4x": "4x: every fourth step",
-    CUSTOM: "custom: method and number",
+    CUSTOM: "custom: method under Advanced",
 }
 """The panel's words for each speed."""
 
@@ -44,9 +44,10 @@ NUMBER_INFO = {
 INFO = {
     "enabled": "Predicts some of the steps instead of running the model. Unticked, nothing changes.",
     "speed": "The steps that the model computes; the others are predicted. Faster is further from the full image. "
-    "The first two steps and the last are always computed: at 2x, 11 of 20. Runs of 6 steps or fewer stay as they are.",
-    "skip": "automatic: whole steps, and with DPM++ 2M SDE and 3M SDE the negative prompt only. Negative prompt only: "
-    "saves about half as much, is nearer to the full image, and needs a CFG scale above 1.",
+    "The first two steps and the last are always computed: at 2x, 11 of 20. Runs of 6 steps or fewer stay as they are. "
+    "With Euler a, DPM++ 2M SDE and 3M SDE it saves less: see What is skipped, under Advanced.",
+    "skip": "automatic: with Euler a, DPM++ 2M SDE and 3M SDE the negative prompt only, else whole steps. Negative "
+    "prompt only: saves about half as much, is nearer to the full image, and needs a CFG scale above 1.",
     "window": "Per cent of the run: steps are skipped between these two only. Empty: the numbers in grey.",
     "warmup": "Steps at the start that are computed. Higher is slower and keeps the composition. Empty: the number in "
     "grey.",

@@ -22,8 +22,12 @@ CUSTOM = "custom"
 AUTOMATIC, WHOLE_STEPS, NEGATIVE_ONLY = SKIPS = ("automatic", "whole steps", "negative prompt only")
 """What a skipped step leaves out."""
 
-NEGATIVE_ONLY_SAMPLERS = frozenset({"sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"})
-"""Sampler functions with which Forecast does better if it skips the negative prompt only (docs/measurements.md)."""
+NEGATIVE_ONLY_SAMPLERS = frozenset({"sample_euler_ancestral", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"})
+"""Sampler functions with which "automatic" skips the negative prompt only: they add noise at every evaluation.
+
+With whole steps Forecast is not always better there than fewer steps, and with the negative prompt only it is. The
+figures are in docs/webui.md.
+"""
 
 
 @dataclass(frozen=True)

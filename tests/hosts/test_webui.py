@@ -133,7 +133,7 @@ def test_with_the_negative_prompt_only_the_prompt_is_computed_at_every_evaluatio
 def test_what_is_skipped_is_chosen_by_the_sampler(found):
     for sampler, entry in ((name, found["situations"].get(name)) for name in SAMPLERS):
         if entry is not None:
-            chosen = "negative only" if sampler in ("DPM++ 2M SDE", "DPM++ 3M SDE") else "whole"
+            chosen = "negative only" if sampler in ("Euler a", "DPM++ 2M SDE", "DPM++ 3M SDE") else "whole"
             assert entry["on"]["digest"] == entry[chosen]["digest"], sampler
             assert entry["on"]["calls"] == entry[chosen]["calls"], sampler
 
@@ -163,5 +163,5 @@ def test_the_xyz_plot_and_the_infotext(found):
     assert "StepCache: custom, StepCache method: ucache, StepCache number: 0.4" in found["axis"]["infotext"]
     mask = "1,1,1,0,0,1,0,0,1,0,0,1"
     fields = ["ucache", "0.5", "whole steps", "10-90", "1", "3", mask, "static", False, "decay=0.9,reset=0"]
-    assert found["pasted"] == [True, "custom: method and number", *fields]
+    assert found["pasted"] == [True, "custom: method under Advanced", *fields]
     assert found["pasted without"] == [False, *[None] * 11]
