@@ -6,8 +6,8 @@
 # --dry-run   miniatures on the CPU: does it run?
 # --images    the emoji of examples/train_emoji.py; without them the larger network learns coloured discs
 #
-# Needs pip install -e ".[demo,cache-dit]". PYTHON names another interpreter. Each part has its time: what does not end
-# is broken off, and what was measured until then stays.
+# Needs pip install -e ".[demo,cache-dit]", and diffusers from 0.36 on. PYTHON names another interpreter.
+# Each part has its time: what does not end is broken off, and what was measured until then stays.
 set -uo pipefail
 
 out=gpu-output images=() networks="sdxl flux wan" dry=""

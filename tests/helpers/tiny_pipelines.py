@@ -22,6 +22,8 @@ lacks is skipped. `PIPELINES[name].build()` twice gives the same weights bit for
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,15 @@ def run(pipe, tiny: Tiny) -> torch.Tensor:
     """The pipeline's output as one tensor; several outputs (video and audio) are flattened and joined."""
     tensors = list(_tensors(pipe(**tiny.call(pipe))))
     return tensors[0] if len(tensors) == 1 else torch.cat([t.flatten().float() for t in tensors])
+
+
+def of_diffusers(name: str) -> Any:
+    """What diffusers has under this name, as `hooks.MagCacheConfig`. If this release has none, the test is skipped."""
+    module, _, attribute = f"diffusers.{name}".rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError):
+        pytest.skip(f"diffusers {version('diffusers')} has no {name}")
 
 
 def _tensors(out):
@@ -102,11 +113,9 @@ def add(key, cls, category, forwards, parts, call, denoisers=("transformer",), a
     """`parts()` gives the components; every other required argument of the class becomes None."""
 
     def build():
-        import diffusers
-
-        if not hasattr(diffusers, cls) or (key in SINCE_0_33 and diffusers.__version__.startswith("0.32.")):
-            pytest.skip(f"diffusers {diffusers.__version__} has no {cls} that is built and run without a VAE")
-        kind = getattr(diffusers, cls)
+        kind = of_diffusers(cls)
+        if key in SINCE_0_33 and version("diffusers").startswith("0.32."):
+            pytest.skip(f"diffusers 0.32 has no {cls} that is built and run without a VAE or a tokenizer")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             given = parts()

@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import diffusers
 import pytest
 import torch
-from tiny_pipelines import PIPELINES, run
+from tiny_pipelines import PIPELINES, of_diffusers, run
 
 import stepcache
 from stepcache import EasyCache, Forecast, Off, OptionError, Static, StepMask, UCache
@@ -23,6 +24,8 @@ from stepcache.extend import Engine
 from stepcache.samplers.diffusers import SLOT, StepCacheCallback, attach, places, training_sigma
 
 MASK = StepMask("fast", "static")
+WITHOUT_WAN = pytest.mark.skipif(not hasattr(diffusers, "WanPipeline"), reason="this diffusers has no Wan")
+EXAMPLES = ["sdxl", "flux", pytest.param("wan", marks=WITHOUT_WAN)]
 
 
 class Counted:
@@ -298,7 +301,6 @@ def test_a_mask_of_another_length_is_an_error_with_both_lengths(sd):
     ],
 )
 def test_schedulers_with_two_calls_a_step_are_counted_in_steps(scheduler, expected):
-    import diffusers
 
     made = getattr(diffusers, f"{scheduler}Scheduler")()
     made.set_timesteps(4)
@@ -354,7 +356,6 @@ def test_easycache_runs_by_the_schedulers_training_timetable(sd):
 )
 def test_the_training_timetable_is_the_schedulers(scheduler, config, expected):
     """The original's own figures for shares 0.2 and 0.9 (golden tables, flow3 and compvis)."""
-    import diffusers
 
     sigma = training_sigma(getattr(diffusers, f"{scheduler}Scheduler")(**config))
     high, low = sigma(0.2), sigma(0.9)
@@ -362,11 +363,10 @@ def test_the_training_timetable_is_the_schedulers(scheduler, config, expected):
 
 
 def test_diffusers_own_cache_inside_works_at_the_same_time():
-    from diffusers.hooks import FirstBlockCacheConfig
-
+    config = of_diffusers("hooks.FirstBlockCacheConfig")
     tiny = PIPELINES["flux"]
     pipe = tiny.build()
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
+    pipe.transformer.enable_cache(config(threshold=1e-9))
     expected = run(pipe, tiny)
     with attach(pipe, Off()):
         assert torch.equal(run(pipe, tiny), expected)
@@ -425,13 +425,13 @@ def test_forecast_is_the_default_method(sd):
     assert cache.report.method == StepCacheCallback().report.method == "forecast"
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_the_examples_use_forecast_by_default(example, tmp_path, capsys, name):
     example(f"diffusers_{name}.py", "--tiny", "--device=cpu", "--steps=6", f"--out={tmp_path / 'image.png'}")
     assert "forecast" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_the_examples_run_on_tiny_random_weights(example, tmp_path, capsys, name):
     out = tmp_path / "image.png"
     example(f"diffusers_{name}.py", "--tiny", "--compare", "--method=static", "--mask=fast", f"--out={out}")

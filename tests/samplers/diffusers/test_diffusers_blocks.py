@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny_pipelines import PIPELINES, run
+from tiny_pipelines import PIPELINES, of_diffusers, run
 
 from stepcache import CacheDiT, DBCache, FBCache, OptionError, attach, load_config
 from stepcache.extend import Blocks, Interval
@@ -77,13 +77,12 @@ def test_half_of_the_evaluations_are_left_after_the_first_block(name):
 @pytest.mark.parametrize("name", FIVE)
 def test_first_block_cache_config_is_accepted_at_the_documented_thresholds(name):
     """`FirstBlockCacheConfig(threshold=...)` as its announcement and its benchmarks use it, on their five models."""
-    from diffusers.hooks import FirstBlockCacheConfig
-
+    config = of_diffusers("hooks.FirstBlockCacheConfig")
     tiny = PIPELINES[name]
     pipe = tiny.build()
     full = run(pipe, tiny)
     for threshold in THRESHOLDS:
-        with attach(pipe, FirstBlockCacheConfig(threshold=threshold)) as cache:
+        with attach(pipe, config(threshold=threshold)) as cache:
             image = run(pipe, tiny)
         if threshold == 0:
             assert torch.equal(image, full)
@@ -96,10 +95,9 @@ def test_first_block_cache_config_is_accepted_at_the_documented_thresholds(name)
 
 
 def test_the_default_of_first_block_cache_config_is_diffusers_own():
-    from diffusers.hooks import FirstBlockCacheConfig
-
+    config = of_diffusers("hooks.FirstBlockCacheConfig")
     pipe = PIPELINES["flux"].build()
-    with attach(pipe, FirstBlockCacheConfig()) as cache:
+    with attach(pipe, config()) as cache:
         run(pipe, PIPELINES["flux"])
     assert {e.threshold for e in cache.report.events if e.threshold is not None} == {0.05}
 
@@ -107,8 +105,7 @@ def test_the_default_of_first_block_cache_config_is_diffusers_own():
 @pytest.mark.parametrize("threshold", [0.45, 0.6, 0.8])
 def test_the_first_decision_to_skip_is_diffusers_own(threshold):
     """Up to there both see the same numbers. Afterwards theirs runs the layers behind the blocks, ours does not."""
-    from diffusers.hooks import FirstBlockCacheConfig
-
+    config = of_diffusers("hooks.FirstBlockCacheConfig")
     tiny = PIPELINES["mochi"]  # two blocks: the second is left out, as ours leaves it out
     pipe = tiny.build()
     with attach(pipe, FBCache(threshold)) as cache:
@@ -124,7 +121,7 @@ def test_the_first_decision_to_skip_is_diffusers_own(threshold):
     begun, first = [], pipe.transformer.transformer_blocks[0].attn1
     first.register_forward_pre_hook(lambda *args: begun.append(1))
     second.attn1.forward = noting
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    pipe.transformer.enable_cache(config(threshold=threshold))
     run(pipe, tiny)
     theirs = next(k for k in range(len(begun)) if k not in tail)
     assert ours == theirs

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import PIPELINES, SD_BETAS, run, sched
+from tiny_pipelines import PIPELINES, SD_BETAS, of_diffusers, run, sched
 from tiny_pipelines import image as picture
 
 from stepcache import EasyCache, FBCache, Method, Off, Static, StepMask, UCache
@@ -153,17 +153,19 @@ def aligning_hook(pipe, folder) -> None:
 
 
 def group_offload(pipe, folder) -> None:
+    of_diffusers("hooks.apply_group_offloading")
     pipe.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
 
 
 def block_offload(pipe, folder) -> None:
+    of_diffusers("hooks.apply_group_offloading")
     pipe.unet.enable_group_offload(onload_device=CPU, offload_type="block_level", num_blocks_per_group=1)
 
 
 def disk_offload(pipe, folder) -> None:
-    from diffusers.hooks import apply_group_offloading
-
-    apply_group_offloading(pipe.unet, CPU, offload_type="leaf_level", offload_to_disk_path=str(folder))
+    of_diffusers("hooks.apply_group_offloading")(
+        pipe.unet, CPU, offload_type="leaf_level", offload_to_disk_path=str(folder)
+    )
 
 
 OFFLOADS = pytest.mark.parametrize(
@@ -678,15 +680,17 @@ def test_a_pipeline_callback_without_tensors_in_also(sd, monkeypatch):
 
 
 def first_block(pipe):
-    return diffusers.hooks.FirstBlockCacheConfig(threshold=0.5)
+    return of_diffusers("hooks.FirstBlockCacheConfig")(threshold=0.5)
 
 
 def mag(pipe):
-    return diffusers.hooks.MagCacheConfig(threshold=0.5, num_inference_steps=6, mag_ratios=torch.linspace(1.0, 0.9, 6))
+    return of_diffusers("hooks.MagCacheConfig")(
+        threshold=0.5, num_inference_steps=6, mag_ratios=torch.linspace(1.0, 0.9, 6)
+    )
 
 
 def taylor_seer(pipe):
-    return diffusers.hooks.TaylorSeerCacheConfig(
+    return of_diffusers("hooks.TaylorSeerCacheConfig")(
         cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32
     )
 
@@ -697,13 +701,13 @@ ALL_TIMESTEPS = (-1, 2000)
 def broadcast(pipe):
     ranges = {f"{kind}_attention_block_skip_range": 2 for kind in ("spatial", "temporal", "cross")}
     ranges |= {name.replace("block", "timestep"): ALL_TIMESTEPS for name in ranges}
-    return diffusers.hooks.PyramidAttentionBroadcastConfig(
+    return of_diffusers("hooks.PyramidAttentionBroadcastConfig")(
         **ranges, current_timestep_callback=lambda: pipe.current_timestep
     )
 
 
 def faster(pipe):
-    return diffusers.hooks.FasterCacheConfig(
+    return of_diffusers("hooks.FasterCacheConfig")(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=ALL_TIMESTEPS,
         unconditional_batch_skip_range=2,
@@ -731,8 +735,6 @@ def faster(pipe):
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_another_cache_inside_works_as_alone_and_both_together_skip_exactly(forwards, name, config):
-    if not hasattr(getattr(diffusers, "hooks", None), "MagCacheConfig"):
-        pytest.skip("this diffusers has fewer caches")
     host = Host(name, forwards)
     host.pipe.transformer.enable_cache(config(host.pipe))
     inner, calls = host.run()
