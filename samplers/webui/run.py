@@ -103,7 +103,8 @@ class Run:
             if reasons:
                 return [f"negative prompt only: {reason}" for reason in reasons]
         if report.events:
-            return [] if report.skipped else ["with these options no step of this run was skipped"]
+            reasons = "; ".join(report.notes) or "these options leave none that may be"
+            return [] if report.skipped else [f"no step of this run was skipped: {reasons}"]
         if self.patch.auxiliary:
             return ["nothing was cached: the images of the batch have different numbers of prompts joined by AND"]
         return ["nothing was cached: no call of the model was seen, another extension may have replaced it"]

@@ -67,6 +67,9 @@ def test_calls_are_skipped_and_counted(found):
             assert "DPM adaptive chooses its steps" in entry["on"]["said"][0]
         elif situation == "AND, unequal batch" and not entry["on"]["evaluations"][0]:
             assert "different numbers of prompts joined by AND" in entry["on"]["said"][-1]
+        elif situation == "alternating words":  # another prompt at every step, so that no two outputs are comparable
+            assert entry["on"]["calls"] == entry["without"]["calls"]
+            assert "no step of this run was skipped" in entry["on"]["said"][-1]
         else:
             assert entry["on"]["calls"] < entry["without"]["calls"], situation
             counts = zip(entry["on"]["skipped"], entry["on"]["evaluations"], strict=True)

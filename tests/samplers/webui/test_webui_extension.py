@@ -512,8 +512,10 @@ def test_an_edited_prompt_is_computed_when_it_changes(name, runs):
 def test_words_that_alternate_are_computed_at_every_change(name, runs):
     words = tuple((step, 0.3 if step % 2 else 0.8) for step in range(STEPS * 2))
     host = Host(name)
-    host.job(settings("static", mask="1000000001"), prompt=[[(1.0, words)]])
+    p = host.job(settings("static", mask="1000000001"), prompt=[[(1.0, words)]])
     assert decisions(runs[0]) == "C" * 10
+    assert p.comments[0].startswith("StepCache: no step of this run was skipped: ")
+    assert p.comments[0].endswith("prompt or model changed within the run: the cache was dropped")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -728,10 +730,9 @@ def test_a_sampler_with_two_evaluations_a_step_is_counted_in_evaluations():
 def test_a_run_too_short_and_one_in_which_nothing_was_skipped_are_said():
     p = Host("forge").job(ON, hr=5)
     assert p.comments == ["StepCache: every step was computed: a run of 5 is too short to predict steps in it"]
+    sentence = "StepCache: no step of this run was skipped: these options leave none that may be"
     for arguments in (NEVER, settings("fbcache")):
-        assert Host("forge").job(arguments).comments == [
-            "StepCache: with these options no step of this run was skipped"
-        ]
+        assert Host("forge").job(arguments).comments == [sentence]
 
 
 def test_the_table_goes_to_the_console_when_asked_for(capsys):
