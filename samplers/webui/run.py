@@ -103,8 +103,8 @@ class Run:
             if reasons:
                 return [f"negative prompt only: {reason}" for reason in reasons]
         if report.events:
-            reasons = "; ".join(report.notes) or "these options leave none that may be"
-            return [] if report.skipped else [f"no step of this run was skipped: {reasons}"]
+            why = "; ".join(report.notes) or "these options leave none that may be"
+            return [] if report.skipped else [f"no step of this run was skipped: {why}"]
         if self.patch.auxiliary:
             return ["nothing was cached: the images of the batch have different numbers of prompts joined by AND"]
         return ["nothing was cached: no call of the model was seen, another extension may have replaced it"]
