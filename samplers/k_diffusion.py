@@ -164,8 +164,7 @@ class CachedDenoiser(nn.Module):
         off = self.engine.off
         if off and not (isinstance(x, Tensor) and isinstance(sigma, Tensor) and x.ndim and x.numel() and sigma.numel()):
             return self.inner_model(x, sigma, **extra)  # inputs that cannot identify an evaluation, e.g. a float sigma
-        names = self.branches(x, sigma, **extra) if callable(self.branches) else self.branches
-        names = distinct(names)
+        names = self.branches if isinstance(self.branches, tuple) else distinct(self.branches(x, sigma, **extra))
         if x.shape[0] % len(names) and not off:
             raise OptionError(
                 f"a batch of {x.shape[0]} does not divide into the {len(names)} branches {', '.join(names)}: "
@@ -212,7 +211,7 @@ class CachedDenoiser(nn.Module):
         on_schedule: bool | None,
         computed: str | None = None,
     ) -> Iterator[None]:
-        if self.engine.clock.announced:
+        if self.engine.announced:
             raise RuntimeError(
                 "another run of this CachedDenoiser is in progress: make one for each run, "
                 "CachedDenoiser(model, method), around the same model"

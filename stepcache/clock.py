@@ -62,7 +62,7 @@ class Clock:
 
     def __init__(self, sigmas: Tensor | Iterable[float] | None = None, lowest: float = 0.0) -> None:
         self._default = as_schedule(sigmas)
-        self._lowest = lowest * (1 + 1e-4)
+        self.lowest = lowest * (1 + 1e-4)
         self.schedule = self._default
         self.stages: int | None = None
         self.announced = False
@@ -125,9 +125,7 @@ class Clock:
             value, tolerance, mixed = _read(sigma)
             if self._last is not None and self._is_new_loop(self._last, value, tolerance):
                 self.restart()
-                self._follows_schedule = (
-                    self.announced
-                )  # another loop over the same schedule begins with its first evaluation
+                self._follows_schedule = self.announced  # it begins with the first evaluation
                 due = self._due()
             value, place = (value, (None, 0)) if mixed else self._place(value, tolerance, due)
 
@@ -172,12 +170,9 @@ class Clock:
             schedule = self.schedule
             if not self._loops or schedule is None:
                 return False
-            if not self.is_last(last) and self._is_back_at_start(last, schedule, value, tolerance):
-                return True
-            over = self.is_last(last) and schedule[-1] == 0
-            if not over:
-                return False
-            if not any(near(value, sigma, tolerance) for sigma in schedule):
+            if not self.is_last(last):
+                return self._is_back_at_start(last, schedule, value, tolerance)
+            if schedule[-1] > 0 or not any(near(value, sigma, tolerance) for sigma in schedule):
                 return False
         return self._is_new_run(last, value, tolerance)
 
@@ -238,7 +233,7 @@ class Clock:
         """
         rises = value >= last.sigma * (1 - tolerance)
         corrected = last.evaluation % 2 == 1 and self._pairs
-        return (rises or last.sigma <= self._lowest) and not (rises and corrected)
+        return (rises or last.sigma <= self.lowest) and not (rises and corrected)
 
     def _place(
         self, value: float, tolerance: float, due: tuple[int, int] | None

@@ -13,16 +13,15 @@ from torch import Tensor
 class DeferredScalar:
     """One number; `float(scalar)` fetches it, and with it every other one of the same pool."""
 
-    __slots__ = ("_pool", "_value")
+    __slots__ = ("_pool", "value")
 
     def __init__(self, value: Tensor | float, pool: DeferredScalars) -> None:
-        self._value = value
-        self._pool = pool
+        self.value, self._pool = value, pool
 
     def __float__(self) -> float:
-        if isinstance(self._value, Tensor):
+        if isinstance(self.value, Tensor):
             self._pool.fetch()
-        return float(self._value)
+        return float(self.value)
 
     def __repr__(self) -> str:
         return f"DeferredScalar({float(self):.6g})"
@@ -32,21 +31,20 @@ class DeferredScalars:
     """The deferred numbers of one run."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[DeferredScalar, Tensor]] = []
+        self._pending: list[DeferredScalar] = []
 
     def defer(self, number: Tensor) -> DeferredScalar:
         """Registers a 0-dimensional tensor without waiting for its value."""
-        number = number.detach()
-        reading = DeferredScalar(number, self)
-        self._pending.append((reading, number))
-        return reading
+        scalar = DeferredScalar(number, self)
+        self._pending.append(scalar)
+        return scalar
 
     def fetch(self) -> None:
-        """One device-to-host transfer for all readings still pending."""
+        """One device-to-host transfer for all numbers still pending."""
         pending, self._pending = self._pending, []
-        values = torch.stack([number.float() for _, number in pending]).tolist()
-        for (reading, _), value in zip(pending, values, strict=True):
-            reading._value = value
+        values = torch.stack([scalar.value.float() for scalar in pending if isinstance(scalar.value, Tensor)]).tolist()
+        for scalar, value in zip(pending, values, strict=True):
+            scalar.value = value
 
 
 def mean_abs(x: Tensor) -> Tensor:
@@ -62,10 +60,14 @@ def mean_abs_difference(a: Tensor, b: Tensor) -> Tensor:
     return (widened(a) - b).abs_().mean()
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that arithmetic is done in: float32 for the half-precision types, else the type itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def widened(x: Tensor) -> Tensor:
-    return x.to(wide(x.dtype))
+    """x in the dtype that arithmetic is done in; the very same tensor if it has it."""
+    return x.float() if x.dtype in HALF else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,8 +40,8 @@ class Plan:
     """
 
     reasons: dict[str, ComputeReason | None]
+    deciding: Sequence[str] = ()
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
-    deciding: list[str] = field(default_factory=list)
     computed: list[str] = field(init=False)
     predicted: list[str] = field(init=False)
 
@@ -51,16 +51,29 @@ class Plan:
 
     @classmethod
     def compute(
-        cls, names: Iterable[str], reason: ComputeReason, verdicts: Mapping[str, Verdict] | None = None
+        cls,
+        names: Iterable[str],
+        reason: ComputeReason,
+        deciding: Sequence[str] = (),
+        verdicts: Mapping[str, Verdict] | None = None,
     ) -> Plan:
         """Every branch is computed, for one reason."""
-        return cls(dict.fromkeys(names, reason), verdicts or {})
+        return cls(dict.fromkeys(names, reason), deciding, verdicts or {})
 
     @classmethod
-    def predict(cls, names: Iterable[str], verdicts: Mapping[str, Verdict] | None = None) -> Plan:
+    def predict(
+        cls,
+        names: Iterable[str],
+        deciding: Sequence[str] = (),
+        verdicts: Mapping[str, Verdict] | None = None,
+    ) -> Plan:
         """Every branch is predicted."""
-        return cls(dict.fromkeys(names), verdicts or {})
+        return cls(dict.fromkeys(names), deciding, verdicts or {})
+
+    def with_reasons(self, reasons: dict[str, ComputeReason | None]) -> Plan:
+        """The same decision, carried out otherwise."""
+        return Plan(reasons, self.deciding, self.verdicts)
 
     def all_computed(self, reason: ComputeReason) -> Plan:
         """The same plan, but every branch is computed, for this reason."""
-        return Plan(dict.fromkeys(self.reasons, reason), self.verdicts, self.deciding)
+        return self.with_reasons(dict.fromkeys(self.reasons, reason))

@@ -21,6 +21,7 @@ from .gates.base import GateCheck
 from .methods.base import Method
 from .noise import FreshNoise
 from .plan import ComputeReason, Plan
+from .report import Report
 from .run_info import RunInfo, SkipCounts
 
 OTHERS_PREDICTED = ComputeReason("the others follow", observe=False, record=False)
@@ -73,6 +74,7 @@ class Run:
 
     Attributes:
         info: what was known when it began.
+        report: what happens in it.
         reference: the branch whose change decides, chosen by the run's first call.
         each: every branch decides for itself.
         caches: what each branch has computed.
@@ -90,6 +92,8 @@ class Run:
         self, method: Method, info: RunInfo, number: int, reference: str | None, each: bool, noise: float | None
     ) -> None:
         self.method, self.info, self.number, self.each = method, info, number, each
+        skip_reason = "mask" if method.static else "criterion"
+        self.report = Report(method.name, number, info.steps, info.notes, skip_reason=skip_reason)
         self._named_reference = reference
         self.static, self.relative = method.static, method.baseline == "reference"
         self.deferred = DeferredScalars()

@@ -32,7 +32,9 @@ methods.base
 methods.registry
 methods.*
 methods
-run engine
+run
+runs planner
+engine
 compat.*
 compat
 extend experimental

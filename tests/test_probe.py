@@ -625,15 +625,15 @@ def test_the_signal_is_freed_with_the_run():
     model = cached(stack, FBCache(0.2))
     with model.run(SIX, 1):
         drive(model, SIX[:6], 1.0)
-        rules = dict(model.engine._run.rules)
+        rules = dict(model.engine.runs.current.rules)
     assert rules == {}
     gc.collect()
     assert all(one() is None for one in kept)
 
 
 def test_a_engine_without_blocks_in_its_method_looks_at_none():
-    assert Engine(UCache(), network=Stack())._probe is None
-    assert Engine(Method(), network=Stack())._probe is None
+    assert Engine(UCache(), network=Stack())._planner.looks_inside is False
+    assert Engine(Method(), network=Stack())._planner.looks_inside is False
 
 
 def test_gradients_go_past_it():

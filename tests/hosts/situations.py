@@ -344,7 +344,7 @@ def main(name: str, checkout: Path, only: list[str]) -> None:
         found["broken off"][what] = {
             **summary(result),
             "left": left(host, [one.denoiser for one in seen["runs"]]),
-            "memory": [len(one.engine._run.caches) for one in seen["runs"] if one.engine._run is not None],
+            "memory": [len(last.caches) for one in seen["runs"] if (last := one.engine.runs.current) is not None],
             "then off": summary(run(host, {}, [False]))["digest"] == plain,
         }
 

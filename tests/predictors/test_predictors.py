@@ -103,7 +103,7 @@ def test_the_cache_is_bounded(predictor, evaluations):
     model = cached(Toy(), Method(predictor=predictor, warmup=20), sigmas=range(21, -1, -1))
     for i in range(20):
         model(torch.full((1, 1, 2, 2), float(i)), level(21 - i))
-        kept.append(len(model.engine._run.caches["guided"]))
+        kept.append(len(model.engine.runs.current.caches["guided"]))
     assert kept == [min(i + 1, evaluations) for i in range(20)]
 
 
@@ -188,8 +188,8 @@ def test_options_are_checked_by_name(make, bad):
 # The coordinate
 
 
-def coordinate_of(model: CachedDenoiser) -> Callable[[float], float | None]:
-    """What predictors of this model's runs are told: sigma -> coordinate."""
+def coordinate_of(make: Callable[[Method], CachedDenoiser]) -> Callable[[float], float | None]:
+    """What predictors of such a model's runs are told: sigma -> coordinate."""
     told = []
 
     class Listening(Reuse):
@@ -197,7 +197,7 @@ def coordinate_of(model: CachedDenoiser) -> Callable[[float], float | None]:
             told.append(branch)
             return super().predict(branch)
 
-    model.engine.method = Method(predictor=Listening())
+    model = make(Method(predictor=Listening()))
     for sigma in (0.9, 0.5):
         model(torch.ones(1, 1, 2, 2), level(sigma))
     return lambda sigma: told[-1].coordinate(Position(0, 0, sigma))
@@ -205,13 +205,13 @@ def coordinate_of(model: CachedDenoiser) -> Callable[[float], float | None]:
 
 def test_predictors_are_told_log_sigma_and_for_flow_models_t():
     network = Toy()
-    log = coordinate_of(cached(network, Method()))
+    log = coordinate_of(lambda method: cached(network, method))
     assert (log(2.0), log(0.0), log(math.inf)) == (math.log(2), None, None)
-    t = coordinate_of(CachedDenoiser(network, Method(), scalings="flow"))
+    t = coordinate_of(lambda method: CachedDenoiser(network, method, scalings="flow"))
     assert (t(0.25), t(0.0)) == (0.25, 0.0)
-    flow = coordinate_of(CachedDenoiser(FlowDenoiser(lambda x, t: 2 * x), Method()))
+    flow = coordinate_of(lambda method: CachedDenoiser(FlowDenoiser(lambda x, t: 2 * x), method))
     assert (flow(3.0), flow(0.0), flow(math.inf)) == (0.75, 0.0, None)
-    own = coordinate_of(cached(network, Method(), coordinate=lambda sigma: 1 / sigma))
+    own = coordinate_of(lambda method: cached(network, method, coordinate=lambda sigma: 1 / sigma))
     assert (own(4.0), own(0.0)) == (0.25, None)
 
 

@@ -131,7 +131,7 @@ def test_nothing_is_remembered_after_the_run_while_still_attached(name):
     pipe = tiny.build()
     with attach(pipe, Forecast()) as cache:
         run(pipe, tiny)
-        runs = [denoiser.engine._run for denoiser in cache._denoisers.values()]
+        runs = [denoiser.engine.runs.current for denoiser in cache._denoisers.values()]
         assert [run.caches for run in runs if run is not None and run.caches] == []
         assert cache.report.evaluations == 6
 

@@ -242,7 +242,7 @@ def test_a_denoiser_called_directly_after_a_broken_callback_run_is_itself(sd):
     callback = StepCacheCallback(SKIPS, also=at_step(3, stop))
     with pytest.raises(Stop):
         draw(pipe, tiny, callback_on_step_end=callback)
-    caches = [weakref.ref(entry.out) for engine in engines(callback) for entry in engine._run.caches["cond"]]
+    caches = [weakref.ref(entry.out) for engine in engines(callback) for entry in engine.runs.current.caches["cond"]]
     assert caches
     timestep = pipe.scheduler.timesteps[4]
     with torch.no_grad():

@@ -128,7 +128,7 @@ def left(host, runs):
     for run in runs:
         found += [run for inner in [run.denoiser.inner_model] if "forward" in vars(inner)]
         found += [run for func in [run.denoiser.sampler.func] if hasattr(func, "stepcache_wrapper")]
-        found += [run for state in [run.engine._run] if state is not None]
+        found += [run for state in [run.engine.runs.current] if state is not None]
     for model in (host.first, host.refiner) if host.forge else ():
         found += [one for one in model.forge_objects.unet.model_options.values() if hasattr(one, "stepcache_patch")]
     found += list(host.original.model_options) if host.forge else []
