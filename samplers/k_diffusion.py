@@ -134,9 +134,11 @@ class CachedDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.inner_model = inner
-        self.branches = ("guided",) if branches is None else branches
-        if not callable(self.branches):
-            self.branches = distinct(self.branches)
+        self.branches: tuple[str, ...] | Callable[..., str | Sequence[str]]
+        if callable(branches):
+            self.branches = branches
+        else:
+            self.branches = ("guided",) if branches is None else distinct(branches)
             if reference is not None and reference not in self.branches:
                 raise unknown("reference", reference, self.branches)
         self._scalings = _scalings(inner, scalings)

@@ -94,7 +94,7 @@ class Planner:
         return self._keep_reference(evaluation, plan)
 
     def _followed_reason(
-        self, evaluation: Evaluation, deciding: list[str], branches: dict[str, Branch]
+        self, evaluation: Evaluation, deciding: Sequence[str], branches: dict[str, Branch]
     ) -> ComputeReason | None:
         """Why branches that do not decide are computed: as the reference was, or because it has not been here yet."""
         if deciding or evaluation.decided:
@@ -105,7 +105,7 @@ class Planner:
         )
         return BEFORE_REFERENCE
 
-    def _ask(self, run: Run, branches: dict[str, Branch], deciding: list[str]) -> Plan:
+    def _ask(self, run: Run, branches: dict[str, Branch], deciding: Sequence[str]) -> Plan:
         """Asks the criterion of every deciding branch; one device-to-host transfer brings all the numbers."""
         predicted = [branch for branch in branches.values() if branch.has_baseline]
         for branch in predicted:
@@ -209,7 +209,7 @@ class Planner:
         first = next(iter(branches.values()))
         return self._ranks.agree(skip, first.position.evaluation, first.x.device)
 
-    def _refuse_skipped_layers(self, call: Call, deciding: list[str]) -> None:
+    def _refuse_skipped_layers(self, call: Call, deciding: Sequence[str]) -> None:
         for key in SKIP_LAYERS:
             if call.keywords.get(key) is not None:
                 raise OptionError(

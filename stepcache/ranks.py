@@ -34,7 +34,7 @@ class Ranks:
     """
 
     def __init__(self, given: Any = None, network: Any = None) -> None:
-        self._find: Callable[[], Groups] | None = None
+        self._find: Callable[..., Any] | None = None
         self._groups: dict[tuple[int, ...], Any] = {}
         self._given: Groups = ()
         if given is None:
