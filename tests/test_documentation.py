@@ -9,7 +9,7 @@ import shlex
 import textwrap
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 import torch
@@ -52,6 +52,8 @@ def examples() -> Iterator[doctest.DocTest]:
             module = import_module(name)
             yield from finder.find(module.__doc__ or "", name, globs=dict(vars(module)))
             for key, value in vars(module).items():
+                if isinstance(value, (TypeVar, ParamSpec)):  # from Python 3.13 on their docstrings have examples
+                    continue
                 if getattr(value, "__module__", None) == name and getattr(value, "__name__", None) == key:
                     yield from finder.find(value, f"{name}.{key}", module=False, globs=dict(vars(module)))
 
