@@ -147,6 +147,13 @@ class Attachment:
                 self._inside.remove()
         self.attached = False
 
+    def forget(self) -> None:
+        """Forgets the run in progress, for a host that knows that another begins. Only its report stays."""
+        for runs in self._runs.values():
+            runs.forget()
+        for denoiser in self._denoisers.values():
+            denoiser.forget()
+
     @property
     def in_progress(self) -> bool:
         """Whether the run that was joined has not ended yet."""

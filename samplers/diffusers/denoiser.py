@@ -87,6 +87,10 @@ class DenoiserPatch(HostPatch):
     def remove(self) -> None:
         super().remove()
         self._context.remove()
+        self.forget()
+
+    def forget(self) -> None:
+        """The run is over; only its report stays."""
         self.engine.end()
         self._watch.end()
         self._waiting = None

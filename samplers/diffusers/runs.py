@@ -87,6 +87,11 @@ class PipelineRuns:
         self._announce(self._by_value(timestep, 0) or 0 if begin_index is None else begin_index)
         self._at, self._joined, self._shown = self._first, True, (0, 1)
 
+    def forget(self) -> None:
+        """The run is over: the next call begins another, even if the scheduler is not set anew."""
+        self._set = self._others = self._at = None
+        self._frame = self.only
+
     def locate(self, caller: Caller | None, timestep: Tensor | float | None, again: bool) -> Place | None:
         """The place of a call; None if the scheduler cannot say. `again`: this call was already made here."""
         timesteps = self.scheduler.timesteps
