@@ -24,7 +24,7 @@ class StepCacheNode:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Makes sampling faster: predicts some of the sampler's steps instead of running the model. Put it between the "
-        "model (or the last LoRA) and the sampler. For every model and sampler; not for runs of 6 steps or fewer."
+        "model (or the last LoRA) and the sampler. For every model and sampler; not for runs of 8 steps or fewer."
     )
     FUNCTION = "patch"
     RETURN_TYPES = ("MODEL",)

@@ -10,7 +10,7 @@ STEPCACHE = {
     "second, 11 of 20, with the image nearly that of the full run. 3x: every third, 8 of 20, with details that "
     "change. 4x: every fourth, 7 of 20, for drafts. 1.3x: every step runs it for the positive prompt, 11 of 20 for the "
     "negative one too; for DPM++ 2M SDE and 3M SDE, with which 2x is no better than fewer steps; saves nothing at cfg "
-    "1. off: the image is exactly the one without this node. Runs of 6 steps or fewer are computed throughout at 2x to "
+    "1. off: the image is exactly the one without this node. Runs of 8 steps or fewer are computed throughout at 2x to "
     "4x.",
 }
 

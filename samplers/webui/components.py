@@ -44,7 +44,7 @@ NUMBER_INFO = {
 INFO = {
     "enabled": "Predicts some of the steps instead of running the model. Unticked, nothing changes.",
     "speed": "The steps that the model computes; the others are predicted. Faster is further from the full image. "
-    "The first two steps and the last are always computed: at 2x, 11 of 20. Runs of 6 steps or fewer stay as they are. "
+    "The first two steps and the last are always computed: at 2x, 11 of 20. Runs of 8 steps or fewer stay as they are. "
     "With Euler a, DPM++ 2M SDE and 3M SDE it saves less: see What is skipped, under Advanced.",
     "skip": "automatic: with Euler a, DPM++ 2M SDE and 3M SDE the negative prompt only, else whole steps. Negative "
     "prompt only: saves about half as much, is nearer to the full image, and needs a CFG scale above 1.",

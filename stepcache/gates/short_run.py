@@ -30,9 +30,9 @@ class ShortRun(Gate):
         reason = None
         if run.evaluations is not None and run.evaluations < self.least:
             reason = ComputeReason("short run")
+            count = "1 evaluation" if run.evaluations == 1 else f"{run.evaluations} evaluations"
             run.notes.append(
-                f"the run has only {run.evaluations} evaluations: all are computed, as always below "
-                f"min_evaluations={self.least}"
+                f"the run has only {count}: all are computed, as always below min_evaluations={self.least}"
             )
 
         def check(position: Position, counts: SkipCounts) -> ComputeReason | None:

@@ -217,10 +217,10 @@ def test_a_pipeline_is_read_from_a_folder_and_asked_for_the_prompt(tmp_path, mon
     ).save_pretrained(tmp_path / "pipe")  # fmt: skip
     page = tmp_path / "page.html"
     given = ["compare", f"--pipeline={tmp_path / 'pipe'}", "--device=cpu", "--methods=forecast", f"--out={page}"]
-    main([*given, "--prompt=a lighthouse", "--guidance=4", "--steps=8"])
+    main([*given, "--prompt=a lighthouse", "--guidance=4", "--steps=9"])
     html = page.read_text(encoding="utf-8")
     assert "<h1>StableDiffusionPipeline: a lighthouse</h1>" in html
-    assert "EulerDiscreteScheduler, 8 steps" in html
+    assert "EulerDiscreteScheduler, 9 steps" in html
     assert html.count("data-sample=") == 2
     for wrong, said in (
         (["--sampler=euler"], "--sampler: not with --pipeline"),

@@ -76,7 +76,7 @@ TWO = [(1.0, ((STEPS * 4, 0.3),)), (0.6, ((STEPS * 4, -0.5),))]
 EDITED = [(1.0, ((4, 0.3), (STEPS * 4, 0.9)))]
 SITUATIONS = {
     **{name: {"sampler_name": name} for name in SAMPLERS if name != "DPM adaptive"},
-    "hires": {"hr": 7},
+    "hires": {"hr": 9},
     "img2img": {"img2img": True},
     "img2img, DDIM, twice": {"img2img": True, "sampler_name": "DDIM", "n_iter": 2},
     "batch of 2, twice": {"prompt": [HORSE, EDITED], "n_iter": 2},
@@ -412,20 +412,20 @@ def test_automatic_skips_the_negative_prompt_only_if_the_sampler_adds_noise_at_e
 def test_automatic_chooses_anew_for_the_second_pass(runs):
     """Each pass of hires. fix may have another sampler."""
     host = Host("forge")
-    p = host.job(ON, sampler_name="DPM++ 2M SDE", hr=7, hr_sampler="Euler")
+    p = host.job(ON, sampler_name="DPM++ 2M SDE", hr=9, hr_sampler="Euler")
     assert [run.engine.method.skip for run in runs] == ["uncond", "all"]
-    result = "negative prompt computed in 6 of 10 steps + 5 of 7 steps computed (1.3x fewer network calls)"
+    result = "negative prompt computed in 6 of 10 steps + 6 of 9 steps computed (1.4x fewer network calls)"
     assert p.extra_generation_params["StepCache result"] == result
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hires_counts_both_passes_or_only_the_first(name, runs):
     host = Host(name)
-    p = host.job(ON, hr=7)
-    both = "6 of 10 steps computed + 5 of 7 steps computed (1.5x fewer network calls)"
+    p = host.job(ON, hr=9)
+    both = "6 of 10 steps computed + 6 of 9 steps computed (1.6x fewer network calls)"
     assert p.extra_generation_params["StepCache result"] == both
-    assert [len(decisions(run)) for run in runs] == [10, 7]
-    p = host.job(settings(hires=False), hr=7)
+    assert [len(decisions(run)) for run in runs] == [10, 9]
+    p = host.job(settings(hires=False), hr=9)
     assert p.extra_generation_params["StepCache result"] == SIX_OF_TEN
     assert len(runs) == 3
 
