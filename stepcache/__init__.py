@@ -19,6 +19,7 @@ from .methods.forecast import Forecast
 from .methods.hicache import HiCache
 from .methods.magcache import MagCache
 from .methods.off import Off
+from .methods.profile import load_profile
 from .methods.seacache import SeaCache
 from .methods.spectrum import Spectrum
 from .methods.static import Static
@@ -35,14 +36,19 @@ __version__ = version(_ROOT)
 
 if TYPE_CHECKING:
     from .samplers import attach
+    from .tuning import tune
 else:
 
     def __getattr__(name: str) -> Any:
-        """`stepcache.attach`: the cache around a pipeline; its adapter is imported when first asked for."""
+        """`stepcache.attach` and `stepcache.tune`: imported when they are first asked for."""
         if name == "attach":
             from .samplers import attach
 
             return attach
+        if name == "tune":
+            from .tuning import tune
+
+            return tune
         raise AttributeError(f"module 'stepcache' has no attribute {name!r}")
 
 
@@ -67,6 +73,8 @@ __all__ = [
     "UCache",
     "attach",
     "load_config",
+    "load_profile",
     "method",
     "parse",
+    "tune",
 ]

@@ -51,6 +51,7 @@ class Branch:
     """One branch in one evaluation. Everything is measured when it is first asked for.
 
     Attributes:
+        name: what the host calls it.
         position: run, step and evaluation.
         run: what was known of the run when it began.
         x: the network's input now, in float32 or wider; after `rebase` the reference branch's output.
@@ -75,7 +76,10 @@ class Branch:
         deferred: DeferredScalars,
         parametrized: bool = False,
         rounded: Callable[[Tensor], Tensor] = lambda out: out,
+        name: str = "",
+        needs_history: bool = True,
     ) -> None:
+        self.name = name
         self.position = position
         self.run = run
         self.x: Tensor = x
@@ -92,6 +96,7 @@ class Branch:
         self._deferred = deferred
         self._parametrized = parametrized
         self._rounded = rounded
+        self._needs_history = needs_history
 
     @property
     def out(self) -> Tensor:
@@ -145,7 +150,11 @@ class Branch:
     @property
     def predictable(self) -> bool:
         """Whether there is a prediction, or will be one as soon as the baseline is known."""
-        return self.prediction is not None if self.has_baseline else bool(self.history)
+        return self.prediction is not None if self.has_baseline else self._may_predict
+
+    @property
+    def _may_predict(self) -> bool:
+        return bool(self.history) or not self._needs_history
 
     @property
     def finite(self) -> bool:
@@ -170,7 +179,7 @@ class Branch:
     @cached_property
     def prediction(self) -> Tensor | None:
         """The raw output that the predictor expects here; None if it cannot tell."""
-        return self._predict(self) if self.history and self.has_baseline else None
+        return self._predict(self) if self._may_predict and self.has_baseline else None
 
     def predict(self) -> Tensor:
         """The prediction that a skipped evaluation returns; RuntimeError without one."""

@@ -13,6 +13,7 @@ from ._optional import require
 from .masks import LONGEST
 from .options import OptionError, number
 from .samplers.install import HOSTS
+from .tuning import command
 
 NETWORK = "unet, dit, a name of the zoo (colour, unet@7.5, edm, hsc32, ...), or MODULE:FUNCTION that makes a subject"
 METHODS = "as forecast, forecast:interval=3 or ucache:threshold=0.5,reset=0"
@@ -50,12 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
     _add_compare(
         commands.add_parser("compare", help="a page with images, differences and what was skipped, to look at")
     )
+    command.add(
+        commands.add_parser("tune", help="a profile for a number of calls, a speed-up or a quality"), NETWORK, GUIDANCE
+    )
     host = commands.add_parser("install", help="put the entry point into a host's folder")
     host.add_argument("host", choices=sorted(HOSTS), help="which host")
     host.add_argument("path", type=Path, help="the host's folder, the one with its start script in it")
     options = parser.parse_args(arguments)
     try:
-        {"demo": _demo, "bench": _bench, "compare": _compare, "install": _install}[options.command](options)
+        {"demo": _demo, "bench": _bench, "compare": _compare, "tune": _tune, "install": _install}[options.command](
+            options
+        )
     except (ImportError, ValueError, OSError, RuntimeError) as error:
         parser.exit(1, f"stepcache {options.command}: {error}\n")
     return 0
@@ -153,6 +159,13 @@ def _compare(options: argparse.Namespace) -> None:
     seeds = named.seeds(options.network, options.label, options.seed, count)
     comparison = compare(subject, methods, sampler, options.steps, seeds, captions, options.repeats)
     print(f"Written to {comparison.save(options.out, options.gain)}: open it in a browser")
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from stepcache.demo import named
+
+    _check_numbers(options)
+    command.run(options, named.subject(options.network, options.guidance))
 
 
 def _methods(texts: list[str] | None) -> dict[str, Method] | None:

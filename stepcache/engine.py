@@ -106,6 +106,7 @@ class Engine:
             second_only=self.method.evaluations == "second",
             coordinate=coordinate or math.log,
             parametrization=parametrization,
+            network=network,
             notes=[*notes, *self._planner.notes],
         )
         each, noise = decide == "each", None if noise is None else number("noise", noise, high=1.0)

@@ -127,8 +127,10 @@ class Run:
                 self._history(name, evaluation),
                 predictor.predict,
                 self.deferred,
-                predictor.sampler_aware,
+                predictor.sampler_aware or predictor.parametrized,
                 partial(call.rounded, name),
+                name,
+                predictor.needs_history,
             )
             for name, x in zip(call.names, call.inputs(), strict=True)
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from .clock import Position, near
 from .parametrization import Parametrization
@@ -30,6 +31,7 @@ class RunInfo:
         second_only: whether the method leaves the first of two evaluations aside.
         coordinate: sigma -> the coordinate that predictors extrapolate in: log sigma, or t for flow models.
         parametrization: sigma -> what the network's input and output mean there; None if nothing is known.
+        network: the model, if the host has told.
         notes: sentences for the report.
         warnings: sentences about options that cannot act. They go into the report and are warned of, once an engine.
     """
@@ -40,6 +42,7 @@ class RunInfo:
     second_only: bool = False
     coordinate: Callable[[float], float] = math.log
     parametrization: Callable[[float], Parametrization] | None = None
+    network: Any = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

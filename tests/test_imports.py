@@ -21,6 +21,8 @@ LAYERS = """
 _optional _version options
 parametrization clock deferred masks plan call noise probe ranks
 run_info
+fingerprint
+profile
 branch
 event
 trace
@@ -42,11 +44,15 @@ stepcache
 samplers samplers.*
 bench bench.*
 demo demo.*
+tuning tuning.*
 cli __main__
 """
 """Lowest first. A module imports from lower lines, and from its own line if that makes no circle."""
 
-SHORTCUTS = {("stepcache", "samplers"): "stepcache.attach, imported when it is first asked for"}
+SHORTCUTS = {
+    ("stepcache", "samplers"): "stepcache.attach, imported when it is first asked for",
+    ("stepcache", "tuning"): "stepcache.tune, imported when it is first asked for",
+}
 """Imports upward that are allowed."""
 
 HOSTS = re.compile(r"diffusers|comfy|a1111|automatic1111|\bforge\b|web_?ui", re.IGNORECASE)

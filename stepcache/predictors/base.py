@@ -42,6 +42,12 @@ class Predictor(ABC):
     sampler_aware: bool = False
     """Whether it looks at `branch.noise` and `parametrization`, which are found out only then."""
 
+    parametrized: bool = False
+    """Whether it looks at `branch.parametrization` without looking at the noise."""
+
+    needs_history: bool = True
+    """Whether there is a prediction only after an evaluation has been computed."""
+
     @abstractmethod
     def predict(self, branch: Branch) -> Tensor | None:
         """The raw output expected for the input `branch.x`, as a new tensor of its shape and in float32 or wider.

@@ -1,0 +1,52 @@
+"""Profile: what `stepcache tune` has found for a model, replayed."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from .. import profile
+from ..gates.places import Places
+from ..options import OptionError, shown
+from ..predictors.profiled import Profiled
+from .base import Method
+from .registry import register
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .base import CommonOptions
+
+
+@register("profile")
+def Profile(path: Any = "", **common: Unpack[CommonOptions]) -> Method:
+    """Computes and predicts what a profile says, the file that `stepcache tune` writes for a model and a sampler.
+
+    Which evaluations are computed and how each of the others is predicted is known before the run. For another number
+    of steps the profile is scaled, and the report says so; for another model it warns.
+
+    Args:
+        path: of the file; or a `stepcache.profile.Profile`.
+        **common: every option of `Method`: start, end, mask, warmup, last_step, ... A dynamic mask
+            adds to what is computed.
+
+    Raises `OptionError` if the file cannot be read or is no profile.
+    Source: ours; docs/tune.md.
+
+    Example:
+        >>> import stepcache, tempfile
+        >>> from stepcache.profile import Prediction, Profile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Profile((1, 0, 1), {1: Prediction(order=0, share=0.25)}).save(f"{folder}/three.json")
+        ...     stepcache.load_profile(f"{folder}/three.json").name
+        'profile'
+    """
+    if not isinstance(path, (str, os.PathLike, profile.Profile)) or path == "":
+        raise OptionError(f"path={shown(path)}: accepted is the path of a file that stepcache tune wrote")
+    known = path if isinstance(path, profile.Profile) else profile.Profile.load(path)
+    return Method.make(common, predictor=Profiled(known), gates=(Places(known),), name="profile")
+
+
+def load_profile(path: str | os.PathLike[str]) -> Method:
+    """The method that replays a profile: `attach(pipe, stepcache.load_profile("sdxl-euler-8.json"))`."""
+    return Profile(path)

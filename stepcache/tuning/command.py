@@ -1,0 +1,69 @@
+"""`stepcache tune` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from stepcache._optional import require
+from stepcache.profile import Profile
+
+from .calibrate import BUDGET, tune
+
+
+def add(parser: argparse.ArgumentParser, network: str, guidance: str) -> None:
+    """The command's options; two of its texts are the command line's own."""
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--calls", type=int, help="network calls of a run")
+    target.add_argument("--speedup", type=float, help="so many times fewer calls than evaluations, as 3")
+    target.add_argument("--psnr", type=float, help="what the metric must reach, as 45; then as few calls as possible")
+    parser.add_argument("--network", required=True, metavar="NAME", help=network)
+    parser.add_argument("--guidance", type=float, help=guidance)
+    parser.add_argument("--sampler", default="euler", help="(default %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="(default %(default)s)")
+    parser.add_argument("--samples", type=int, default=20, help="seeds: half to calibrate, half held out (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")
+    parser.add_argument("--metric", help="a metric of the subject's (default its first)")
+    parser.add_argument("--budget", type=float, help=f"the most it may cost, in full runs (default {BUDGET} a step)")
+    parser.add_argument("--state", type=Path, help="a file to resume from (default: none is kept)")
+    parser.add_argument("--out", type=Path, default=Path("profile.json"), help="the profile (default %(default)s)")
+
+
+def run(options: argparse.Namespace, subject: Any) -> None:
+    """Calibrates, writes the profile, and says what it reaches."""
+    console = require("rich.console", "bench").Console()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    profile = tune(
+        subject,
+        calls=options.calls,
+        speedup=options.speedup,
+        psnr=options.psnr,
+        sampler=options.sampler,
+        steps=options.steps,
+        seeds=range(options.seed, options.seed + options.samples),
+        metric=options.metric,
+        budget=options.budget,
+        state=options.state,
+        console=console,
+    )
+    profile.save(options.out)
+    console.print(summary(profile))
+    console.print(f"Written to {options.out}. Use it: stepcache.load_profile({str(options.out)!r})")
+
+
+def summary(profile: Profile) -> Any:
+    """A table of what the profile reaches."""
+    table = require("rich.table", "bench").Table(title=f"{profile.calls} calls of {profile.evaluations}")
+    for column in (profile.measured["metric"], "mean", "worst"):
+        table.add_column(column)
+    held, calibration = profile.measured["held out"], profile.measured["calibration"]
+    table.add_row("calibration seeds", f"{calibration['mean']:.2f}", "")
+    table.add_row("held-out seeds", f"{held['mean']:.2f}", f"{held['worst']:.2f}")
+    table.add_row("  learned weights", f"{held['learned_weights']:.2f}", "")
+    table.add_row("  orders alone", f"{held['orders_alone']:.2f}", "")
+    table.add_row("  fewer steps", f"{held['fewer_steps']:.2f}", "")
+    table.caption = (
+        f"computed: {''.join(map(str, profile.computed))}; cost {profile.measured['cost in full runs']} full runs"
+    )
+    return table
