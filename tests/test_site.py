@@ -95,6 +95,7 @@ def test_a_default_in_the_overview_is_the_methods_own(function, option, default)
 def test_the_overview_has_every_method():
     assert {function for function, _, _ in defaults()} == {made.__name__ for made in METHODS.values()} - {
         "Off",
+        "Profile",
         "Static",
     }
 
