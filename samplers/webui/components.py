@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from stepcache import METHODS
@@ -115,16 +116,20 @@ def build(tab: str) -> dict[str, Any]:
             gr.update(placeholder=warmup_hint(acting)),
         ]
 
-    outputs = [custom, *(made[option] for option in ("method", "number", "window", "warmup"))]
-    for option in ("speed", "method"):
-        made[option].change(changed, inputs=[made["speed"], made["method"]], outputs=outputs, show_progress=False)
-    made["mask"].change(
-        lambda mask: gr.update(visible=Options(mask=mask or "").masked),
-        inputs=[made["mask"]],
-        outputs=[made["policy"]],
-        show_progress=False,
-    )
+    hinted = [custom, *(made[option] for option in ("method", "number", "window", "warmup"))]
+    _keep(changed, [made["speed"], made["method"]], hinted)
+    _keep(lambda mask: gr.update(visible=Options(mask=mask or "").masked), [made["mask"]], [made["policy"]])
     return {option: made[option] for option in vars(default)}
+
+
+def _keep(function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+    """Calls the function at every change of its inputs, and when the page is loaded: hosts save defaults of fields."""
+    from gradio.context import Context
+
+    for component in inputs:
+        component.change(function, inputs=inputs, outputs=outputs, show_progress=False)
+    if Context.root_block is not None:
+        Context.root_block.load(function, inputs=inputs, outputs=outputs, show_progress=False)
 
 
 def method_info(name: str) -> str:

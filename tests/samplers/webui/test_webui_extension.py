@@ -876,6 +876,8 @@ COMPONENTS = {option: number for number, option in enumerate(vars(Options()))}
 def gradio(monkeypatch):
     """A double of gradio, whose components keep what they were made with. Returns the list of those made."""
     made = []
+    page = types.SimpleNamespace(loaded=[])
+    page.load = lambda function, **keywords: page.loaded.append(function)
 
     class Component:
         def __init__(self, *arguments, **keywords):
@@ -895,7 +897,10 @@ def gradio(monkeypatch):
     for kind in ("Accordion", "Row", "Checkbox", "Dropdown", "Textbox", "Radio"):
         setattr(module, kind, type(kind, (Component,), {}))
     module.update = dict
+    module.context = types.ModuleType("gradio.context")
+    module.context.Context = types.SimpleNamespace(root_block=page)
     monkeypatch.setitem(sys.modules, "gradio", module)
+    monkeypatch.setitem(sys.modules, "gradio.context", module.context)
     return made
 
 
@@ -919,6 +924,8 @@ def test_method_and_number_are_shown_only_with_a_custom_speed(gradio):
     panel = dict(zip(vars(Options()), webui.Extension().ui(is_img2img=False), strict=True))
     assert panel["speed"].function is panel["method"].function
     hints = panel["speed"].function
+    loaded = sys.modules["gradio.context"].Context.root_block.loaded
+    assert loaded == [hints, panel["mask"].function], "a host may have saved other defaults"
     row, method, number, window, warmup = hints(SPEED_CHOICES["custom"], "ucache")
     assert row == {"visible": True}
     assert method["info"].startswith("ucache skips while")
