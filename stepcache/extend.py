@@ -60,6 +60,7 @@ from .predictors import (
     TaylorSeer,
 )
 from .probe import Blocks
+from .profile import Prediction, Profile
 from .ranks import groups_of, groups_of_mesh
 from .report import Report
 from .run_info import RunInfo, SkipCounts
@@ -108,7 +109,9 @@ __all__ = [
     "Parametrization",
     "Plan",
     "Position",
+    "Prediction",
     "Predictor",
+    "Profile",
     "RelativeChange",
     "Report",
     "Reuse",

@@ -58,7 +58,7 @@ SHORTCUTS = {
 HOSTS = re.compile(r"diffusers|comfy|a1111|automatic1111|\bforge\b|web_?ui", re.IGNORECASE)
 
 PUBLIC = ("stepcache.extend", "stepcache.experimental", "stepcache.cli")
-PARTS = ("stepcache.bench", "stepcache.demo", "stepcache.samplers")
+PARTS = ("stepcache.bench", "stepcache.demo", "stepcache.samplers", "stepcache.tuning")
 
 
 MODULES = modules()

@@ -9,9 +9,10 @@
     cached = CachedDenoiser(model, stepcache.load_profile("sd15-dpmpp_2m-8.json"))
 
 `tape` is what is recorded of a run, `placement` the dynamic programming over it, `trial` one run that fits its own
-predictions, and `search` what tries the places.
+predictions, and `search` what tries the places. `frontier` does it for every number of calls at once.
 """
 
 from .calibrate import tune
+from .frontier import Frontier, frontier
 
-__all__ = ["tune"]
+__all__ = ["Frontier", "frontier", "tune"]

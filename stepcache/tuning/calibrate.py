@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
-from stepcache import __version__
 from stepcache.bench.subjects import Subject
-from stepcache.fingerprint import Fingerprint
 from stepcache.masks import LONGEST
-from stepcache.methods import method
 from stepcache.options import OptionError, number, shown, unknown
-from stepcache.profile import Prediction, Profile
+from stepcache.profile import Profile
 
+from .held_out import HeldOut
 from .notebook import Notebook
 from .progress import progress
 from .search import Found, Search
-from .trial import Trial
 
 BUDGET = 2.8
 """Full runs that a search may cost, for each step of the run: 56 for 20 steps, 140 for 50."""
@@ -39,7 +34,7 @@ def tune(
     seeds: int | Sequence[int] = 20,
     metric: str | None = None,
     budget: float | None = None,
-    state: str | None = None,
+    state: str | os.PathLike[str] | None = None,
     console: Any = None,
 ) -> Profile:
     """Finds where to compute and how to predict the rest, for one model, sampler and number of steps.
@@ -71,20 +66,35 @@ def tune(
         >>> tune(subject, calls=4, steps=8, seeds=4).calls
         4
     """
-    halves = _halves(seeds)
-    number("steps", steps, low=2, high=LONGEST, whole=True)
     if sum(target is not None for target in (calls, speedup, psnr)) != 1:
         raise OptionError("give one target: calls=, speedup= or psnr=")
+    limit = number("budget", BUDGET * steps if budget is None else budget, low=LEAST + steps / 2)
+    with progress(console, limit) as say:
+        search, held_out = prepared(subject, sampler, steps, seeds, metric, limit, state, say)
+        return held_out.profile(_found(search, calls, speedup, psnr))
+
+
+def prepared(
+    subject: Subject,
+    sampler: str,
+    steps: int,
+    seeds: int | Sequence[int],
+    metric: str | None,
+    budget: float,
+    state: str | os.PathLike[str] | None,
+    say: Callable[[str, float], None],
+) -> tuple[Search, HeldOut]:
+    """A search with its full run and the growth of errors, and the other half of the seeds."""
+    number("steps", steps, low=2, high=LONGEST, whole=True)
+    halves = _halves(seeds)
     name = next(iter(subject.metrics)) if metric is None else metric
     if name not in subject.metrics:
         raise unknown("metric", name, subject.metrics)
-    limit = number("budget", BUDGET * steps if budget is None else budget, low=LEAST + steps / 2)
     settings = {key: repr(value) for key, value in subject.settings.items()}
     told = {"subject": subject.name, "sampler": sampler, "steps": steps, "seeds": halves, "metric": name}
     notebook = Notebook(state, {**told, "settings": settings})
-    with progress(console, limit) as say:
-        search = Search(subject, sampler, steps, halves[0], subject.metrics[name], limit, notebook, say)
-        return checked(search, _found(search, calls, speedup, psnr), halves[1], name)
+    search = Search(subject, sampler, steps, halves[0], subject.metrics[name], budget, notebook, say)
+    return search, HeldOut(search, halves[1], name)
 
 
 def _halves(seeds: int | Sequence[int]) -> tuple[list[int], list[int]]:
@@ -124,48 +134,3 @@ def _reached(search: Search, goal: float) -> Found:
             break
         best = found
     return search.climb(best.places)
-
-
-def checked(search: Search, found: Found, held_out: Sequence[int], metric: str) -> Profile:
-    """The profile, with learned weights if the held-out seeds gain by them, and its figures."""
-    count, calls = search.full.evaluations, len(found.places)
-    digits = tuple(int(n in found.places) for n in range(count))
-    plain = search.run(Trial(search.full, found.places, learn=False)).chosen
-    full = search.sample(search.steps, None, held_out)
-
-    def scores(chosen: Mapping[int, Prediction] | None) -> list[float]:
-        """Of the predictions, or of a run of as many steps as there are calls."""
-        replay = None if chosen is None else method("profile", path=Profile(digits, chosen))
-        images = search.sample(calls if chosen is None else search.steps, replay, held_out)
-        return [float(value) for value in search.metric(images, full, held_out)]
-
-    learned, simple = scores(found.predictions), scores(plain)
-    keep = fmean(learned) > fmean(simple)
-    values = learned if keep else simple
-    return Profile(
-        digits,
-        found.predictions if keep else plain,
-        search.full.schedule,
-        search.sampler,
-        {name: round(weight, 3) for name, weight in search.full.guidance.items()},
-        None if search.full.network is None else Fingerprint.of(search.full.network),
-        {
-            "metric": metric,
-            "calibration": record(mean=found.mean, seeds=list(search.seeds)),
-            "held out": record(
-                mean=fmean(values),
-                worst=min(values),
-                learned_weights=fmean(learned),
-                orders_alone=fmean(simple),
-                fewer_steps=fmean(scores(None)),
-                seeds=list(held_out),
-            ),
-            "cost in full runs": round(search.spent, 1),
-        },
-        {"stepcache": __version__, "torch": torch.__version__},
-    )
-
-
-def record(**figures: Any) -> dict[str, Any]:
-    """Figures as a profile has them, with two decimals."""
-    return {name: round(value, 2) if isinstance(value, float) else value for name, value in figures.items()}

@@ -10,6 +10,7 @@ from stepcache._optional import require
 from stepcache.profile import Profile
 
 from .calibrate import BUDGET, tune
+from .frontier import frontier
 
 
 def add(parser: argparse.ArgumentParser, network: str, guidance: str) -> None:
@@ -18,6 +19,7 @@ def add(parser: argparse.ArgumentParser, network: str, guidance: str) -> None:
     target.add_argument("--calls", type=int, help="network calls of a run")
     target.add_argument("--speedup", type=float, help="so many times fewer calls than evaluations, as 3")
     target.add_argument("--psnr", type=float, help="what the metric must reach, as 45; then as few calls as possible")
+    target.add_argument("--frontier", action="store_true", help="the best of every number of calls, beside its rivals")
     parser.add_argument("--network", required=True, metavar="NAME", help=network)
     parser.add_argument("--guidance", type=float, help=guidance)
     parser.add_argument("--sampler", default="euler", help="(default %(default)s)")
@@ -27,29 +29,34 @@ def add(parser: argparse.ArgumentParser, network: str, guidance: str) -> None:
     parser.add_argument("--metric", help="a metric of the subject's (default its first)")
     parser.add_argument("--budget", type=float, help=f"the most it may cost, in full runs (default {BUDGET} a step)")
     parser.add_argument("--state", type=Path, help="a file to resume from (default: none is kept)")
-    parser.add_argument("--out", type=Path, default=Path("profile.json"), help="the profile (default %(default)s)")
+    parser.add_argument("--other", nargs="*", default=[], help="other samplers as rivals, with --frontier")
+    parser.add_argument("--out", type=Path, help="the profile (profile.json); with --frontier a folder (frontier)")
 
 
 def run(options: argparse.Namespace, subject: Any) -> None:
     """Calibrates, writes the profile, and says what it reaches."""
     console = require("rich.console", "bench").Console()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    profile = tune(
-        subject,
-        calls=options.calls,
-        speedup=options.speedup,
-        psnr=options.psnr,
-        sampler=options.sampler,
-        steps=options.steps,
-        seeds=range(options.seed, options.seed + options.samples),
-        metric=options.metric,
-        budget=options.budget,
-        state=options.state,
-        console=console,
-    )
-    profile.save(options.out)
+    out = options.out or Path("frontier" if options.frontier else "profile.json")
+    (out if options.frontier else out.parent).mkdir(parents=True, exist_ok=True)
+    common: dict[str, Any] = {
+        "sampler": options.sampler,
+        "steps": options.steps,
+        "seeds": range(options.seed, options.seed + options.samples),
+        "metric": options.metric,
+        "budget": options.budget,
+        "state": options.state,
+        "console": console,
+    }
+    if options.frontier:
+        found = frontier(subject, others=options.other, **common)
+        found.save(out)
+        console.print(found.table(), markup=False)
+        console.print(f"Written to {out}: a profile a number of calls, table.md, points.json, frontier.png")
+        return
+    profile = tune(subject, calls=options.calls, speedup=options.speedup, psnr=options.psnr, **common)
+    profile.save(out)
     console.print(summary(profile))
-    console.print(f"Written to {options.out}. Use it: stepcache.load_profile({str(options.out)!r})")
+    console.print(f"Written to {out}. Use it: stepcache.load_profile({str(out)!r})")
 
 
 def summary(profile: Profile) -> Any:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from stepcache.bench.metrics import Metric
 from stepcache.bench.subjects import Subject
-from stepcache.methods import Method
 from stepcache.options import OptionError
 from stepcache.profile import Prediction
 
@@ -89,12 +88,14 @@ class Search:
         self.notebook.add("spent", self.spent)
         return trial
 
-    def sample(self, steps: int, method: Method | None, seeds: Sequence[int]) -> Tensor:
-        """Images of other seeds, or of another number of steps; their calls are counted, too."""
-        result = self.subject.sample(self.sampler, steps, method, seeds)
-        self.spent += result.calls / self.full.evaluations * len(seeds) / len(self.seeds)
+    def spend(self, calls: float) -> None:
+        """Counts calls of the calibration batch."""
+        self.spent += calls / self.full.evaluations
         self.notebook.add("spent", self.spent)
-        return result.images
+
+    def orders_alone(self, places: Places) -> dict[int, Prediction]:
+        """How the other evaluations are predicted without learned weights."""
+        return self.run(Trial(self.full, places, learn=False)).chosen
 
     def _refuse_another_model(self) -> None:
         """OptionError if the notebook's findings are of a model that draws other images."""

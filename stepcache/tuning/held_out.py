@@ -1,0 +1,94 @@
+"""The held-out seeds: what a search reaches on them, and the rivals beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepcache import __version__
+from stepcache.fingerprint import Fingerprint
+from stepcache.methods import Method, method
+from stepcache.profile import Prediction, Profile
+
+from .search import Found, Search
+
+
+class HeldOut:
+    """Measures on seeds that the search has not seen. `metric` is the name of the search's metric."""
+
+    def __init__(self, search: Search, seeds: Sequence[int], metric: str) -> None:
+        self.search, self.seeds, self.metric = search, list(seeds), metric
+        self._fewer: dict[int, float] = {}
+
+    @cached_property
+    def full(self) -> Tensor:
+        """The images of the full run."""
+        return self._sampled(self.search.steps, None)[0]
+
+    def _sampled(self, steps: int, method: Method | None, sampler: str | None = None) -> tuple[Tensor, float]:
+        """Images, and calls for one branch."""
+        search = self.search
+        result = search.subject.sample(sampler or search.sampler, steps, method, self.seeds)
+        search.spend(result.calls * len(self.seeds) / len(search.seeds))
+        return result.images, result.calls
+
+    def scores(
+        self, method: Method | None = None, steps: int | None = None, sampler: str | None = None
+    ) -> tuple[list[float], float]:
+        """The metric of every sample against the full run, and calls for one branch; of this run's own steps."""
+        images, calls = self._sampled(steps or self.search.steps, method, sampler)
+        return [float(value) for value in self.search.metric(images, self.full, self.seeds)], calls
+
+    def fewer_steps(self, calls: int) -> float:
+        """The mean for a run of as many calls without a cache."""
+        twice = self.search.full.evaluations > self.search.steps
+        steps = (calls + 1) // 2 if twice else calls
+        if steps not in self._fewer:
+            self._fewer[steps] = fmean(self.scores(steps=steps)[0])
+        return self._fewer[steps]
+
+    def profile(self, found: Found) -> Profile:
+        """The profile, with learned weights if the held-out seeds gain by them, and its figures."""
+        search = self.search
+        digits = tuple(int(n in found.places) for n in range(search.full.evaluations))
+        plain = search.orders_alone(found.places)
+
+        def scores(chosen: Mapping[int, Prediction]) -> list[float]:
+            return self.scores(method("profile", path=Profile(digits, chosen)))[0]
+
+        learned, simple = scores(found.predictions), scores(plain)
+        keep = fmean(learned) > fmean(simple)
+        values = learned if keep else simple
+        measured = {
+            "metric": self.metric,
+            "calibration": record(mean=found.mean, seeds=list(search.seeds)),
+            "held out": record(
+                mean=fmean(values),
+                worst=min(values),
+                learned_weights=fmean(learned),
+                orders_alone=fmean(simple),
+                fewer_steps=self.fewer_steps(len(found.places)),
+                seeds=self.seeds,
+            ),
+            "cost in full runs": round(search.spent, 1),
+        }
+        return Profile(
+            digits,
+            found.predictions if keep else plain,
+            search.full.schedule,
+            search.sampler,
+            {name: round(weight, 3) for name, weight in search.full.guidance.items()},
+            None if search.full.network is None else Fingerprint.of(search.full.network),
+            measured,
+            {"stepcache": __version__, "torch": torch.__version__},
+        )
+
+
+def record(**figures: Any) -> dict[str, Any]:
+    """Figures as a profile has them, with two decimals."""
+    return {name: round(value, 2) if isinstance(value, float) else value for name, value in figures.items()}
