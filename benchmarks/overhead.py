@@ -129,7 +129,7 @@ def measure(
                 copies.append(copy)
         decisions = model.report.decisions("guided")[8:]
         assert set(decisions) == {"S" if kind == "skipped" else "C"}, decisions
-        kept = sum(entry.x.nbytes + entry.out.nbytes for h in model.engine._run.caches.values() for entry in h)
+        kept = sum(entry.x.nbytes + entry.out.nbytes for h in model.engine.runs.current.caches.values() for entry in h)
         with Allocations() as memory, Transfers() as transfers:
             model(latents[0], sigmas[-2].to(device).expand(shape[0]))
     size = latents[0].nbytes

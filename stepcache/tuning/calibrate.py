@@ -68,6 +68,7 @@ def tune(
     """
     if sum(target is not None for target in (calls, speedup, psnr)) != 1:
         raise OptionError("give one target: calls=, speedup= or psnr=")
+    steps = number_of_steps(steps)
     limit = number("budget", BUDGET * steps if budget is None else budget, low=LEAST + steps / 2)
     with progress(console, limit) as say:
         search, held_out = prepared(subject, sampler, steps, seeds, metric, limit, state, say)
@@ -85,7 +86,6 @@ def prepared(
     say: Callable[[str, float], None],
 ) -> tuple[Search, HeldOut]:
     """A search with its full run and the growth of errors, and the other half of the seeds."""
-    number("steps", steps, low=2, high=LONGEST, whole=True)
     halves = _halves(seeds)
     name = next(iter(subject.metrics)) if metric is None else metric
     if name not in subject.metrics:
@@ -95,6 +95,10 @@ def prepared(
     notebook = Notebook(state, {**told, "settings": settings})
     search = Search(subject, sampler, steps, halves[0], subject.metrics[name], budget, notebook, say)
     return search, HeldOut(search, halves[1], name)
+
+
+def number_of_steps(steps: int) -> int:
+    return number("steps", steps, low=2, high=LONGEST, whole=True)
 
 
 def _halves(seeds: int | Sequence[int]) -> tuple[list[int], list[int]]:

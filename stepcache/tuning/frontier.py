@@ -17,7 +17,7 @@ from stepcache.masks import PRESETS
 from stepcache.options import number
 from stepcache.profile import Profile
 
-from .calibrate import prepared
+from .calibrate import number_of_steps, prepared
 from .held_out import HeldOut
 from .progress import progress
 from .search import Found, Search
@@ -135,6 +135,7 @@ def frontier(
 
     A number of calls begins at its own best places and at those of its neighbour with one call more.
     """
+    steps = number_of_steps(steps)
     each = number("budget", steps / 2 if budget is None else budget)
     with progress(console, float("inf")) as say:
         search, held_out = prepared(subject, sampler, steps, seeds, metric, float("inf"), state, say)

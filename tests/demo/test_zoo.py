@@ -135,9 +135,19 @@ def test_an_unknown_network_is_named_with_the_nearest(capsys):
 def test_bench_takes_names_of_the_zoo(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(stepcache.bench, "bench", lambda *options: given.extend(options) or Mock())
-    main(["bench", "--network", "unet", "edm", "dit@3, shift 3", "--guidance", "5", "--out", str(tmp_path)])
-    assert [subject.name for subject in given[0]] == ["unet, guidance 5", "edm", "dit@3, shift 3"]
+    main(["bench", "--network", "unet", "edm", "dit@3, shift 3", "--out", str(tmp_path)])
+    assert [subject.name for subject in given[0]] == ["unet", "edm", "dit@3, shift 3"]
     assert given[0][2].model.shift == 3
+
+
+def test_bench_takes_a_guidance_for_networks_that_have_none_of_their_own(tmp_path, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(stepcache.bench, "bench", lambda *options: given.extend(options) or Mock())
+    main(["bench", "--network", "unet", "--guidance", "5", "--out", str(tmp_path)])
+    assert [subject.name for subject in given[0]] == ["unet, guidance 5"]
+    with pytest.raises(SystemExit):
+        main(["bench", "--network", "unet", "edm", "--guidance", "5", "--out", str(tmp_path)])
+    assert "--guidance=5: accepted with unet, dit, colour; edm has one of its own" in capsys.readouterr().err
 
 
 def galaxy_file(path, size: int = 16, hidden: int = 6, end: float = 10.0, seed: int = 0) -> list[numpy.ndarray]:

@@ -120,8 +120,8 @@ def test_refresh_drops_what_a_broken_off_request_has_cached(enabled):
     with pytest.raises(RuntimeError, match="out of memory"):
         pipe(12)
     cache.refresh(pipe, 12)
-    assert engine._run is None
-    assert not engine.clock.announced
+    assert engine.runs.current is None
+    assert not engine.runs.clock.announced
     assert cache._attachment._runs["scheduler"]._set is None
 
 

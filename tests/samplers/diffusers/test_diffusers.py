@@ -10,6 +10,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import pairwise
 
 import diffusers
 import pytest
@@ -307,7 +308,8 @@ def test_schedulers_with_two_calls_a_step_are_counted_in_steps(scheduler, expect
     found = places(made)
     assert [place[1:] for place in found] == expected
     sigmas = [sigma for sigma, _, _ in found]
-    assert sigmas == sorted(sigmas, reverse=True)
+    # KDPM2 ancestral ends in two that are equal up to rounding.
+    assert all(after <= before * (1 + 1e-4) for before, after in pairwise(sigmas))
     assert min(sigmas) > 0
 
 
