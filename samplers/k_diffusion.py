@@ -103,7 +103,7 @@ class CachedDenoiser(nn.Module):
         decide:"reference", or "each": every branch decides for itself.
         scalings: how denoised and the network's output belong together: "eps", "flow" (x = (1 - sigma) x0 + sigma
             noise), "denoised" (they are taken for one), or a function sigma -> (c_skip, c_out, c_in) with denoised =
-            c_skip x + c_out network(c_in x), where c_skip = None stands for 1. None: taken from the `get_scalings` of
+            c_skip x + c_out network(c_in x), with 1 for c_skip if it is None. None: taken from the `get_scalings` of
             the model or of the model inside it, else "eps".
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: flow time if the scalings are
             a flow's, else log sigma.
@@ -197,7 +197,7 @@ class CachedDenoiser(nn.Module):
 
         `stages`: the evaluations of one step, 1 or 2, if known; `sample` knows it for k-diffusion's samplers.
         `on_schedule`: every evaluation is at a sigma of the schedule (with two a step, the second at the step's end);
-        then sigmas need not be read from an accelerator. None: so where `stages` is 1.
+        then sigmas need not be read from an accelerator. None: so if `stages` is 1.
 
         Raises RuntimeError if another run of this wrapper is in progress: two loops at once, in threads, in asyncio or
         as generators, need a `CachedDenoiser` each around the same model.
@@ -226,7 +226,7 @@ class CachedDenoiser(nn.Module):
             self.engine.end()
 
     def callback(self, also: Callable[[dict[str, Any]], Any] | None = None) -> Callable[[dict[str, Any]], Any]:
-        """A callback for k-diffusion's samplers that tells the clock which step it is, then calls `also`."""
+        """A callback for k-diffusion's samplers that passes the step on to the clock, then calls `also`."""
 
         def callback(info: dict[str, Any]) -> Any:
             self.engine.set_step(int(info["i"]))

@@ -1,4 +1,4 @@
-"""Where an evaluation stands: which run, which step of the schedule, which evaluation of that step.
+"""The place of an evaluation: which run, which step of the schedule, which evaluation of that step.
 
 Known from three sources, the surest first: the host's announcement (which schedule this run follows, how many
 evaluations a step has), the sampler's callback (which names the step just begun), and the sigmas themselves.
@@ -28,9 +28,9 @@ SAME = 1e-5
 class Position:
     """The place of one evaluation. Counts start at 0.
 
-    `step` is None where it is not known: no schedule was given, or this sigma does not fit it. `stage` counts the
-    evaluations of one step (Heun, DPM2 and DPM++ 2S have two). `sigma` is the schedule's value where it matches.
-    `mixed`: the rows of the batch stand at different sigmas, so that there is no one place; `sigma` is the highest.
+    `step` is None if it is not known: no schedule was given, or this sigma does not fit it. `stage` counts the
+    evaluations of one step (Heun, DPM2 and DPM++ 2S have two). `sigma` is the schedule's value if it matches one.
+    `mixed`: the rows of the batch have different sigmas, so that there is no one place; `sigma` is the highest.
     """
 
     run: int
@@ -42,7 +42,7 @@ class Position:
 
 
 def as_schedule(sigmas: Tensor | Iterable[float] | None) -> tuple[float, ...] | None:
-    """A schedule as floats: sigmas[0] to sigmas[n], n steps. Raises ValueError where it cannot be one."""
+    """A schedule as floats: sigmas[0] to sigmas[n], n steps. Raises ValueError if it cannot be one."""
     if sigmas is None:
         return None
     values = sigmas.detach().float().flatten().tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
@@ -54,10 +54,17 @@ def as_schedule(sigmas: Tensor | Iterable[float] | None) -> tuple[float, ...] | 
 
 
 class Clock:
-    """Follows the evaluations of one model and says where each stands.
+    """Follows the evaluations of one model and finds the place of each.
 
     `sigmas` is the schedule of runs that the host does not announce; None means unknown. `lowest` is the
     lowest sigma that a run reaches, 0 if that is not known: a run without a schedule is complete there.
+
+    Example:
+        >>> import torch
+        >>> from stepcache.extend import Clock
+        >>> clock = Clock([4.0, 2.0, 1.0, 0.0])
+        >>> [clock.locate(torch.tensor(sigma)).step for sigma in (4.0, 2.0, 1.0)]
+        [0, 1, 2]
     """
 
     def __init__(self, sigmas: Tensor | Iterable[float] | None = None, lowest: float = 0.0) -> None:
@@ -91,8 +98,8 @@ class Clock:
         """The host announces a run, which then lasts until `end`.
 
         `stages` is the number of evaluations a step has (1 or 2; the last step, which ends at sigma 0, has one).
-        `on_schedule` says that every evaluation stands at a sigma of the schedule, the second of two at the step's end
-        as Heun's does; None means so where `stages` is 1. Evaluations on an accelerator are then counted instead of
+        `on_schedule`: every evaluation is at a sigma of the schedule, the second of two at the step's end as Heun's
+        is; None means so if `stages` is 1. Evaluations on an accelerator are then counted instead of
         read: no wait for the device. `loops` says that the sampler may loop over the schedule again before `end`, which
         begins another run: after the last step, or at the first sigma if a loop was broken off. Without `loops`,
         whatever comes until `end` belongs to this run. Sigmas that are counted instead of read do not show that a loop
@@ -111,7 +118,7 @@ class Clock:
         self.schedule, self.stages, self.announced = self._default, None, False
 
     def restart(self) -> None:
-        """Whatever comes next begins a run; where in the schedule it begins must be read from its sigma."""
+        """Whatever comes next begins a run; its place in the schedule must be read from its sigma."""
         self._last, self._corrector, self._follows_schedule = None, False, False
         self._noted_at, self._single = None, False
 
@@ -132,7 +139,7 @@ class Clock:
         return self._next(value, place, mixed)
 
     def advance(self, sigma: float, step: int, stage: int = 0) -> Position:
-        """The place of the next evaluation where the host keeps count itself; nothing is read."""
+        """The place of the next evaluation if the host keeps count itself; nothing is read."""
         return self._next(sigma, (step, stage))
 
     def _next(self, sigma: float, place: tuple[int | None, int], mixed: bool = False) -> Position:
@@ -280,7 +287,7 @@ class Clock:
 
 
 def same_sigma(a: Tensor, b: Tensor) -> bool:
-    """Whether two calls stand at one sigma; the very same tensor needs no look at its values."""
+    """Whether two calls have the same sigma; the very same tensor needs no look at its values."""
     if a is b:
         return True
     if a.shape != b.shape or a.device != b.device:

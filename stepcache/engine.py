@@ -1,4 +1,4 @@
-"""The engine: it stands between one model and its sampler, and answers some evaluations without running the model."""
+"""The engine: between one model and its sampler, it answers some evaluations without running the model."""
 
 from __future__ import annotations
 

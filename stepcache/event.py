@@ -13,7 +13,7 @@ from .deferred import DeferredScalar
 class Event:
     """What was decided for one branch at one evaluation.
 
-    `estimate` and `threshold` are the criterion's numbers, None if it was not asked or could not tell.
+    `estimate` and `threshold` are the criterion's numbers, None if it was not asked or had none.
     `prediction_error`, on computed evaluations of a deciding branch, is mean |prediction - output| and `size` mean
     |output|, in network space: how far a skip would have been off.
     """

@@ -255,7 +255,7 @@ SHARE, MARGIN, LARGEST = 0.4, 1.5, 1 / 3
 
 @dataclass(frozen=True)
 class _Places:
-    """The evaluations of a run, as far as the schedule tells: coordinate and error gain of each, and the last one."""
+    """The evaluations of a run, as far as the schedule is known: each one's coordinate and error gain, and the last."""
 
     coordinates: tuple[float, ...] = ()
     error_gains: tuple[float, ...] = ()

@@ -43,6 +43,13 @@ class StepMask:
     A mask of another length than the run raises OptionError with both lengths when the run's schedule is known. In a
     run without a known schedule (dpm_fast, dpm_adaptive) steps have no numbers: everything is computed and the report
     says so.
+
+    Example:
+        >>> from stepcache import StepMask
+        >>> print(StepMask.bins(compute=[3, 1, 1], cache=[2, 2]))
+        111001001 (dynamic)
+        >>> StepMask.preset("fast", steps=10).mask
+        (1, 0, 0, 1, 0, 0, 1, 0, 0, 1)
     """
 
     mask: str | tuple[int, ...]

@@ -30,6 +30,17 @@ class FreshNoise:
     Guidance of any scale stays in the span, since every branch's output is in it; what is not (a mask blended in,
     dynamic thresholding) counts as noise. Rounding of half-precision latents is subtracted. Everything is per sample
     and stays on the device. Keeps three evaluations, 3 (1 + branches) latents.
+
+    Example:
+        >>> import torch
+        >>> from stepcache.extend import FreshNoise
+        >>> noise, x, out = FreshNoise(), torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+        >>> noise.record(0, x, [out])
+        >>> round(float(noise.level(1, x - 0.5 * out, 1e-7)), 3)  # as Euler moves
+        0.0
+        >>> noise.record(1, x, [out])
+        >>> round(float(noise.level(2, x - 0.5 * out + torch.randn(x.shape), 1e-7)), 1)  # with fresh noise
+        1.0
     """
 
     def __init__(self) -> None:

@@ -12,7 +12,16 @@ from typing import Any, Literal, overload
 
 
 class OptionError(ValueError):
-    """An option that cannot be accepted, with the sentence that says why and what is."""
+    """An option that cannot be accepted, with the sentence that says why and what is.
+
+    Example:
+        >>> from stepcache import OptionError, UCache
+        >>> try:
+        ...     UCache(threshold=-1)
+        ... except OptionError as error:
+        ...     print(error)
+        threshold=-1: accepted is a number of at least 0
+    """
 
 
 LARGEST = sys.float_info.max
@@ -31,7 +40,13 @@ def shown(value: Any) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
-    """The error for a name that nothing has, with the nearest one that exists."""
+    """The error for a name that nothing has, with the nearest one that exists.
+
+    Example:
+        >>> from stepcache.extend import unknown
+        >>> print(unknown("sampler", "eular", ("euler", "heun")))
+        unknown sampler 'eular'. Did you mean 'euler'? Accepted: euler, heun.
+    """
     known = list(known)
     near = difflib.get_close_matches(name[:100].lower(), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -47,7 +62,13 @@ def number(name: str, value: Any, *, low: float = ..., high: float = ..., whole:
 
 
 def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, whole: bool = False) -> float:
-    """`value` as a number within [low, high]; OptionError naming the option otherwise."""
+    """`value` as a number within [low, high]; OptionError naming the option otherwise.
+
+    Example:
+        >>> from stepcache.extend import number
+        >>> number("warmup", 4, whole=True)
+        4
+    """
     accepted = f"a {'whole ' if whole else ''}number"
     accepted += f" from {low:g} to {high:g}" if high < math.inf else f" of at least {low:g}"
     kind = type(value)
@@ -63,7 +84,13 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, w
 
 
 def flag(name: str, value: Any) -> bool:
-    """`value` as a boolean; OptionError naming the option where it is neither a boolean nor 0 or 1."""
+    """`value` as a boolean; OptionError naming the option if it is neither a boolean nor 0 or 1.
+
+    Example:
+        >>> from stepcache.extend import flag
+        >>> flag("reset", 0)
+        False
+    """
     try:
         fits = bool(value in (0, 1))
     except (TypeError, ValueError, RuntimeError):  # an array or a tensor

@@ -19,6 +19,12 @@ class Parametrization:
     The derivative is what a deterministic sampler integrates: eps = (x - denoised) / sigma in the sampler's space, or
     the velocity of a flow. The default is for a network of which nothing is known: its raw output counts as the
     derivative, and its residual out - x takes the place of denoised.
+
+    Example:
+        >>> from stepcache.extend import Parametrization
+        >>> eps = Parametrization.of(2.0, 1.0, -2.0, 5**-0.5)  # sigma, c_skip, c_out, c_in
+        >>> eps.derivative  # the network predicts eps, which is the derivative
+        (0.0, 1.0)
     """
 
     derivative: Pair = (0.0, 1.0)

@@ -37,6 +37,12 @@ class Plan:
 
     `verdicts` are the criterion's answers, by branch; `deciding` are the branches that it is asked for. `computed` and
     `predicted` are the branches of either kind.
+
+    Example:
+        >>> from stepcache.extend import ComputeReason, Plan
+        >>> plan = Plan({"cond": ComputeReason("warm-up"), "uncond": None})
+        >>> plan.computed, plan.predicted
+        (['cond'], ['uncond'])
     """
 
     reasons: dict[str, ComputeReason | None]

@@ -28,6 +28,13 @@ class Report:
     `print(report)` is a summary, `report.table()` has a row for every evaluation, `report.to_json()` everything,
     `report.plot(path)` a picture, `report.strip()` a small one without words. The report holds numbers only, never
     latents.
+
+    Example:
+        >>> from stepcache import Report
+        >>> report = Report("forecast")
+        >>> report.passed(Position(0, 0, 14.6), ["cond"], "off")
+        >>> report.calls, report.skipped
+        (1, 0)
     """
 
     method: str

@@ -31,9 +31,15 @@ class RunInfo:
         second_only: whether the method leaves the first of two evaluations aside.
         coordinate: sigma -> the coordinate that predictors extrapolate in: log sigma, or t for flow models.
         parametrization: sigma -> what the network's input and output mean there; None if nothing is known.
-        network: the model, if the host has told.
+        network: the model, if the host names it.
         notes: sentences for the report.
         warnings: sentences about options that cannot act. They go into the report and are warned of, once an engine.
+
+    Example:
+        >>> from stepcache.extend import RunInfo
+        >>> run = RunInfo(schedule=(8.0, 4.0, 2.0, 0.0), stages=1)
+        >>> run.steps, run.evaluations
+        (3, 3)
     """
 
     schedule: tuple[float, ...] | None = None

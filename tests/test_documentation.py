@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import doctest
+import inspect
 import re
 import shlex
 import textwrap
@@ -79,6 +80,11 @@ def test_an_example_of_a_docstring_runs_as_it_is_printed(name):
 def test_every_line_of_an_example_is_found():
     printed = sum(path.read_text(encoding="utf-8").count(">>> ") for path in modules().values())
     assert sum(len(test.examples) for test in EXAMPLES.values()) == printed > 20
+
+
+@pytest.mark.parametrize("name", [name for name in stepcache.__all__ if callable(getattr(stepcache, name))])
+def test_every_public_name_has_an_example(name):
+    assert ">>> " in (inspect.getdoc(getattr(stepcache, name)) or "")
 
 
 class MyGuidance:

@@ -61,6 +61,17 @@ def attach(
 
     Raises:
         OptionError: the pipeline has no such denoiser, or it is cached already; or the method cannot be used with it.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+        >>> blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
+        >>> pipe = DDIMPipeline(UNet2DModel(sample_size=8, norm_num_groups=4, **blocks), DDIMScheduler())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> with attach(pipe) as cache:
+        ...     image = pipe(num_inference_steps=20, output_type="np").images[0]
+        >>> cache.report.calls, cache.report.skipped
+        (11, 9)
     """
     guidance = Guidance.pop(options)
     attachment = Attachment(pipe, chosen_method(method, mask, options), components, guidance, controlnet, group)

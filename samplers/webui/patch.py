@@ -1,4 +1,4 @@
-"""What every host's patch has in common: it stands between the host's guidance and its model, for one run."""
+"""What every host's patch has in common: between the host's guidance and its model, for one run."""
 
 from __future__ import annotations
 

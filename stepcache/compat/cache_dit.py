@@ -77,6 +77,12 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
     Raises `OptionError` for an unknown field (with the nearest name), one that cannot act here, and values that are not
     accepted. YAML needs PyYAML: pip install 'stepcache[yaml]'.
+
+    Example:
+        >>> from stepcache import load_config
+        >>> options = load_config({"cache_type": "DBCache", "residual_diff_threshold": 0.1})
+        >>> options["method"].criterion.threshold
+        0.1
     """
     fields = _fields(source)
     given = {key: value for key, value in fields.items() if value is not None}

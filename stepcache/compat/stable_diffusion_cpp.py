@@ -39,6 +39,11 @@ def parse(command: str | Sequence[str]) -> Method:
 
     Raises `OptionError` for an unknown option that begins with --cache or --scm (with the nearest name), one without a
     value, and whatever `method` does not accept.
+
+    Example:
+        >>> from stepcache import parse
+        >>> parse("--cache-mode ucache --cache-option threshold=0.5").criterion.threshold
+        0.5
     """
     given = _read(_words(command))
     name, text, preset = (given.get(f"--cache-{kind}") for kind in ("mode", "option", "preset"))

@@ -11,7 +11,14 @@ from .base import Criterion
 
 @dataclass
 class Always(Criterion):
-    """Skips whatever the gates let through: with a mask, the static policy."""
+    """Skips whatever the gates let through: with a mask, the static policy.
+
+    Example:
+        >>> from stepcache import Method
+        >>> from stepcache.extend import Always
+        >>> Method(criterion=Always(), mask="1101").static
+        False
+    """
 
     def decide(self, branch: Branch) -> Verdict:
         return Verdict(True)

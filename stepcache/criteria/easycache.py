@@ -21,6 +21,12 @@ class EasyCacheRule(Criterion):
 
     The paper's repository (H-EmbodVis/EasyCache) measures the input change against the previous step, skipped or not;
     this form, also ComfyUI's, measures it against the last computed one, which is stricter at the same threshold.
+
+    Example:
+        >>> from stepcache import Method
+        >>> from stepcache.extend import EasyCacheRule, Lagrange
+        >>> Method(criterion=EasyCacheRule(0.1), predictor=Lagrange(1)).criterion.threshold
+        0.1
     """
 
     threshold: float = 0.2

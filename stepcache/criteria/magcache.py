@@ -107,7 +107,7 @@ class MagCacheRule(Criterion):
             self._write(branch.run.notes)
 
     def _place(self, branch: Branch) -> int | None:
-        """Which of the run's evaluations this is; None if the schedule, or the number of stages, does not tell."""
+        """Which of the run's evaluations this is; None if the schedule, or the number of stages, is not known."""
         position, run = branch.position, branch.run
         if run.schedule is None:
             return position.evaluation

@@ -28,6 +28,12 @@ class RelativeChange(Criterion):
     Sources: chengzeyi/Comfy-WaveSpeed (commit 8253745), diffusers' `FirstBlockCacheConfig` (commit 58eb52c0),
     vipshop/cache-dit (commit f86744af); of the input, stable-diffusion.cpp (commit 97d29908).
     Keeps the signal of one call.
+
+    Example:
+        >>> from stepcache import Method
+        >>> from stepcache.extend import Blocks, RelativeChange
+        >>> Method(criterion=RelativeChange(0.1, Blocks(1)), warmup=4).criterion.threshold
+        0.1
     """
 
     threshold: float = 0.08

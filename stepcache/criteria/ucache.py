@@ -27,6 +27,12 @@ class UCacheRule(Criterion):
 
     Without a known schedule f = 1. The published n is the number of steps even if there are two evaluations a step,
     of which it then sees the second only; `evaluations="second"` does the same.
+
+    Example:
+        >>> from stepcache import Method
+        >>> from stepcache.extend import Lagrange, UCacheRule
+        >>> Method(criterion=UCacheRule(0.3), predictor=Lagrange(1), warmup=2).criterion.threshold
+        0.3
     """
 
     threshold: float = 1.0

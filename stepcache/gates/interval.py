@@ -19,6 +19,12 @@ class Interval(Gate):
     If a step has two (Heun, DPM2, DPM++ SDE), only second ones are computed: at Heun's first one the sigma is that
     of the second one before, so that a skip there costs next to nothing. n = 1 computes all.
     A static mask takes its place.
+
+    Example:
+        >>> from stepcache import Method
+        >>> from stepcache.extend import Interval
+        >>> [gate.n for gate in Method(gates=(Interval(3),)).gates]
+        [3]
     """
 
     n: int = 2

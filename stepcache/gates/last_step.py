@@ -11,7 +11,14 @@ from .base import UNKNOWN_SCHEDULE, Gate, GateCheck
 
 @dataclass(frozen=True)
 class LastStep(Gate):
-    """Holds the last step of the run, which writes the finest detail and is never corrected by another."""
+    """Holds the last step of the run, which writes the finest detail and is never corrected by another.
+
+    Example:
+        >>> from stepcache.extend import LastStep, Position, RunInfo, SkipCounts
+        >>> check = LastStep().begin(RunInfo(schedule=(4.0, 2.0, 1.0, 0.0)))
+        >>> [check(Position(0, n, 1.0, n), SkipCounts()) is None for n in range(3)]
+        [True, True, False]
+    """
 
     def begin(self, run: RunInfo) -> GateCheck:
         if run.steps is None:

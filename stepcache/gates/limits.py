@@ -12,7 +12,13 @@ from .base import Gate, GateCheck
 
 @dataclass(frozen=True)
 class MaxCached(Gate):
-    """At most `limit` skipped evaluations in a run; -1 is no limit, 0 never skips."""
+    """At most `limit` skipped evaluations in a run; -1 is no limit, 0 never skips.
+
+    Example:
+        >>> from stepcache.extend import MaxCached, Position, RunInfo, SkipCounts
+        >>> MaxCached(3).begin(RunInfo())(Position(0, 9, 1.0), SkipCounts(skipped=3)).reason
+        'max_cached'
+    """
 
     limit: int
 
@@ -26,7 +32,13 @@ class MaxCached(Gate):
 
 @dataclass(frozen=True)
 class MaxConsecutive(Gate):
-    """At most `limit` skipped evaluations in a row, then one is computed; -1 is no limit, 0 never skips."""
+    """At most `limit` skipped evaluations in a row, then one is computed; -1 is no limit, 0 never skips.
+
+    Example:
+        >>> from stepcache.extend import MaxConsecutive, Position, RunInfo, SkipCounts
+        >>> MaxConsecutive(2).begin(RunInfo())(Position(0, 9, 1.0), SkipCounts(consecutive=2)).reason
+        'max_consecutive'
+    """
 
     limit: int
 

@@ -13,7 +13,14 @@ from .base import Gate, GateCheck
 
 @dataclass(frozen=True)
 class Warmup(Gate):
-    """Holds the first `steps` steps; if steps are not known, the first `steps` evaluations."""
+    """Holds the first `steps` steps; if steps are not known, the first `steps` evaluations.
+
+    Example:
+        >>> from stepcache.extend import Position, RunInfo, SkipCounts, Warmup
+        >>> check = Warmup(2).begin(RunInfo(schedule=(8.0, 4.0, 2.0, 1.0, 0.0)))
+        >>> [check(Position(0, n, 1.0, n), SkipCounts()) is None for n in range(4)]
+        [False, False, True, True]
+    """
 
     steps: int
 

@@ -25,6 +25,12 @@ class Window(Gate):
 
     If the unit's own source is missing (no schedule, or a model without a table), the other is used; with neither,
     the window is open throughout. The report says which.
+
+    Example:
+        >>> from stepcache.extend import Position, RunInfo, SkipCounts, Window
+        >>> check = Window(0.5, 1.0).begin(RunInfo(schedule=(8.0, 4.0, 2.0, 1.0, 0.0)))
+        >>> [check(Position(0, n, sigma, n), SkipCounts()) is None for n, sigma in enumerate((8.0, 4.0, 2.0, 1.0))]
+        [False, False, True, False]
     """
 
     start: float = 0.0

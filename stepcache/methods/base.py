@@ -60,6 +60,13 @@ class Method:
         gates: further gates, asked after these. Those that choose evaluations one by one (`Interval`) are not asked
             if the mask is static.
         name: how the report calls it.
+
+    Example:
+        >>> from stepcache import Method
+        >>> from stepcache.extend import Always, Interval, Lagrange
+        >>> mine = Method(criterion=Always(), predictor=Lagrange(1), gates=(Interval(3),), name="mine")
+        >>> mine.replace(max_consecutive=1).max_consecutive
+        1
     """
 
     criterion: Criterion = field(default_factory=Always)

@@ -33,6 +33,11 @@ def CacheDiT(
 
     The series is of the residual, which is the calibrator's default, and of the whole network's instead of the blocks'
     that are left out. Arguments as for `DBCache`; `order` (taylorseer_order) as for `TaylorSeerCache`.
+
+    Example:
+        >>> from stepcache import CacheDiT
+        >>> CacheDiT(Fn=1, threshold=0.12, order=2).predictor
+        TaylorSeer(order=2, baseline='input')
     """
     predictor = common.pop("predictor", TaylorSeer(order, baseline="input"))
     method = DBCache(Fn, Bn, threshold, warmup, policy=policy, **common)

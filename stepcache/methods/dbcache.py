@@ -88,6 +88,12 @@ def DBCache(
     min(2, max(0.5, 1 + 0.02 (Fn - 8))) and min(1, max(0.5, 1 - 0.03 Bn)). That is stable-diffusion.cpp's form (commit
     97d29908), whose decisions it makes with `start=0.15, end=0.95, warmup=0`; there warm-up, mask, policy and limits do
     nothing, here they act.
+
+    Example:
+        >>> from stepcache import DBCache
+        >>> method = DBCache(preset="fast", threshold=0.1)
+        >>> method.criterion.threshold, method.warmup, str(method.mask)
+        (0.1, 6, 'fast (dynamic)')
     """
     chosen = {**common, "mask": masked(common.get("mask"), policy)}
     return Method.make(chosen, criterion=dual_block(Fn, Bn, threshold), warmup=warmup, name="dbcache")

@@ -33,6 +33,11 @@ def EasyCache(
     and -4 dB on lsst60 at 9 calls, fewer steps 41 dB on both (docs/measurements.md).
 
     On ancestral and SDE samplers it rarely skips: fresh noise changes the input more than any skip could repay.
+
+    Example:
+        >>> from stepcache import EasyCache
+        >>> EasyCache(threshold=0.1, window="steps").window
+        'steps'
     """
     rule = EasyCacheRule(threshold)
     return Method.make(common, criterion=rule, start=start, end=end, window="training", name="easycache")

@@ -48,6 +48,13 @@ def FBCache(
     Errors: "Unsupported model" if no block is found, at once; "STG is not supported" if the deciding branch is
     called with blocks left out. An invalid cache state (another shape, a block that was not reached, NaN) is computed,
     which restores it; the report says so.
+
+    Example:
+        >>> from stepcache import FBCache
+        >>> FBCache(residual_diff_threshold=0.05).criterion.threshold
+        0.05
+        >>> FBCache().never_skips  # off at its published default
+        True
     """
     rule = RelativeChange(residual_diff_threshold, Blocks(1, block, object_to_patch))
     start, end = number("start", start, high=1.0), number("end", end, high=1.0)

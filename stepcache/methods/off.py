@@ -14,5 +14,11 @@ if TYPE_CHECKING:
 
 @register("none")
 def Off() -> Method:
-    """Computes everything; the model is called directly."""
+    """Computes everything; the model is called directly.
+
+    Example:
+        >>> from stepcache import Off
+        >>> Off().never_skips
+        True
+    """
     return Method(criterion=Never(), name="none")

@@ -34,11 +34,10 @@ def Profile(path: Any = "", **common: Unpack[CommonOptions]) -> Method:
     Source: ours; docs/tune.md.
 
     Example:
-        >>> import stepcache, tempfile
-        >>> from stepcache.profile import Prediction, Profile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Profile((1, 0, 1), {1: Prediction(order=0, share=0.25)}).save(f"{folder}/three.json")
-        ...     stepcache.load_profile(f"{folder}/three.json").name
+        >>> from stepcache import method
+        >>> from stepcache.profile import Prediction, Profile as File
+        >>> known = File((1, 1, 0, 1), {2: Prediction(order=1, share=0.25)})
+        >>> method("profile", path=known).name
         'profile'
     """
     if not isinstance(path, (str, os.PathLike, profile.Profile)) or path == "":
@@ -48,5 +47,16 @@ def Profile(path: Any = "", **common: Unpack[CommonOptions]) -> Method:
 
 
 def load_profile(path: str | os.PathLike[str]) -> Method:
-    """The method that replays a profile: `attach(pipe, stepcache.load_profile("sdxl-euler-8.json"))`."""
+    """The method that replays a profile: `attach(pipe, stepcache.load_profile("sdxl-euler-8.json"))`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import stepcache
+        >>> from stepcache.profile import Prediction, Profile
+        >>> profile = Profile((1, 1, 0, 1), {2: Prediction(order=1, share=0.25)})
+        >>> with TemporaryDirectory() as folder:
+        ...     profile.save(f"{folder}/three.json")
+        ...     stepcache.load_profile(f"{folder}/three.json").name
+        'profile'
+    """
     return Profile(path)

@@ -121,7 +121,13 @@ def _completed(entry: Entry, positional: tuple[Any, ...], given: dict[str, Any])
 
 
 def accepted_options(name: str) -> dict[str, Any]:
-    """The options of a method of `METHODS` with their defaults: its own first, then those common to all."""
+    """The options of a method of `METHODS` with their defaults: its own first, then those common to all.
+
+    Example:
+        >>> from stepcache.extend import accepted_options
+        >>> accepted_options("easycache")["threshold"]
+        0.2
+    """
     return _accepted(_ENTRIES[name].function)
 
 
@@ -141,7 +147,13 @@ def presets_of(name: str) -> Mapping[str, Mapping[str, Any]]:
 
 
 def main_number(name: str) -> tuple[str, int | float] | None:
-    """Name and default of the number that hosts show first for a method of `METHODS`; None if it has no number."""
+    """Name and default of the number that hosts show first for a method of `METHODS`; None if it has no number.
+
+    Example:
+        >>> from stepcache.extend import main_number
+        >>> main_number("forecast")
+        ('interval', 2)
+    """
     entry = _ENTRIES[name]
     own = inspect.signature(entry.function).parameters.values()
     defaults = {p.name: _as_text(p.name, p.default, entry) for p in own if p.kind is not p.VAR_KEYWORD}

@@ -43,6 +43,11 @@ def Spectrum(
         **common: every option of `Method`: mask, last_step, max_cached, max_consecutive, predictor, ...
 
     Published for the guided denoised: `CachedDenoiser(guided, Spectrum(), scalings="denoised")`.
+
+    Example:
+        >>> from stepcache import Spectrum
+        >>> Spectrum(w=0.5, window_size=3).predictor
+        Chebyshev(w=0.5, m=3, lam=1.0, steps=None, baseline='zero')
     """
     cadence = SpectrumCadence(window_size, flex_window, warmup, stop)
     return Method.make(common, predictor=Chebyshev(w, m, lam, steps), gates=(cadence,), name="spectrum")

@@ -48,6 +48,11 @@ def TaylorSeerCache(
 
     Source: arXiv 2503.06923; names and defaults of stable-diffusion.cpp's `taylorseer`. There the series is kept and
     never read, so that it reuses as `dbcache` does.
+
+    Example:
+        >>> from stepcache import TaylorSeerCache
+        >>> TaylorSeerCache(interval=5, warmup=3).predictor
+        TaylorSeer(order=1, baseline='zero')
     """
     at_intervals = number("interval", interval, whole=True) > 0
     return Method.make(

@@ -46,6 +46,12 @@ def UCache(
     never skips at the default threshold; reset=1 with threshold 0.5 to 1 makes 18 to 14 of 20 calls on the U-Net, 47 to
     30 dB from the full run (14 to 13 calls and 34 dB on the DiT). Keep reset=1 and lower the threshold; the whole table
     is in docs/measurements-digits.md.
+
+    Example:
+        >>> from stepcache import UCache
+        >>> method = UCache(threshold=0.3, max_consecutive=3)
+        >>> method.criterion.threshold, method.predictor
+        (0.3, Reuse())
     """
     rule = UCacheRule(threshold, decay, relative, reset)
     return Method.make(common, criterion=rule, start=start, end=end, window="steps", name="ucache")

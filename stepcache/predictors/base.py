@@ -79,7 +79,7 @@ class LinearPredictor(Predictor):
 
     @abstractmethod
     def weights(self, branch: Branch) -> Terms | None:
-        """Each evaluation used, with its weight; None if nothing can be told."""
+        """Each evaluation used, with its weight; None if that is not known."""
 
     def predict(self, branch: Branch) -> Tensor | None:
         terms = self.weights(branch)

@@ -34,6 +34,12 @@ class Chebyshev(LinearPredictor):
     Source: stable-diffusion.cpp, commit 97d29908, and its defaults. The paper's code (hanjq17/Spectrum, f7b7841) has
     w = 1, m = 4, lam = 0.1 and keeps every computed evaluation. At lam = 0 the fit is done here in float64, with the
     pseudoinverse if there are few evaluations; the original's depends on how float32 rounds.
+
+    Example:
+        >>> from stepcache import Static
+        >>> from stepcache.extend import Chebyshev
+        >>> Static("fast", predictor=Chebyshev(m=2)).predictor.m
+        2
     """
 
     w: float = 0.4

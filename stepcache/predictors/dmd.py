@@ -40,6 +40,12 @@ class DMD(Predictor):
     float64 for a moment, and a device that has float64. Keeps `history` evaluations, 12 latents a branch at the
     default.
     Source: vipshop/cache-dit, commit f86744af, and its defaults.
+
+    Example:
+        >>> from stepcache import Forecast
+        >>> from stepcache.extend import DMD
+        >>> Forecast(predictor=DMD(history=4)).predictor.history_size
+        4
     """
 
     history: int = 6

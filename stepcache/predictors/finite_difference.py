@@ -26,6 +26,12 @@ class FiniteDifference(LinearPredictor):
     Keeps order + 1 evaluations, 2 (order + 1) latents a branch. What FSampler does to a prediction besides (refusing
     one whose norm is below 1e-8 or 1e-6 of the last, dividing by a learned factor) is not part of it.
     Source: obisin/ComfyUI-FSampler 1.5.0, commit 5479059; default h2.
+
+    Example:
+        >>> from stepcache import Static
+        >>> from stepcache.extend import FiniteDifference
+        >>> Static("fast", predictor=FiniteDifference(2)).predictor.history_size
+        3
     """
 
     order: int = 1

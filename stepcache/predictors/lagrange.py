@@ -26,6 +26,12 @@ class Lagrange(FixedOrder):
 
     Keeps order + 1 evaluations, 2 (order + 1) latents a branch. Of evaluations at one sigma (Heun's corrector and
     the next step's first) it keeps the newest; one without a coordinate (sigma = 0 in log sigma) is left out.
+
+    Example:
+        >>> from stepcache import Static
+        >>> from stepcache.extend import Lagrange
+        >>> Static("fast", predictor=Lagrange(1, baseline="zero")).predictor
+        Lagrange(order=1, baseline='zero')
     """
 
     order: int = 2

@@ -18,6 +18,12 @@ class Reuse(Predictor):
 
     with x', out' the network input and raw output of the last computed evaluation. Exact if the network is the
     identity plus a constant; of order 0 in sigma.
+
+    Example:
+        >>> from stepcache import Forecast
+        >>> from stepcache.extend import Reuse
+        >>> Forecast(predictor=Reuse()).predictor.history_size
+        1
     """
 
     finite_if_cache_is = True

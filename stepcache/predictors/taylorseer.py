@@ -27,6 +27,12 @@ class TaylorSeer(FixedOrder):
 
     Keeps order + 1 evaluations, 2 (order + 1) latents a branch.
     Source: arXiv 2503.06923; diffusers' `TaylorSeerCacheConfig` (max_order), commit 58eb52c0.
+
+    Example:
+        >>> from stepcache import Static
+        >>> from stepcache.extend import TaylorSeer
+        >>> Static("fast", predictor=TaylorSeer(2)).predictor.history_size
+        3
     """
 
     order: int = 1

@@ -53,7 +53,7 @@ class Tape:
 
     Attributes:
         seen: the evaluations, in their order.
-        schedule: the run's sigmas, if the host has told.
+        schedule: the run's sigmas, if the host knows them.
         network: the model.
         images: the samples, as the subject returns them.
         calls: made for one branch.
