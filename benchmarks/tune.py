@@ -77,6 +77,7 @@ def measured(network: str, sampler: str, options: argparse.Namespace) -> list[di
             "Forecast": found.best("Forecast", profile.calls),
             EVEN: found.best(EVEN, profile.calls),
             "fewer": {point.calls: point.mean for point in found.points if point.name == "fewer steps"},
+            "profile": profile.written(),
         }
         for profile in found.profiles
     ]

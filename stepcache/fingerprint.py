@@ -29,7 +29,7 @@ class Fingerprint:
     Attributes:
         architecture: the class of the model.
         shapes: a hash of its parameters' shapes; empty if it has none.
-        weights: root mean squares of a few parameters.
+        weights: root mean squares of a few parameters; empty if they were offloaded so that none can be read.
     """
 
     architecture: str
@@ -53,6 +53,8 @@ class Fingerprint:
             return cls(type(model).__name__)
         shapes = hashlib.sha1(repr([tuple(parameter.shape) for parameter in parameters]).encode()).hexdigest()[:12]
         chosen = parameters[:: max(1, len(parameters) // SAMPLED)][:SAMPLED]
+        if any(parameter.is_meta for parameter in chosen):  # the weights are elsewhere until the model runs
+            return cls(type(model).__name__, shapes)
         sizes = torch.stack([p.detach().flatten()[:65536].float().square().mean().sqrt().cpu() for p in chosen])
         return cls(type(model).__name__, shapes, tuple(float(f"{size:.5g}") for size in sizes.tolist()))
 

@@ -11,7 +11,7 @@ architecture. ControlNets and compiled graphs are inside of it, so that a skippe
     patch.py     the cache on a model: `patched`, `cache_of`        cache.py    options and report, OUTER_SAMPLE
     run.py       one sampling loop: which branches are asked for    call.py     one call, in the network's own space
     active.py    what of a prompt is active at a sigma              options.py  a method from a node's fields
-    nodes.py     the four nodes                                     v3.py       the second node interface, exports
+    nodes.py     the five nodes                                     v3.py       the second node interface, exports
     tooltips.py  what they say of each field                        picture.py  the report as an IMAGE
     steps.py     how many steps the queued samplers have            samplers.py evaluations of a step
     others.py    other caches on the same model

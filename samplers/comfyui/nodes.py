@@ -1,10 +1,12 @@
-"""The nodes: StepCache, StepCache (advanced), Apply First Block Cache (StepCache), StepCache Report."""
+"""The nodes: StepCache, its advanced one, StepCache profile, Apply First Block Cache (StepCache), StepCache Report."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from stepcache import METHODS, OptionError, Report
+from stepcache import METHODS, OptionError, Report, load_profile
 from stepcache import method as make_method
 from stepcache.extend import PRESETS
 
@@ -12,7 +14,7 @@ from .options import DEFAULT, SPEEDS, chosen_method
 from .patch import cache_of, patched
 from .picture import picture
 from .steps import check_mask
-from .tooltips import ADVANCED, FIRST_BLOCK, REPORT, STEPCACHE
+from .tooltips import ADVANCED, FIRST_BLOCK, PROFILE, REPORT, STEPCACHE
 
 CATEGORY = "model_patches/stepcache"
 NO_CACHE = "StepCache: this model has no cache; connect the StepCache node's output, as the sampler gets it"
@@ -88,6 +90,38 @@ class AdvancedNode:
         return (patched(model, chosen, "reference" if chosen.never_skips else decide),)
 
 
+class ProfileNode:
+    """What `stepcache tune` has found for a model: MODEL in, MODEL out, before the sampler."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Skips the steps that a calibration has chosen for this model, sampler and number of steps, with the file that "
+        "stepcache tune has written. Put it between the model (or the last LoRA) and the sampler."
+    )
+    FUNCTION = "patch"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        path = {"default": "", "tooltip": PROFILE["path"]}
+        return {"required": {"model": ("MODEL",), "path": ("STRING", path)}}
+
+    @classmethod
+    def IS_CHANGED(cls, path: str, model: Any = None) -> str:
+        """When the file was written, so that the node runs again if there is another profile in it."""
+        with suppress(OSError, ValueError):
+            return str(Path(_path(path)).stat().st_mtime_ns)
+        return ""
+
+    def patch(self, model: Any, path: str) -> tuple[Any]:
+        return (patched(model, load_profile(_path(path))),)
+
+
+def _path(text: str) -> str:
+    """A path as it is pasted: Windows copies it in quotation marks."""
+    return text.strip().strip('"')
+
+
 class FirstBlockCacheNode:
     """The inputs, names, defaults and order of "Apply First Block Cache" (Comfy-WaveSpeed), on our `fbcache`."""
 
@@ -149,12 +183,14 @@ class ReportNode:
 NODE_CLASS_MAPPINGS = {
     "StepCache": StepCacheNode,
     "StepCacheAdvanced": AdvancedNode,
+    "StepCacheProfile": ProfileNode,
     "StepCacheFirstBlock": FirstBlockCacheNode,
     "StepCacheReport": ReportNode,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "StepCache": "StepCache",
     "StepCacheAdvanced": "StepCache (advanced)",
+    "StepCacheProfile": "StepCache profile",
     "StepCacheFirstBlock": "Apply First Block Cache (StepCache)",
     "StepCacheReport": "StepCache Report",
 }

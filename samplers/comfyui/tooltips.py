@@ -42,6 +42,12 @@ ADVANCED = {
     "step is computed. mask=11010...: one digit for each step, 1 is computed.",
 }
 
+PROFILE = {
+    "path": "The file that stepcache tune has written, as /home/me/sdxl-8.json; a relative path begins at ComfyUI's "
+    "folder. Its places and weights act at every step; another number of steps gets the same share of calls, and "
+    "another model is warned of in the report.",
+}
+
 FIRST_BLOCK = {
     "object_to_patch": "The part of the model whose first block decides.",
     "residual_diff_threshold": "Skip while the first block's residual has changed by less than "

@@ -71,7 +71,10 @@ def _as_v3(io: Any, node_id: str, node: Any) -> type:
         given |= {name: getattr(cls.hidden, name) for name in hidden}
         return io.NodeOutput(*getattr(node(), node.FUNCTION)(**given))
 
-    methods = {"define_schema": classmethod(define_schema), "execute": classmethod(execute), "__module__": __name__}
+    methods: dict[str, Any] = {"define_schema": classmethod(define_schema), "execute": classmethod(execute)}
+    if changed := getattr(node, "IS_CHANGED", None):
+        methods["fingerprint_inputs"] = classmethod(lambda cls, /, **given: changed(**given))
+    methods["__module__"] = __name__
     return type(node.__name__, (io.ComfyNode,), methods)
 
 

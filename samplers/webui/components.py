@@ -28,6 +28,7 @@ METHOD_INFO = {
     "magcache": "skips by ratios of your model, which a run with the option calibrate=1 measures",
     "seacache": "skips while the latent has changed little",
     "static": "skips at every zero of the mask",
+    "profile": "skips as stepcache tune has found for your model, with the option path=FILE",
 }
 """What each method does, in a sentence; of the others, that they skip while the latent has changed little."""
 

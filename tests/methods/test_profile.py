@@ -116,6 +116,14 @@ def test_a_fingerprint_outlasts_a_change_of_dtype():
     assert before.difference(Fingerprint.of(half.to(torch.bfloat16))) is None
 
 
+def test_an_offloaded_model_is_known_by_its_shapes():
+    network, weights = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    away = torch.nn.Linear(3, 3, device="meta")
+    assert Fingerprint.of(network).difference(Fingerprint.of(away)) is None
+    assert Fingerprint.of(away).difference(Fingerprint.of(weights)) is None
+    assert Fingerprint.of(away).difference(Fingerprint.of(torch.nn.Linear(4, 3))) is not None
+
+
 def text_of(**changes):
     return json.dumps({**THREE_OF_SIX.written(), **changes})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -21,6 +22,8 @@ from comfyui_situations import run
 
 from stepcache import OptionError, StepMask
 from stepcache.cli import main
+from stepcache.extend import Prediction, Profile
+from stepcache.fingerprint import Fingerprint
 from stepcache.samplers import comfyui
 from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, SPEEDS, cache_of, chosen_method, patched
 
@@ -349,6 +352,57 @@ def test_apply_first_block_caches_inputs_are_kept(host: Double) -> None:
     assert cache_of(off).report.skipped == 0
 
 
+def profile_of_five(folder: Path, **more: Any) -> Path:
+    skipped = {n: Prediction(1, 0.25) for n in (2, 4, 6, 7, 8)}
+    Profile((1, 1, 0, 1, 0, 1, 0, 0, 0, 1), skipped, **more).save(folder / "five.json")
+    return folder / "five.json"
+
+
+def test_the_profile_node_replays_a_file_and_the_advanced_node_does_the_same(host: Double, tmp_path: Path) -> None:
+    path = profile_of_five(tmp_path)
+    (model,) = NODE_CLASS_MAPPINGS["StepCacheProfile"]().patch(host.model(), f' "{path}"\n')
+    images = run(host, model)
+    assert cache_of(model).report.decisions("cond") == "CCSCSCSSSC"
+    given = {**defaults("StepCacheAdvanced"), "method": "profile", "options": f"path={path}"}
+    (other,) = NODE_CLASS_MAPPINGS["StepCacheAdvanced"]().patch(host.model(), **given)
+    assert torch.equal(run(host, other), images)
+    run(host, model, sigmas=torch.cat([torch.linspace(14, 0.05, 20), torch.zeros(1)]))
+    assert cache_of(model).report.decisions("cond").count("C") == 10
+    assert "scaled to 20" in str(cache_of(model).report.notes)
+
+
+def test_a_profile_of_another_model_is_warned_of(host: Double, tmp_path: Path) -> None:
+    path = profile_of_five(tmp_path, model=Fingerprint.of(torch.nn.Linear(2, 2)))
+    (model,) = NODE_CLASS_MAPPINGS["StepCacheProfile"]().patch(host.model(), str(path))
+    with pytest.warns(UserWarning, match=r"the profile was made for another model \(Linear; this is Model\)"):
+        run(host, model)
+    assert "made for another model" in str(cache_of(model).report)
+    path = profile_of_five(tmp_path, model=Fingerprint.of(host.model().model))
+    (model,) = NODE_CLASS_MAPPINGS["StepCacheProfile"]().patch(host.model(), str(path))
+    run(host, model)
+    assert "another model" not in str(cache_of(model).report)
+
+
+def test_a_file_that_is_no_profile_is_an_error_of_the_profile_node(host: Double, tmp_path: Path) -> None:
+    node = NODE_CLASS_MAPPINGS["StepCacheProfile"]()
+    with pytest.raises(OptionError, match=r"missing\.json' cannot be read: .*No such file"):
+        node.patch(host.model(), str(tmp_path / "missing.json"))
+    with pytest.raises(OptionError, match="path='': accepted is the path of a file that stepcache tune wrote"):
+        node.patch(host.model(), **defaults("StepCacheProfile"))
+    (tmp_path / "workflow.json").write_text("{}")
+    with pytest.raises(OptionError, match="this is not a profile"):
+        node.patch(host.model(), str(tmp_path / "workflow.json"))
+
+
+def test_a_profile_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    node, path = NODE_CLASS_MAPPINGS["StepCacheProfile"], profile_of_five(tmp_path)
+    before = node.IS_CHANGED(path=str(path), model=None)
+    assert node.IS_CHANGED(path=str(path), model=None) == before
+    os.utime(path, (1, 1))
+    assert node.IS_CHANGED(path=str(path), model=None) != before
+    assert node.IS_CHANGED(path=str(tmp_path / "missing.json")) == ""
+
+
 def test_a_guider_that_does_not_announce_evaluations_is_left_alone(host: Double) -> None:
     class Silent(type(host.guider(host.model(), [], []))):
         def __call__(self, x: Any, timestep: Any, model_options: Any, seed: Any = None) -> Any:
@@ -402,6 +456,8 @@ def test_the_second_interface_has_the_same_nodes(host: Double, monkeypatch: Any)
     given = {field.args[0]: field.keywords["default"] for field in fields if "default" in field.keywords}
     assert given == defaults("StepCacheAdvanced")
     assert [field.args[0] for field in fields if field.keywords["optional"]] == ["options"]
+    assert nodes["StepCacheProfile"].fingerprint_inputs(path="missing.json", model=None) == ""
+    assert not hasattr(advanced, "fingerprint_inputs")
     output = advanced.execute(model=host.model(), **given)
     run(host, output.args[0])
     assert cache_of(output.args[0]).report.skipped == 8

@@ -33,7 +33,7 @@ from k_diffusion.external import CompVisDenoiser
 
 from stepcache import METHODS, OptionError, StepMask
 from stepcache.cli import main
-from stepcache.extend import Engine, main_number
+from stepcache.extend import Engine, Prediction, Profile, main_number
 from stepcache.samplers import webui
 from stepcache.samplers.install import MARK
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
@@ -646,6 +646,9 @@ def test_an_error_of_our_own_costs_the_speed_and_not_the_image(name, runs, monke
         (settings("forecast", 2.5), "interval='2.5': accepted is a whole number"),
         (settings("static"), "static needs a mask"),
         (settings("static", 3, mask="fast"), "static takes no number; leave it empty"),
+        (settings("profile"), "path='': accepted is the path of a file that stepcache tune wrote"),
+        (settings("profile", text="path=no/such.json"), "path='no/such.json' cannot be read"),
+        (settings("profile", 3, text="path=no/such.json"), "profile takes no number; leave it empty"),
         (settings(window="half"), "window='half': accepted are two numbers in per cent of the run"),
         (settings(window="90-10"), "window='90-10': accepted is a start before the end"),
         (settings(window="50-150"), "window='50-150': accepted is a start before the end, from 0 to 100"),
@@ -667,6 +670,16 @@ def test_wrong_options_are_said_and_the_job_runs_without_the_cache(name, argumen
     assert said in p.comments[0]
     assert said in capsys.readouterr().out
     assert p.extra_generation_params == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_profile_is_replayed_by_option_text(name, runs, tmp_path):
+    skipped = {n: Prediction(1, 0.25) for n in (2, 4, 6, 7, 8)}
+    path = tmp_path / "five of ten.json"
+    Profile((1, 1, 0, 1, 0, 1, 0, 0, 0, 1), skipped).save(path)
+    p = Host(name).job(settings("profile", text=f"path={path}"))
+    assert decisions(runs[0], "cond") == "CCSCSCSSSC"
+    assert p.extra_generation_params["StepCache options"] == f"path={path}"
 
 
 def test_an_error_while_the_options_are_read_costs_the_cache_and_not_the_image(monkeypatch):
