@@ -6,6 +6,7 @@ The package k-diffusion itself is needed only to look up a sampler by name.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from stepcache.extend import Call, Engine, require, unknown, wide, widened
 from .arguments import ArgumentChanges
 from .batching import CannotSplit, cut_rows, rows_of
 from .branches import InTurn, distinct
+from .continuity import Continuity
+from .open_runs import OUTSIDE, OpenRuns
 from .parametrization import SCALINGS, Scalings, ScalingsAsFloats, eps_scalings
 
 BranchNames = Sequence[str] | Callable[..., str | Sequence[str]] | None
@@ -144,9 +147,12 @@ class CachedDenoiser(nn.Module):
         self._scalings = _scalings(inner, scalings)
         self._dtypes: dict[torch.dtype, torch.dtype] = {}
         self._changes = ArgumentChanges()
+        self._continuity: Continuity | None = Continuity()
+        self._open: OpenRuns[CachedDenoiser] = OpenRuns()
+        self._is_run = False
         meaning = ScalingsAsFloats(self._scalings)
         assumed = isinstance(self._scalings, ModelScalings) and self._scalings.owner is None
-        self.engine = Engine(
+        self._engine = Engine(
             _method(method),
             reference=reference,
             decide=decide,
@@ -160,10 +166,20 @@ class CachedDenoiser(nn.Module):
             notes=("scalings: the model has no get_scalings, eps is assumed",) if assumed else (),
             network=inner,
         )
+        self._last = [self._engine]  # whose report is the last one; shared with the wrappers of single runs
 
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
-        off = self.engine.off
+        run = self._open.here() if self._open else None
+        if run is not None:
+            return run._answer(x, sigma, extra)
+        if self._open:
+            self._engine.warn(OUTSIDE)
+        return self._answer(x, sigma, extra)
+
+    def _answer(self, x: Tensor, sigma: Tensor, extra: dict[str, Any]) -> Tensor:
+        """The answer of this very wrapper: of its run, or of the loop that nobody has announced."""
+        off, self._last[0] = self._engine.off, self._engine
         if off and not (isinstance(x, Tensor) and isinstance(sigma, Tensor) and x.ndim and x.numel() and sigma.numel()):
             return self.inner_model(x, sigma, **extra)  # inputs that cannot identify an evaluation, e.g. a float sigma
         names = self.branches if isinstance(self.branches, tuple) else distinct(self.branches(x, sigma, **extra))
@@ -175,15 +191,28 @@ class CachedDenoiser(nn.Module):
         call = DenoiserCall(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes)
         if not off:
             call.cache_key = (self._changes(names, extra),)
+            if self._continuity is not None and self._continuity.broken(x):
+                self._reset()
         try:
-            return self.engine(call)
+            answer = self._engine(call)
         except BaseException:
-            self._reset_turns()
+            self._reset()
             raise
+        if self._continuity is not None:
+            self._continuity.record(x, answer) if self._engine.has_cache else self._continuity.forget()
+        return answer
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the run in progress here, or of the last one."""
+        if self._is_run:
+            return self._engine
+        run = self._open.here() if self._open else None
+        return self._last[0] if run is None else run._engine
 
     @property
     def report(self) -> Report:
-        """What happened in the run in progress, or in the last one."""
+        """What happened in the run in progress, or in the last one. If there are several, each has its own report."""
         return self.engine.report
 
     @contextlib.contextmanager
@@ -193,17 +222,18 @@ class CachedDenoiser(nn.Module):
         stages: int | None = None,
         on_schedule: bool | None = None,
     ) -> Iterator[CachedDenoiser]:
-        """One sampling loop: `with model.run(sigmas): x = sample_euler(model, x, sigmas)`.
+        """One sampling loop: `with model.run(sigmas) as run: x = sample_euler(run, x, sigmas)`.
+
+        Yields a wrapper for this run alone, with a cache and a report of its own, that any thread or asyncio task may
+        call. There may be as many runs at the same time as you like. `model` itself may be called too, by the thread,
+        task or generator that has begun the run.
 
         `stages`: the evaluations of one step, 1 or 2, if known; `sample` knows it for k-diffusion's samplers.
         `on_schedule`: every evaluation is at a sigma of the schedule (with two a step, the second at the step's end);
         then sigmas need not be read from an accelerator. None: so if `stages` is 1.
-
-        Raises RuntimeError if another run of this wrapper is in progress: two loops at once, in threads, in asyncio or
-        as generators, need a `CachedDenoiser` each around the same model.
         """
-        with self._announced(sigmas, stages, on_schedule):
-            yield self
+        with self._announced(sigmas, stages, on_schedule) as run:
+            yield run
 
     @contextlib.contextmanager
     def _announced(
@@ -212,18 +242,26 @@ class CachedDenoiser(nn.Module):
         stages: int | None,
         on_schedule: bool | None,
         computed: str | None = None,
-    ) -> Iterator[None]:
-        if self.engine.announced:
-            raise RuntimeError(
-                "another run of this CachedDenoiser is in progress: make one for each run, "
-                "CachedDenoiser(model, method), around the same model"
-            )
-        self.engine.announce(sigmas, stages, on_schedule, computed=computed)
-        self._reset_turns()
+    ) -> Iterator[CachedDenoiser]:
+        if self._is_run:
+            raise RuntimeError("this is one run of a CachedDenoiser: begin another one with the CachedDenoiser itself")
+        run = self._fork()
+        run._engine.announce(sigmas, stages, on_schedule, computed=computed)
+        opened = self._open.begin(run, __name__)
         try:
-            yield
+            yield run
         finally:
-            self.engine.end()
+            self._open.end(opened)
+            run._engine.end()
+
+    def _fork(self) -> CachedDenoiser:
+        """A wrapper of the same model for one run."""
+        run = copy.copy(self)
+        run._engine = self._engine.fork()
+        run._changes, run._continuity, run._open, run._is_run = ArgumentChanges(), None, OpenRuns(), True
+        if isinstance(self.branches, InTurn):
+            run.branches = self.branches.fork()
+        return run
 
     def callback(self, also: Callable[[dict[str, Any]], Any] | None = None) -> Callable[[dict[str, Any]], Any]:
         """A callback for k-diffusion's samplers that passes the step on to the clock, then calls `also`."""
@@ -236,8 +274,14 @@ class CachedDenoiser(nn.Module):
 
     def reset(self) -> None:
         """Forgets the run in progress. Never needed; for hosts that know better."""
-        self.engine.reset()
+        run = self._open.here() if self._open else None
+        (self if run is None else run)._reset()
+
+    def _reset(self) -> None:
+        self._engine.reset()
         self._reset_turns()
+        if self._continuity is not None:
+            self._continuity.forget()
 
     def _reset_turns(self) -> None:
         if isinstance(self.branches, InTurn):

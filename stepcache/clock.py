@@ -7,6 +7,7 @@ evaluations a step has), the sampler's callback (which names the step just begun
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,13 @@ class Clock:
         self._on_schedule = False
         self._single = False
         self._noted_at: int | None = None
+
+    def fork(self) -> Clock:
+        """A clock for a run at the same time. It has the number that the next run here would have had."""
+        other = copy(self)
+        other.end()
+        self._run += 1
+        return other
 
     @property
     def steps(self) -> int | None:

@@ -6,6 +6,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from copy import copy
 from typing import Any
 
 import torch
@@ -47,9 +48,9 @@ class Engine:
         notes: sentences of the host for every report.
         network: the model, in which a criterion that looks at blocks finds them.
 
-    An engine follows one run at a time. Runs in several threads need an engine each: a call while another is being
-    answered goes straight to the model, and a call from another thread finds no cache. That costs the speed, never the
-    image.
+    An engine follows one run at a time. Runs at the same time need an engine each, which `fork` gives: a call while
+    another is being answered goes straight to the model, and a call from another thread or asyncio task finds no
+    cache. That costs the speed, never the image.
 
     Example:
         >>> import torch
@@ -100,7 +101,7 @@ class Engine:
         self.off = self.method.never_skips
         self._network, self._warned = network, set[str]()
         ranks = Ranks(group, network)
-        self._planner = Planner(self.method, network, ranks, self._warn)
+        self._planner = Planner(self.method, network, ranks, self.warn)
         known = RunInfo(
             training_sigma=training_sigma,
             second_only=self.method.evaluations == "second",
@@ -111,7 +112,7 @@ class Engine:
         )
         each, noise = decide == "each", None if noise is None else number("noise", noise, high=1.0)
         clock = Clock(sigmas, lowest_sigma)
-        self.runs = Runs(self.method, clock, known, reference, each, noise, ranks, self._warn)
+        self.runs = Runs(self.method, clock, known, reference, each, noise, ranks, self.warn)
         if self.method.skip == "uncond" and not self.off and (each or self._planner.looks_inside):
             other = "decide='each'" if each else f"{self.method.name}, which decides inside the model"
             raise OptionError(f"skip='uncond' with {other}: the reference is always computed; use skip='all'")
@@ -121,7 +122,7 @@ class Engine:
     def __call__(self, call: Call) -> Any:
         """Answers one call. A second thread, or a call made by the model itself, goes straight to the model."""
         if not self._lock.acquire(blocking=False):
-            self._warn("a second thread called while the first was being answered: give each run a wrapper of its own")
+            self.warn("a second thread called while the first was being answered: give each run a wrapper of its own")
             return call.run_model()
         try:
             if self._busy:
@@ -175,6 +176,11 @@ class Engine:
         """Whether the run in progress was announced by the host, and has not ended yet."""
         return self.runs.clock.announced
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether anything that the run in progress has computed is kept."""
+        return self.runs.current is not None and bool(self.runs.current.caches)
+
     def announce(
         self,
         sigmas: Tensor | Iterable[float] | None = None,
@@ -208,6 +214,15 @@ class Engine:
             if self.runs.current is not None:
                 self.runs.current.forget()
 
+    def fork(self) -> Engine:
+        """Another engine with the same options, for a run at the same time as this one's.
+
+        The host knows which calls belong to its run, from whatever thread or task they come.
+        """
+        other = copy(self)
+        other.runs = self.runs.fork()
+        return other
+
     def set_step(self, step: int) -> None:
         """The sampler's callback: the first evaluation of this step has just been answered."""
         self.runs.clock.set_step(step)
@@ -228,11 +243,11 @@ class Engine:
                 "the model's parameters require gradients, and skipped evaluations have none: everything is computed. "
                 "Sample under torch.no_grad() if you do not train"
             )
-            self._warn(sentence)
+            self.warn(sentence)
             run.report.note(sentence)
             return "gradients are asked for"
         if position.mixed:
-            self._warn("the rows of the batch have different sigmas: such evaluations are always computed")
+            self.warn("the rows of the batch have different sigmas: such evaluations are always computed")
             return "sigmas differ in the batch"
         return None
 
@@ -243,7 +258,7 @@ class Engine:
             run.trains = any(parameter.requires_grad for parameter in parameters)
         return run.trains
 
-    def _warn(self, sentence: str) -> None:
+    def warn(self, sentence: str) -> None:
         """Issues each warning once per engine."""
         if sentence not in self._warned:
             self._warned.add(sentence)

@@ -7,6 +7,7 @@ host writes a `Call` and passes it to an `Engine`.
 from ._optional import require
 from .branch import Branch, CacheEntry, History
 from .call import Call
+from .caller import Caller, caller
 from .clock import Clock, Position, near, same_sigma
 from .criteria import (
     INVALID_STATE,
@@ -77,6 +78,7 @@ __all__ = [
     "Branch",
     "CacheEntry",
     "Call",
+    "Caller",
     "Chebyshev",
     "Clock",
     "CommonOptions",
@@ -129,6 +131,7 @@ __all__ = [
     "accepted_options",
     "as_gates",
     "calibration",
+    "caller",
     "flag",
     "groups_of",
     "groups_of_mesh",

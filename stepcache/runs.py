@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .call import Call
+from .caller import caller
 from .clock import Clock, Position, same_sigma
 from .criteria.always import Always
 from .methods.base import Method
@@ -19,7 +19,7 @@ from .report import Report
 from .run import Evaluation, Run
 from .run_info import RunInfo
 
-CHANGED = "shape, dtype, device, thread, prompt or model changed within the run: the cache was dropped"
+CHANGED = "shape, dtype, device, thread, task, prompt or model changed within the run: the cache was dropped"
 
 
 class Runs:
@@ -53,6 +53,7 @@ class Runs:
         self.current: Run | None = None
         self._method, self._known, self._ranks, self._warn = method, known, ranks, warn
         self._reference, self._each, self._noise = reference, each, noise
+        self._of_one_caller = True
         self.check_mask()
 
     def announce(
@@ -83,6 +84,13 @@ class Runs:
         clock.end()
         return {**self.__dict__, "current": None, "clock": clock}
 
+    def fork(self) -> Runs:
+        """Others of the same model, called from any thread or task."""
+        other = copy(self)
+        other.clock = self.clock.fork()
+        other.report, other._of_one_caller = Report(self._method.name), False
+        return other
+
     def check_mask(self) -> None:
         """OptionError if the method's mask has another length than the schedule."""
         mask, steps = self._method.mask, self.clock.steps
@@ -93,7 +101,8 @@ class Runs:
         """The evaluation that a call belongs to: the one in progress, the next one, or the first of a new run."""
         latent, names = call.latent, call.names
         rows = latent.shape[0] // len(names)
-        key = (rows, *latent.shape[1:], latent.dtype, latent.device, threading.get_ident(), call.cache_key)
+        who = caller() if self._of_one_caller else None
+        key = (rows, *latent.shape[1:], latent.dtype, latent.device, who, call.cache_key)
         if self.current is not None and call.evaluation is None and call.place is None and not self._method.never_skips:
             twice = self._called_twice(self.current, call)
             if twice is not None:

@@ -48,7 +48,7 @@ from stepcache.extend import (
     Reuse,
     Verdict,
 )
-from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
+from stepcache.samplers.k_diffusion import CachedDenoiser, DenoiserCall, InTurn, sample
 
 # Off is off.
 
@@ -166,7 +166,7 @@ def test_another_device_begins_a_new_run():
 
 # In a run that the host announced, such a change costs the cache alone.
 
-DROPPED = "shape, dtype, device, thread, prompt or model changed within the run: the cache was dropped"
+DROPPED = "shape, dtype, device, thread, task, prompt or model changed within the run: the cache was dropped"
 
 
 @pytest.mark.parametrize("stages", [None, 1])
@@ -208,19 +208,20 @@ def test_a_change_within_an_announced_run_is_noted_once_and_nothing_else_twice()
 
 
 def test_another_thread_or_device_within_an_announced_run_begins_with_a_clean_cache():
-    model = cached(twice, Method())
-    with model.run(SIX):
-        drive(model, (10, 8), 1.0)
-        thread = threading.Thread(target=drive, args=(model, (6, 4), 1.0))
-        thread.start()
-        thread.join()
-        drive(model, (2,), 1.0)
-        model(filled(1.0).to("meta"), level(1))
-    assert decisions(model) == "CSCSCC"
-    assert reasons(model)[0::2] == ["no cache yet"] * 3
-    assert reasons(model)[5] == "no cache yet"
-    assert [event.position.step for event in model.report.events] == [0, 1, 2, 3, 4, 5]
-    assert model.report.notes == [DROPPED]
+    engine = cached(twice, Method()).engine
+    model = lambda x, sigma: engine(DenoiserCall(twice, plain, ("guided",), x, sigma, {}))  # noqa: E731
+    engine.announce(SIX)
+    drive(model, (10, 8), 1.0)
+    thread = threading.Thread(target=drive, args=(model, (6, 4), 1.0))
+    thread.start()
+    thread.join()
+    drive(model, (2,), 1.0)
+    model(filled(1.0).to("meta"), level(1))
+    assert decisions(engine) == "CSCSCC"
+    assert reasons(engine)[0::2] == ["no cache yet"] * 3
+    assert reasons(engine)[5] == "no cache yet"
+    assert [event.position.step for event in engine.report.events] == [0, 1, 2, 3, 4, 5]
+    assert engine.report.notes == [DROPPED]
 
 
 def test_a_criterion_learns_anew_after_a_change_within_an_announced_run():
@@ -545,7 +546,7 @@ def test_a_refused_announcement_leaves_the_engine_as_it_was():
     drive(model, SIX[:-1], 1.0)
     assert decisions(model) == "CSCSCS"
     drive(model, SIX[:-1], 1.0)
-    assert model.report.run == 1
+    assert model.report.run == 2  # the refused one has a number too
     assert decisions(model) == "CSCSCS"
 
 
