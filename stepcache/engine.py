@@ -144,7 +144,7 @@ class Engine:
             raise
 
     def _answer_or_pass(self, call: Call) -> Any:
-        """Off, gradients and mixed sigmas are passed to the model, without a look at the tensors."""
+        """Passes the call to the model if nothing may be cached: `_pass_reason` says why."""
         evaluation = self.runs.locate(call)
         if reason := self._pass_reason(call, evaluation):
             evaluation.run.report.passed(evaluation.position, call.names, reason)
@@ -155,16 +155,18 @@ class Engine:
         return answer
 
     def _answer(self, call: Call, evaluation: Evaluation) -> Any:
-        """The life of one evaluation, top to bottom, for the branches that one call asks for."""
+        """Answers one call: plan, compute, check, predict, remember, report."""
         run = evaluation.run
-        branches = run.branches(call, evaluation)  # each with its input and what it computed before
-        plan = self._planner.plan(evaluation, branches)  # compute or predict, for each branch
-        plan, outputs = self._planner.compute(call, run, plan, branches)
+        branches = run.branches(call, evaluation)  # each with its input and its cache
+        plan = self._planner.plan(evaluation, branches)  # compute or predict, branch by branch
+        plan, outputs = self._planner.compute(call, run, plan, branches)  # a forward pass may change the plan
         plan, outputs = self._planner.checked(call, run, plan, branches, outputs)
         outputs |= {name: branches[name].predict() for name in plan.predicted}
         run.update(call, plan, branches, outputs)
         run.report.append(evaluation.position, plan, branches)
-        return call.rebuild(tuple(outputs[name] for name in call.names)) if plan.predicted else call.raw
+        return (
+            call.rebuild(tuple(outputs[name] for name in call.names)) if plan.predicted else call.raw
+        )  # as returned, to the bit
 
     @property
     def report(self) -> Report:
@@ -228,7 +230,7 @@ class Engine:
         self.runs.clock.set_step(step)
 
     def _pass_reason(self, call: Call, evaluation: Evaluation) -> str | None:
-        """Why the model is called without a look at the tensors; None if it is not."""
+        """Why the model is called without planning, and nothing is cached; None if there is no such reason."""
         run, position = evaluation.run, evaluation.position
         if self.off:
             return "off"

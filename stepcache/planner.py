@@ -1,4 +1,4 @@
-"""What becomes of the branches of a call: gates first, then caches, then the criterion, then the forward pass."""
+"""Decides which branches of a call are computed and which are predicted, and runs the model for the former."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Planner:
         if reason is None and not all(branch.predictable for branch in branches.values()):
             reason = NO_CACHE
             if all(branch.history for branch in branches.values()):
-                self._agree(False, branches)  # other ranks may have a prediction, and ask
+                self._agree(False, branches)  # the other ranks may wait for this one's answer
         if reason is None and deciding and self._probe is not None:
             reason = PENDING
         if reason is not None:
@@ -96,7 +96,7 @@ class Planner:
     def _followed_reason(
         self, evaluation: Evaluation, deciding: Sequence[str], branches: dict[str, Branch]
     ) -> ComputeReason | None:
-        """Why branches that do not decide are computed: as the reference was, or because it has not been here yet."""
+        """Why branches that do not decide are computed: as the reference was, or because it has not been called yet."""
         if deciding or evaluation.decided:
             return None if deciding else evaluation.reason
         self._warn(
@@ -121,19 +121,19 @@ class Planner:
         return Plan.compute(branches, reason if finite else NOT_FINITE, deciding, verdicts)
 
     def _keep_reference(self, evaluation: Evaluation, plan: Plan) -> Plan:
-        """If the others are predicted from the reference, it is computed at evaluations that are skipped too."""
+        """With skip="uncond" the reference is computed at skipped evaluations, too: the others need its output."""
         run = evaluation.run
         if not run.relative or plan.computed or run.reference not in plan.reasons:
             return plan
         names = list(plan.reasons)
         if names == [run.reference] == list(evaluation.expected):
-            run.report.obstacle(f"where {run.reference} is the only branch nothing is skipped")
+            run.report.obstacle(f"if {run.reference} is the only branch, nothing is skipped")
         if run.indivisible and len(names) > 1:
             return plan.all_computed(INDIVISIBLE)
         return plan.with_reasons({name: OTHERS_PREDICTED if name == run.reference else None for name in names})
 
     def compute(self, call: Call, run: Run, plan: Plan, branches: dict[str, Branch]) -> tuple[Plan, Outputs]:
-        """Runs the model for what the plan computes: the raw outputs by name, and the plan as it came out."""
+        """Runs the model for what the plan computes: the plan, which that may change, and the raw outputs by name."""
         if not plan.computed:
             return plan, {}
         observed = plan.deciding and all(reason is None or reason.observe for reason in plan.reasons.values())
@@ -159,7 +159,7 @@ class Planner:
     ) -> tuple[Plan, Outputs]:
         """Runs the model until the criterion has seen what it looks at, and on to the end unless it says skip.
 
-        If the decision has been made already, the criterion is shown the signal all the same, for the next one.
+        If it has been decided already, the criterion still sees the signal, for the next decision.
         """
         self._refuse_skipped_layers(call, plan.deciding)
         for branch in branches.values():
@@ -196,9 +196,9 @@ class Planner:
         return self.compute(call, run, plan.all_computed(NOT_FINITE if possible else NO_CACHE), branches)
 
     def _sound(self, branch: Branch) -> bool:
-        """Whether a prediction is finite; seen from its cache, without a transfer, if that is enough.
+        """Whether a prediction is finite; read from its cache, without a transfer, if that is enough.
 
-        It is not if the prediction is relative to another branch's output of this very evaluation.
+        It is not enough if the prediction is relative to another branch's output of this very evaluation.
         """
         if self._method.predictor.finite_if_cache_is and not branch.rebased:
             return all(math.isfinite(entry.size) for entry in branch.history)
@@ -213,9 +213,9 @@ class Planner:
         for key in SKIP_LAYERS:
             if call.keywords.get(key) is not None:
                 raise OptionError(
-                    f"STG is not supported with {self._method.name} where it decides: {', '.join(deciding)} is called "
-                    f"with {key}, which leaves blocks out. Turn it off, let another branch decide (reference=), or use "
-                    "a method that looks at no block (forecast, ucache)"
+                    f"STG is not supported with {self._method.name} in the deciding branch: {', '.join(deciding)} is "
+                    f"called with {key}, which leaves blocks out. Turn it off, let another branch decide (reference=), "
+                    "or use a method that looks at no block (forecast, ucache)"
                 )
 
 

@@ -18,7 +18,7 @@ N = TypeVar("N", int, float)
 FORMAT = "stepcache profile 1"
 LARGEST_FILE = 4 * 2**20
 HISTORY = 3
-"""The most computed evaluations that a prediction leans on."""
+"""The most past evaluations that a prediction uses."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Prediction:
         order: of the polynomial through the last computed evaluations.
         share: how much of it goes through the denoised image, 0 to 1; the rest through the derivative.
         evaluations: those that the learned weights are for, oldest first; empty without any.
-        derivative, denoised: the learned weights, one an evaluation. They are used if exactly these evaluations were
-            the last computed ones, else order and share are.
+        derivative, denoised: the learned weights, one per evaluation. They are used if exactly these evaluations
+            were the last computed ones; otherwise order and share are.
     """
 
     order: int
@@ -71,7 +71,7 @@ class Profile:
     """Which evaluations of a run are computed, and how each of the others is predicted.
 
     Attributes:
-        computed: a digit an evaluation: 1 is computed, 0 is predicted.
+        computed: one digit per evaluation: 1 is computed, 0 is predicted.
         predictions: by the number of the skipped evaluation.
         schedule: the sigmas that it was made on.
         sampler: the name of the sampler that it was made under.
@@ -143,7 +143,7 @@ class Profile:
         return bool(self.schedule) and not same
 
     def written(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As JSON values."""
         return {
             "format": FORMAT,
             "sampler": self.sampler,

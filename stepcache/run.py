@@ -39,10 +39,10 @@ class Evaluation:
         number: the host's own number of it, or None.
         expected: the branches of the evaluation before.
         names: the branches seen so far.
-        decided: whether the branch that decides has been here.
+        decided: whether the deciding branch has been called.
         reason: why that branch was computed; None if the evaluation is skipped.
         baseline: the reference branch's output, if the other branches are predicted from it.
-        latents: the latent of each call, by its branches, and its version: by them a call that comes twice is known.
+        latents: the latent of each call, by its branches, and its version: they show that a call comes twice.
         repeated: its branches were called before in this evaluation.
     """
 
@@ -85,7 +85,7 @@ class Run:
         static: the mask's zeros are skipped without asking the criterion.
         relative: the other branches are predicted relative to the reference's output.
         trains: whether the network's parameters require gradients; None if nobody has looked yet.
-        repeats: whether branches come twice with different x in one evaluation; None if that is to be seen.
+        repeats: whether branches come twice with different x in one evaluation; None: not known yet.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Run:
         return names
 
     def update(self, call: Call, plan: Plan, branches: dict[str, Branch], outputs: dict[str, Tensor]) -> None:
-        """Learns from what was computed, and counts. `outputs` are what the host is answered with."""
+        """Learns from what was computed, and counts. `outputs`: what the host gets."""
         self._remember_answers(branches, outputs)
         for name, branch in branches.items():
             reason = plan.reasons[name]

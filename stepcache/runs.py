@@ -134,7 +134,7 @@ class Runs:
     def _called_twice(self, run: Run, call: Call) -> Evaluation | None:
         """The evaluation in progress, marked as repeated, if the same branches were called in it before.
 
-        With the very same latent they are other branches under one name. With another latent they may be another part
+        If the latent is the very same, two branches share a name. With another latent they may be another part
         of the batch: certainly in a schedule with one evaluation a step, or if it was so before in this run; else it is
         Heun's next step. Parts of a batch cannot be told apart later, so nothing that they computed is kept.
         A sigma on an accelerator is not read for this; it must be the same tensor.

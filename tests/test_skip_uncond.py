@@ -102,7 +102,7 @@ def test_alone_the_reference_is_computed_and_the_report_says_so():
     model = cached(lambda x, sigma: 2 * x, FOLLOW, sigmas=SIX)
     assert drive(model, SIX[:6], XS) == pytest.approx([2 * x for x in XS])
     assert decisions(model) == "CCCCCC"
-    assert "skip='uncond': where guided is the only branch nothing is skipped" in model.report.notes
+    assert "skip='uncond': if guided is the only branch, nothing is skipped" in model.report.notes
 
 
 def test_the_report_does_not_say_that_nothing_was_skipped_where_the_others_end_within_the_run():
@@ -113,7 +113,7 @@ def test_the_report_does_not_say_that_nothing_was_skipped_where_the_others_end_w
         model(filled(x, rows=len(label)), level(sigma, len(label)), label=label)
     assert decisions(model, "uncond") == "CSC"
     assert [note for note in model.report.notes if "nothing is skipped" in note] == [
-        "skip='uncond': where cond is the only branch nothing is skipped"
+        "skip='uncond': if cond is the only branch, nothing is skipped"
     ]
 
 

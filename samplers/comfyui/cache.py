@@ -26,7 +26,7 @@ class Cache:
         decide: "reference": the positive branch's change decides, for all images of a batch. "each": every branch of
             every image decides for itself, and an evaluation is skipped if all of them agree.
 
-    All copies of a model share it, because it holds nothing of a run.
+    All copies of a model share it: the state of a run is not in it. `report` is that of the run that ended last.
     """
 
     def __init__(self, method: Method, decide: str = "reference") -> None:
@@ -83,8 +83,8 @@ class Cache:
         run.engine.announce(known, stages, (stages == 1 or name in AT_STEP_ENDS) and not churn, loops=False)
         if not self.method.never_skips and (others := other_caches(guider.model_options)):
             sentence = (
-                f"{' and '.join(others)} is on this model too: both skip, the errors add up, and what it skips counts "
-                "as computed here. Keep one of them"
+                f"{' and '.join(others)} is on this model too: both skip, the errors add up, and what it skips is "
+                "reported as computed here. Keep one of them"
             )
             run.notes.append(sentence)
             log.warning("StepCache: %s", sentence)

@@ -45,7 +45,7 @@ class Criterion(ABC):
 
     @property
     def never_skips(self) -> bool:
-        """Whether these options can never skip: the model is then called directly, without any bookkeeping."""
+        """Whether these options can never skip: the model is then always called."""
         return False
 
     blocks: Blocks | None = None

@@ -45,7 +45,7 @@ def tune(
         subject: what is sampled, as for `stepcache.bench`: a k-diffusion model, a diffusers pipeline, or your own.
         calls: network calls of a run, for each branch of guidance.
         speedup: how many times fewer calls than evaluations: 3 is a third of them, or fewer.
-        psnr: what the metric must reach, in the mean over calibration seeds; then as few calls as that needs.
+        psnr: the mean that the metric must reach on the calibration seeds, with as few calls as possible.
         sampler, steps: which runs; the sampler by the subject's name for it.
         seeds: how many, or which. The first half calibrates, in one batch; the other half is held out, and only
             measured.
@@ -55,7 +55,7 @@ def tune(
         console: of `rich`, to show the progress on.
 
     Returns a `Profile`; `.save("name.json")` writes it, and `stepcache.load_profile("name.json")` is the method that
-    replays it. Raises `OptionError` for a target that cannot be, and for seeds that do not make two halves.
+    replays it. Raises `OptionError` if the target is out of range, or if there are fewer than two different seeds.
 
     Example:
         >>> import torch

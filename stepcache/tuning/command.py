@@ -14,11 +14,11 @@ from .frontier import frontier
 
 
 def add(parser: argparse.ArgumentParser, network: str, guidance: str) -> None:
-    """The command's options; two of its texts are the command line's own."""
+    """The command's options; the help texts of --network and --guidance are those of the other commands."""
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--calls", type=int, help="network calls of a run")
-    target.add_argument("--speedup", type=float, help="so many times fewer calls than evaluations, as 3")
-    target.add_argument("--psnr", type=float, help="what the metric must reach, as 45; then as few calls as possible")
+    target.add_argument("--speedup", type=float, help="how many times faster, e.g. 3: evaluations over calls")
+    target.add_argument("--psnr", type=float, help="what the metric must reach, e.g. 45, with as few calls as possible")
     target.add_argument("--frontier", action="store_true", help="the best of every number of calls, beside its rivals")
     parser.add_argument("--network", required=True, metavar="NAME", help=network)
     parser.add_argument("--guidance", type=float, help=guidance)
@@ -27,7 +27,11 @@ def add(parser: argparse.ArgumentParser, network: str, guidance: str) -> None:
     parser.add_argument("--samples", type=int, default=20, help="seeds: half to calibrate, half held out (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")
     parser.add_argument("--metric", help="a metric of the subject's (default its first)")
-    parser.add_argument("--budget", type=float, help=f"the most it may cost, in full runs (default {BUDGET} a step)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help=f"most full runs (default {BUDGET} a step; with --frontier 0.5 a step, for each number of calls)",
+    )
     parser.add_argument("--state", type=Path, help="a file to resume from (default: none is kept)")
     parser.add_argument("--other", nargs="*", default=[], help="other samplers as rivals, with --frontier")
     parser.add_argument("--out", type=Path, help="the profile (profile.json); with --frontier a folder (frontier)")

@@ -133,7 +133,8 @@ def frontier(
         rivals: methods at several settings, by the name they have in the table.
         budget: the most full runs that the trials of one number of calls may cost. Default half the number of steps.
 
-    A number of calls begins at its own best places and at those of its neighbour with one call more.
+    Each number of calls starts from its own best places by dynamic programming, and from those of one call more less
+    one place.
     """
     steps = number_of_steps(steps)
     each = number("budget", steps / 2 if budget is None else budget)
@@ -165,7 +166,7 @@ def _searched(search: Search, wanted: Sequence[int], budget: float) -> list[Foun
 
 
 def _rising(search: Search, found: Sequence[Found]) -> list[Found]:
-    """Without those that are no better than one with fewer calls, after a try with that one's places and one more."""
+    """Leaves out what is no better than with fewer calls, after a try with the places of those and one more."""
     kept = [found[0]]
     for one in found[1:]:
         last = kept[-1]

@@ -40,7 +40,7 @@ class HeldOut:
     def scores(
         self, method: Method | None = None, steps: int | None = None, sampler: str | None = None
     ) -> tuple[list[float], float]:
-        """The metric of every sample against the full run, and calls for one branch; of this run's own steps."""
+        """The metric of every sample against the full run, and the calls of one branch. Default: the search's steps."""
         images, calls = self._sampled(steps or self.search.steps, method, sampler)
         return [float(value) for value in self.search.metric(images, self.full, self.seeds)], calls
 
@@ -53,7 +53,7 @@ class HeldOut:
         return self._fewer[steps]
 
     def profile(self, found: Found) -> Profile:
-        """The profile, with learned weights if the held-out seeds gain by them, and its figures."""
+        """The profile and its figures. Learned weights are kept if the held-out seeds gain by them."""
         search = self.search
         digits = tuple(int(n in found.places) for n in range(search.full.evaluations))
         plain = search.orders_alone(found.places)

@@ -1,4 +1,4 @@
-"""What a search has found so far, in a file of one line a finding, so that it can be stopped and resumed."""
+"""What a search has found so far, as JSON lines in a file, so that it can be stopped and resumed."""
 
 from __future__ import annotations
 

@@ -24,17 +24,17 @@ class Placement:
 
     Evaluations i+1 to k-1 between two computed ones move the latent by the sum of h_n d_n. What is predicted for them
     is made of the slopes d_a, d_b, d_i and latents x_a, x_b, x_i of the last computed evaluations, and of the latents
-    in between as they are known by then: x_(i+1), and the fresh noise since. What no weights of these can explain is
-    the error that a skip leaves at k, and
+    in between as they are known by then: x_(i+1), and the fresh noise since. The residual of the best weights is the
+    error that the gap leaves at k, and
 
         cost(a, b, i, k) = growth_k^2 min over weights of |sum of h_n d_n - weighted sum|^2
 
     Costs of the stretches between computed evaluations add up. The state is the last three computed evaluations,
-    because a prediction leans on three.
+    because a prediction uses three (two in runs of more than `LONG` evaluations, to save time).
 
     Args:
         full: the tape of the full run.
-        growth: of each evaluation, and of the end of the run, the error at the end over the error in the latent there.
+        growth: growth[n] is the error at the end over the error in the latent at evaluation n; 1 at the end itself.
     """
 
     def __init__(self, full: Tape, growth: Sequence[float]) -> None:
@@ -47,7 +47,7 @@ class Placement:
         self._gram = self._extended(products_of(rows, full.sizes), full)
 
     def _extended(self, gram: Tensor, full: Tape) -> Tensor:
-        """The inner products of latents x, slopes d, and what is made of them: v, sums of z, sums of h_n d_n.
+        """The inner products of latents x, slopes d, and of the vectors made of them: v, sums of z, sums of h_n d_n.
 
         z_n is the fresh noise in x_n, which a prediction sees there, and v_n = x_n - z_n.
         """

@@ -11,7 +11,7 @@ from stepcache._optional import require
 
 @contextmanager
 def progress(console: Any, budget: float) -> Iterator[Callable[[str, float], None]]:
-    """A bar of what was spent of the budget, with the best so far: a function of both. Without a console, nothing."""
+    """Gives `say(best so far, spent)`, which moves a progress bar; without a console it does nothing."""
     if console is None:
         yield lambda sentence, spent: None
         return

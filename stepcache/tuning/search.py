@@ -25,7 +25,7 @@ ROUND = 8
 """So many trials are made before the best of them is taken: independent of each other, so that workers can share."""
 
 PATIENCE = 0.1
-"""What a round without success counts, as a share of how far the best choice is ahead of the median one."""
+"""The penalty of a round without success, as a share of the best score minus the median one."""
 
 QUIET = 12
 """After so many rounds without a better choice the search ends."""
@@ -107,7 +107,7 @@ class Search:
         self.notebook.add("trait", trait)
 
     def _growth(self) -> list[float]:
-        """What becomes, until the end, of an error made at each evaluation: each is skipped alone, once.
+        """How much an error made at each evaluation has grown by the end: each is skipped once, alone.
 
         The evaluations before it are answered from the full run's tape, so that this costs half as many full runs as
         there are evaluations, a quarter in long runs.
@@ -136,7 +136,7 @@ class Search:
     def score(self, places: Places, around: Found | None = None) -> Found:
         """A trial of these places, or what the notebook knows of them.
 
-        What these places have in common with those of `around`, from the beginning on, is answered from its tape.
+        The beginning that these places share with those of `around` is answered from its tape.
         """
         name = ",".join(map(str, places))
         if known := self.notebook.get(name):
@@ -162,8 +162,8 @@ class Search:
     def climb(self, start: Places, budget: float | None = None, enough: float | None = None) -> Found:
         """The best places that trials find from these on, until the budget ends or the mean is `enough`.
 
-        Round after round of trials is made around one choice: the best so far; after rounds that found nothing better,
-        each of which counts as a step down, another one. It ends if `QUIET` rounds have found nothing.
+        Each round tries neighbours of one choice, usually the best so far. Each round that finds nothing better lowers
+        the rank of its choice, so that the search moves on to another one. It ends after `QUIET` such rounds in a row.
         """
         cost = len(start) / self.full.evaluations  # of one trial, at most
         limit = self.budget - 1 - 4 * cost  # the held-out seeds are measured afterwards

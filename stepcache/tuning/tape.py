@@ -18,7 +18,7 @@ Guidance = Mapping[str, float]
 """The weight of each branch in what the sampler is given; they add up to 1."""
 
 NOISY = 0.02
-"""The share of the squared movement that a deterministic sampler cannot have made, from which a run is noisy."""
+"""A run is noisy if more than this share of its squared movement is none that a deterministic sampler can make."""
 
 
 @dataclass
@@ -106,10 +106,10 @@ class Tape:
 
     @cached_property
     def guidance(self) -> Guidance:
-        """Of a full run the weights of its branches, seen in how the sampler moved the latent.
+        """The guidance weights of a full run, estimated from how the sampler moved the latent.
 
         From one evaluation to the next it moves by h sum_b w_b d_b, in samplers of order 1 and at the first evaluation
-        of all others; elsewhere something is left over, and the evaluation counts the less:
+        of all others; elsewhere there is a remainder, and the larger it is, the less the evaluation counts:
 
             w = argmin of sum_n |x_(n+1) - x_n - h_n sum_b w_b d_b|^2 / left_n,   sum of w = 1
         """
@@ -132,7 +132,7 @@ class Tape:
 
     @cached_property
     def responses(self) -> list[float]:
-        """Of a full run h_n of each evaluation: how far the latent moves along its slope because of it.
+        """The effective step h_n of each evaluation in a full run: how far it moves the latent along its slope.
 
         Measured at samplers with one evaluation a step, whose fresh noise it leaves out. With two a step each counts
         half of the step. After the last evaluation the latent goes to sigma = 0.

@@ -43,15 +43,14 @@ class Trial:
 
     h is how far the sampler moves the latent along d (`Tape.responses`): with this k the next evaluation is at x*.
     Order and share that come nearest to it in least squares are taken; if `learn`, weights by ridge regression around
-    them. That needs the full run's tape and no further call: fitted to what the network would say here, which costs
-    calls, predictions turn out worse, because a least-squares fit always falls a little short and the shortfalls add
-    up.
+    them. That needs the full run's tape and no further call. A fit to the network's own output here costs calls and is
+    worse: least squares makes every prediction a little too small, and over a gap that adds up.
 
     Args:
         full: the tape of the full run; None: this is the full run, and everything is computed.
         places: the evaluations that are computed.
         learn: whether weights are learned.
-        prefix, since: another trial's tape. Evaluations before `since` are answered from it, without calls.
+        prefix, since: another trial. Evaluations before `since` are answered from its tape, without calls.
     """
 
     def __init__(

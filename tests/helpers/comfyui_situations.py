@@ -602,7 +602,7 @@ def test_windows_with_skip_uncond_are_computed(host: Any) -> None:
 def test_skip_uncond_without_guidance_skips_nothing(host: Any) -> None:
     plain, model = host.model(), patched(host.model(), chosen("forecast", SKIP_UNCOND))
     assert torch.equal(run(host, model, cfg=1.0), run(host, plain, cfg=1.0))
-    assert "where cond is the only branch nothing is skipped" in str(cache_of(model).report.notes)
+    assert "if cond is the only branch, nothing is skipped" in str(cache_of(model).report.notes)
 
 
 def test_what_is_written_for_both_prompts_in_one_batch_gets_them(host: Any) -> None:

@@ -361,7 +361,7 @@ def test_conditioning_that_is_not_ordered_by_rows_on_a1111_is_computed_whole_and
 
 def test_without_a_negative_prompt_it_says_so():
     p = Host("forge").job(negative_only(), cfg_scale=1.0)
-    assert "where cond is the only branch nothing is skipped" in p.comments[0]
+    assert "if cond is the only branch, nothing is skipped" in p.comments[0]
     result = "negative prompt computed in 10 of 10 steps (nothing saved)"
     assert p.extra_generation_params["StepCache result"] == result
 
