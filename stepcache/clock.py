@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .options import OptionError, shown
+
 CHURN = 2**0.5
 """k-diffusion's `s_churn` raises sigma by at most this factor (gamma <= sqrt(2) - 1)."""
 
@@ -43,15 +45,19 @@ class Position:
 
 
 def as_schedule(sigmas: Tensor | Iterable[float] | None) -> tuple[float, ...] | None:
-    """A schedule as floats: sigmas[0] to sigmas[n], n steps. Raises ValueError if it cannot be one."""
+    """A schedule as floats: sigmas[0] to sigmas[n], n steps. Raises OptionError if it cannot be one."""
     if sigmas is None:
         return None
-    values = sigmas.detach().float().flatten().tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
+    try:
+        given = sigmas.detach().float().flatten().tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
+        values = tuple(torch.tensor(given, dtype=torch.float32).tolist())
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
+        values = ()
     if len(values) < 2 or any(not s >= 0 or s == float("inf") for s in values):
-        raise ValueError(
-            f"sigmas must be two or more finite numbers >= 0, highest first, as samplers take them; got {values}"
+        raise OptionError(
+            f"sigmas must be two or more finite numbers >= 0, highest first, as samplers take them; got {shown(sigmas)}"
         )
-    return tuple(torch.tensor(values, dtype=torch.float32).tolist())
+    return values
 
 
 class Clock:
@@ -114,7 +120,7 @@ class Clock:
         was broken off: announce each of them then.
         """
         if stages not in (None, 1, 2):
-            raise ValueError(f"stages={stages!r}: accepted are 1, 2 and None (not known)")
+            raise OptionError(f"stages={shown(stages)}: accepted are 1, 2 and None (not known)")
         self.restart()
         self.schedule = as_schedule(sigmas) if sigmas is not None else self._default
         self.stages, self.announced, self._follows_schedule, self._loops = stages, True, True, loops
@@ -161,7 +167,7 @@ class Clock:
 
     def set_step(self, step: int) -> None:
         """The sampler's callback names the step whose first evaluation came last."""
-        if self._last is not None and (self.steps is None or 0 <= step < self.steps):
+        if self._last is not None and 0 <= step < (step + 1 if self.steps is None else self.steps):
             # Two steps begun by two evaluations in a row: this sampler has one a step.
             self._single = self._single or self._noted_at == self._last.evaluation - 1
             self._last.step, self._last.stage, self._noted_at = step, 0, self._last.evaluation

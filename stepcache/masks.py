@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
-from .options import OptionError, number, unknown
+from .options import OptionError, number, shown, unknown
 
 Policy = Literal["dynamic", "static"]
 
@@ -75,12 +76,13 @@ class StepMask:
 
         `StepMask.bins(compute=[3, 1, 1], cache=[2, 2])` is 111001001.
         """
-        return cls(_interleaved(tuple(compute), tuple(cache)), policy)
+        return cls(_interleaved(_bins("compute", compute), _bins("cache", cache)), policy)
 
     def for_steps(self, steps: int) -> tuple[int, ...]:
         """The digits for a run of `steps` steps. OptionError if the mask has another length."""
         if isinstance(self.mask, str):
             return scaled(self.mask, steps)
+        steps = number("steps", steps, low=1, whole=True)
         if len(self.mask) != steps:
             raise OptionError(
                 f"the mask has {len(self.mask)} entries, the run has {steps} steps: "
@@ -101,7 +103,6 @@ def preset_name(name: str) -> str:
     raise unknown("mask preset", str(name), PRESETS)
 
 
-@lru_cache(maxsize=256)
 def scaled(name: str, steps: int) -> tuple[int, ...]:
     """The preset `name` scaled to `steps` steps.
 
@@ -112,7 +113,11 @@ def scaled(name: str, steps: int) -> tuple[int, ...]:
     computed steps at the positions p(j (K - 1) / (C - 1)) (N - 1) / 27, linearly interpolated and rounded, then moved
     as little as needed so that no two coincide and no run of zeros is longer than ceil(N Z / 28).
     """
-    number("steps", steps, low=1, high=LONGEST, whole=True)
+    return _scaled(name, number("steps", steps, low=1, high=LONGEST, whole=True))
+
+
+@lru_cache(maxsize=256)
+def _scaled(name: str, steps: int) -> tuple[int, ...]:
     pattern = _interleaved(*PRESETS[name])
     ones = [i for i, digit in enumerate(pattern) if digit]
     gap = math.ceil(steps * max(PRESETS[name][1]) / len(pattern))
@@ -140,6 +145,15 @@ def _computed(name: str, steps: int) -> int:
     return max(by_share, by_gap, min(2, steps))
 
 
+def _bins(name: str, given: Any) -> tuple[int, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise OptionError(f"{name}={shown(given)}: accepted is a list of run lengths")
+    bins = tuple(number(f"{name} bin", one, low=1, high=LONGEST, whole=True) for one in islice(given, LONGEST + 1))
+    if sum(bins) > LONGEST:
+        raise OptionError(f"the {name} bins have {LONGEST} steps and more: accepted are masks of 1 to {LONGEST}")
+    return bins
+
+
 def _interleaved(compute: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int, ...]:
     if len(compute) - len(cache) not in (0, 1) or not compute:
         raise OptionError(
@@ -148,26 +162,35 @@ def _interleaved(compute: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int,
         )
     digits: list[int] = []
     for k in range(len(compute)):
-        digits += [1] * number("compute bin", compute[k], low=1, whole=True)
+        digits += [1] * compute[k]
         if k < len(cache):
-            digits += [0] * number("cache bin", cache[k], low=1, whole=True)
+            digits += [0] * cache[k]
     digits[-1] = 1
     return tuple(digits)
 
 
 def _digits(mask: str | Iterable[int]) -> tuple[int, ...]:
     if not isinstance(mask, (str, Iterable)):
-        raise OptionError(f"mask={mask!r}: accepted are text, a list of 0 and 1, and a preset ({', '.join(PRESETS)})")
+        presets = ", ".join(PRESETS)
+        raise OptionError(f"mask={shown(mask)}: accepted are text, a list of 0 and 1, and a preset ({presets})")
     if isinstance(mask, str):
         text = mask.strip()
         pieces = [piece.strip() for piece in text.removesuffix(",").split(",")] if "," in text else list(text)
     else:
-        pieces = [str(int(entry)) if entry in (0, 1) else str(entry) for entry in mask]
+        pieces = [_digit(entry) for entry in islice(mask, LONGEST + 1)]
     for position, piece in enumerate(pieces):
         if piece not in ("0", "1"):
-            raise OptionError(f"mask entry {position + 1} is {piece!r}: accepted is 1 (compute) or 0 (may be skipped)")
+            entry = f"mask entry {position + 1} is {shown(piece)}"
+            raise OptionError(f"{entry}: accepted is 1 (compute) or 0 (may be skipped)")
     if not pieces:
         raise OptionError("the mask is empty: give one entry a step, 1 (compute) or 0 (may be skipped)")
     if len(pieces) > LONGEST:
-        raise OptionError(f"the mask has {len(pieces)} entries: accepted are 1 to {LONGEST}")
+        raise OptionError(f"the mask has more than {LONGEST} entries: accepted are 1 to {LONGEST}")
     return tuple(int(piece) for piece in pieces)
+
+
+def _digit(entry: Any) -> str:
+    try:
+        return str(int(entry)) if entry in (0, 1) else str(entry)
+    except (TypeError, ValueError, RuntimeError):  # an array, a tensor, a number of thousands of digits
+        return shown(entry)

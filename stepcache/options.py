@@ -83,6 +83,11 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, w
     return int(value) if whole else float(value)
 
 
+def make_whole(owner: Any, name: str, *, low: float = 0.0, high: float = math.inf) -> None:
+    """Makes an attribute a whole number, as 2 if it was given as 2.0; OptionError naming it if it is none."""
+    object.__setattr__(owner, name, number(name, getattr(owner, name), low=low, high=high, whole=True))
+
+
 def flag(name: str, value: Any) -> bool:
     """`value` as a boolean; OptionError naming the option if it is neither a boolean nor 0 or 1.
 

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from toys import SIX, heun, level
 
+from stepcache import OptionError
 from stepcache.clock import CHURN, RISE, as_schedule
 from stepcache.extend import Clock, Position
 
@@ -421,9 +422,9 @@ def test_an_announcement_without_a_schedule_takes_the_default_one():
 
 def test_an_announcement_that_is_refused_changes_nothing():
     clock = Clock(SIX)
-    with pytest.raises(ValueError, match="stages=3"):
+    with pytest.raises(OptionError, match="stages=3"):
         clock.announce((5.0, 0.0), stages=3)
-    with pytest.raises(ValueError, match="two or more finite numbers"):
+    with pytest.raises(OptionError, match="two or more finite numbers"):
         clock.announce([5.0], stages=1)
     assert clock.schedule == SIX
     assert not clock.announced
@@ -437,9 +438,12 @@ def test_restart_makes_the_next_evaluation_the_first_of_a_run():
     assert [(w.run, w.evaluation, w.step) for w in places] == [(0, 0, 0), (0, 1, 1), (1, 0, 2)]
 
 
-@pytest.mark.parametrize("bad", [[1.0], [], [1.0, -1.0], [1.0, math.nan], [math.inf, 1.0]])
+NO_SCHEDULES = [[1.0], [], [1.0, -1.0], [1.0, math.nan], [math.inf, 1.0], 5, "x", ["x", 0], [[]], [1j, 0], [10**400, 0]]
+
+
+@pytest.mark.parametrize("bad", [*NO_SCHEDULES, [1e300, 0], object(), torch.ones(())])
 def test_what_is_no_schedule_is_refused(bad):
-    with pytest.raises(ValueError, match="two or more finite numbers >= 0, highest first"):
+    with pytest.raises(OptionError, match="two or more finite numbers >= 0, highest first"):
         as_schedule(bad)
 
 

@@ -115,7 +115,7 @@ def test_policy_is_dynamic_unless_said():
         (lambda: StepMask(5), "^mask=5: accepted are text, a list of 0 and 1, and a preset .slow, medium, fast, ultra"),
         (lambda: StepMask(None), "^mask=None: accepted are text"),
         (lambda: Method(mask=1.5), r"^mask=1\.5: accepted are text"),
-        (lambda: StepMask("1" * 1001), "1001 entries: accepted are 1 to 1000"),
+        (lambda: StepMask("1" * 1001), "more than 1000 entries: accepted are 1 to 1000"),
         (lambda: StepMask("fats"), "Did you mean 'fast'.*slow, medium, fast, ultra"),
         (lambda: StepMask("10", "statik"), "unknown policy 'statik'. Did you mean 'static'"),
         (lambda: StepMask.preset("slowly", 9), "Did you mean 'slow'"),
@@ -128,6 +128,14 @@ def test_policy_is_dynamic_unless_said():
         (lambda: StepMask.bins([1, 0], [1]), "compute bin=0"),
         (lambda: StepMask.bins([1, 1], [0]), "cache bin=0"),
         (lambda: StepMask.bins([1, 1.5], [2]), r"compute bin=1\.5"),
+        (lambda: StepMask.bins(5, [2]), "^compute=5: accepted is a list of run lengths"),
+        (lambda: StepMask.bins([1], None), "^cache=None: accepted is a list of run lengths"),
+        (lambda: StepMask.bins([10**9], []), "compute bin=1000000000: accepted is a whole number from 1 to 1000"),
+        (lambda: StepMask.bins([999, 2], [1]), "the compute bins have 1000 steps and more"),
+        (lambda: StepMask(range(10**18)), "entry 3 is '2'"),
+        (lambda: StepMask(itertools.repeat(1)), "more than 1000 entries"),
+        (lambda: StepMask([torch.ones(2)]), r"entry 1 is 'tensor\(\[1., 1.\]\)'"),
+        (lambda: StepMask.preset("fast", []), r"^steps=\[\]: accepted is a whole number from 1 to 1000"),
     ],
 )
 def test_what_is_no_mask_is_an_error_that_says_what_is(make, message):

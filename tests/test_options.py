@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import cached, drive, twice
+from toys import SIX, cached, drive, twice
 
 from stepcache import (
     METHODS,
@@ -36,7 +36,16 @@ from stepcache import (
     method,
 )
 from stepcache.experimental import ToleranceRule
-from stepcache.extend import PRESETS, Interval, UCacheRule, accepted_options
+from stepcache.extend import (
+    DMD,
+    PRESETS,
+    AdaptiveOrder,
+    FiniteDifference,
+    Interval,
+    Lagrange,
+    UCacheRule,
+    accepted_options,
+)
 
 CLI = json.loads((Path(__file__).parent / "data" / "golden.json").read_text(encoding="utf-8"))["tables"]["cli"]
 DEFAULTS = {
@@ -514,6 +523,13 @@ def test_any_value_of_any_option_is_refused_at_once_or_lasts_a_run(which, value)
             return  # a mask of another length than the run, or a method that needs a network with blocks
         with model.run([*sigmas, 0.0], 1):
             drive(model, sigmas, range(6))
+
+
+@pytest.mark.parametrize("predictor", [AdaptiveOrder(2.0), Lagrange(1.0), DMD(4.0, 2.0), FiniteDifference(2.0)])
+def test_a_whole_number_may_be_given_as_a_float(predictor):
+    model = cached(twice, Forecast(predictor=predictor), sigmas=SIX)
+    drive(model, SIX[:-1], range(6))
+    assert isinstance(predictor.history_size, int)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     fields = _fields(source)
     given = {key: value for key, value in fields.items() if value is not None}
     for key, value in given.items():
-        if key in NEUTRAL and value != NEUTRAL[key]:
+        if key in NEUTRAL and not _is_neutral(key, value):
             raise OptionError(
                 f"{key}={shown(value)}: cache-dit has this, here it cannot act; "
                 f"leave it out or set it to {NEUTRAL[key]!r}"
@@ -139,6 +139,13 @@ def _loaded(path: Path) -> Mapping[str, Any]:
     if not isinstance(fields, Mapping):
         raise OptionError(f"{path.name}: accepted are fields with values, {', '.join(FIELDS[:4])}, ...")
     return fields
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    try:
+        return bool(value == NEUTRAL[key])
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor
+        return False
 
 
 def _items(value: Any) -> list[Any]:

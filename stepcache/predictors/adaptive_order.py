@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..branch import Branch, CacheEntry, History
 from ..clock import near
-from ..options import number
+from ..options import make_whole, number
 from ..parametrization import Parametrization
 from .base import HIGHEST, Predictor
 
@@ -69,7 +69,7 @@ class AdaptiveOrder(Predictor):
     sampler_aware = True
 
     def __post_init__(self) -> None:
-        number("order", self.order, high=HIGHEST, whole=True)
+        make_whole(self, "order", high=HIGHEST)
         number("trust", self.trust)
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..branch import Branch, CacheEntry, History
-from ..options import number, unknown
+from ..options import make_whole, unknown
 
 Baseline = Literal["input", "zero"]
 
@@ -93,7 +93,7 @@ class FixedOrder(LinearPredictor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("order", self.order, high=HIGHEST, whole=True)
+        make_whole(self, "order", high=HIGHEST)
 
     @property
     def history_size(self) -> int:

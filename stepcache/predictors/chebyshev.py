@@ -8,7 +8,7 @@ import torch
 
 from ..branch import Branch
 from ..masks import LONGEST
-from ..options import number
+from ..options import make_whole, number
 from .base import HIGHEST, Baseline, LinearPredictor, Terms, on_host
 
 
@@ -51,10 +51,10 @@ class Chebyshev(LinearPredictor):
     def __post_init__(self) -> None:
         super().__post_init__()
         number("w", self.w, high=1.0)
-        number("m", self.m, high=HIGHEST, whole=True)
+        make_whole(self, "m", high=HIGHEST)
         number("lam", self.lam, high=1e6)
         if self.steps is not None:
-            number("steps", self.steps, low=1, high=LONGEST, whole=True)
+            make_whole(self, "steps", low=1, high=LONGEST)
 
     @property
     def history_size(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..branch import Branch, CacheEntry
-from ..options import number
+from ..options import make_whole, number
 from .base import HIGHEST, Baseline, Predictor, weighted
 from .taylorseer import TaylorSeer
 
@@ -55,8 +55,8 @@ class DMD(Predictor):
     baseline: Baseline = "input"
 
     def __post_init__(self) -> None:
-        number("history", self.history, low=4, high=HIGHEST, whole=True)
-        number("rank", self.rank, high=HIGHEST, whole=True)
+        make_whole(self, "history", low=4, high=HIGHEST)
+        make_whole(self, "rank", high=HIGHEST)
         number("ridge", self.ridge)
         TaylorSeer(self.order, self.baseline)
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..branch import Branch
-from ..options import number
+from ..options import make_whole
 from .base import LinearPredictor, Terms
 
 
@@ -38,7 +38,7 @@ class FiniteDifference(LinearPredictor):
     baseline = "zero"
 
     def __post_init__(self) -> None:
-        number("order", self.order, low=1, high=3, whole=True)
+        make_whole(self, "order", low=1, high=3)
 
     @property
     def history_size(self) -> int:

@@ -8,6 +8,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -200,6 +201,7 @@ def test_the_options_of_the_host_come_apart_with_cache_dits_defaults():
         ({"enable_sperate_cfg": True}, "unknown field 'enable_sperate_cfg'. Did you mean 'enable_separate_cfg'?"),
         ({"cache_confg": {}}, "unknown field 'cache_confg'. Did you mean 'cache_config'?"),
         ({"warmup_interval": 2}, "warmup_interval=2: cache-dit has this, here it cannot act; leave it out"),
+        ({"enable_foca": torch.ones(2)}, "enable_foca=tensor([1., 1.]): cache-dit has this"),
         ({"force_refresh_step_hint": 25}, "force_refresh_step_hint=25: cache-dit has this"),
         ({"enable_foca": True}, "enable_foca=True: cache-dit has this"),
         ({"enable_taylorseer": True, "enable_dmd": True}, "enable_taylorseer and enable_dmd: one or the other"),
