@@ -43,6 +43,13 @@ EVALUATIONS = {
 }
 """Evaluations of one step in those samplers of k-diffusion 0.1.1 that take a schedule; the last step has one."""
 
+NEGATIVE_ONLY_SAMPLERS = frozenset({"sample_euler_ancestral", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"})
+"""Samplers with which ComfyUI's nodes and the web UIs' panel skip the negative prompt only, if nothing else is chosen.
+
+They add noise at every evaluation. With whole steps Forecast is not always better there than fewer steps, and with the
+negative prompt only it is. The figures are in docs/webui.md.
+"""
+
 ADAPTIVE = ("sample_dpm_adaptive",)
 """Samplers that measure their error on the model's answers: on predicted answers that estimate would mean nothing."""
 

@@ -176,7 +176,7 @@ def _methods(texts: list[str] | None) -> dict[str, Method] | None:
     for text in (part for given in texts for part in re.split(r",(?=[^=,]+(?:,|:|$))", given)):
         if text in found:
             raise OptionError(f"--methods: {text!r} is given twice")
-        found[text] = method(*text.split(":", 1))
+        found[text] = method(text)
     return found
 
 

@@ -163,7 +163,7 @@ class Engine:
         plan, outputs = self._planner.checked(call, run, plan, branches, outputs)
         outputs |= {name: branches[name].predict() for name in plan.predicted}
         run.update(call, plan, branches, outputs)
-        run.report.append(evaluation.position, plan, branches)
+        run.report.append(evaluation.position, plan, branches, evaluation.skip_reason)
         return (
             call.rebuild(tuple(outputs[name] for name in call.names)) if plan.predicted else call.raw
         )  # as returned, to the bit

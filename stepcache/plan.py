@@ -10,13 +10,27 @@ from typing import NamedTuple
 class Verdict(NamedTuple):
     """A criterion's answer: skip or not, with the numbers that decided it (None if there were none).
 
-    `reason` is what the report says if there is more to say than that the criterion computes.
+    `reason` is what the report says, if that is more than on which side of the threshold the estimate is.
     """
 
     skip: bool
     estimate: float | None = None
     threshold: float | None = None
     reason: str | None = None
+
+    @property
+    def why(self) -> str | None:
+        """What the report says; None if there is nothing to compare.
+
+        Example:
+            >>> Verdict(True, 0.1, 0.2).why, Verdict(False, threshold=0.2).why, Verdict(True).why
+            ('below threshold', 'no estimate yet', None)
+        """
+        if self.reason is not None or self.threshold is None:
+            return self.reason
+        if self.estimate is None:
+            return "no estimate yet"
+        return "below threshold" if self.skip else "above threshold"
 
 
 @dataclass(frozen=True)

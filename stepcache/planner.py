@@ -23,6 +23,7 @@ NO_CACHE = ComputeReason("no cache yet")
 BEFORE_REFERENCE = ComputeReason("before the reference", observe=False)
 NOT_FINITE = ComputeReason("prediction not finite")
 CRITERION = ComputeReason("criterion")
+OTHER_RANK = ComputeReason("another rank computes")
 PENDING = ComputeReason("decided during the forward pass")
 INDIVISIBLE = ComputeReason("cannot be taken apart")
 UNRELATED = ComputeReason("output not related to the input", observe=False, record=False)
@@ -116,9 +117,12 @@ class Planner:
         finite = all(branch.finite for branch in predicted)
         if self._agree(finite and all(verdict.skip for verdict in verdicts.values()), branches):
             return Plan.predict(branches, deciding, verdicts)
-        own = next((verdict.reason for verdict in verdicts.values() if verdict.reason), None)
-        reason = CRITERION if own is None else ComputeReason(own)
-        return Plan.compute(branches, reason if finite else NOT_FINITE, deciding, verdicts)
+        if not finite:
+            return Plan.compute(branches, NOT_FINITE, deciding, verdicts)
+        against = next((verdict for verdict in verdicts.values() if not verdict.skip), None)
+        if against is None:
+            return Plan.compute(branches, OTHER_RANK, deciding, verdicts)
+        return Plan.compute(branches, ComputeReason(against.why) if against.why else CRITERION, deciding, verdicts)
 
     def _keep_reference(self, evaluation: Evaluation, plan: Plan) -> Plan:
         """With skip="uncond" the reference is computed at skipped evaluations, too: the others need its output."""

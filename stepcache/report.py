@@ -42,11 +42,10 @@ class Report:
     scheduled_steps: int | None = None
     notes: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    skip_reason: str = "criterion"
     obstacles: list[str] = field(default_factory=list)
 
-    def append(self, position: Position, plan: Plan, branches: Mapping[str, Branch]) -> None:
-        """Records what became of each branch of a call, and how far predictions were off."""
+    def append(self, position: Position, plan: Plan, branches: Mapping[str, Branch], skip_reason: str) -> None:
+        """Records what became of each branch of a call, why, and how far predictions were off."""
         for name, branch in branches.items():
             reason, verdict = plan.reasons[name], plan.verdicts.get(name)
             self.events.append(
@@ -54,7 +53,7 @@ class Report:
                     position,
                     name,
                     reason is not None,
-                    self.skip_reason if reason is None else reason.reason,
+                    skip_reason if reason is None else reason.reason,
                     None if verdict is None else verdict.estimate,
                     None if verdict is None else verdict.threshold,
                     branch.prediction_error,
@@ -229,7 +228,7 @@ class Report:
 
     def _reasons(self, computed: bool) -> str:
         counted = Counter(event.reason for event in self.events if event.computed == computed)
-        return ", ".join(f"{reason} {count}" for reason, count in counted.items())
+        return ", ".join(f"{reason} ({count})" for reason, count in counted.items())
 
 
 def _number(value: float | None) -> float | None:

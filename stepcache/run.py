@@ -41,6 +41,7 @@ class Evaluation:
         names: the branches seen so far.
         decided: whether the deciding branch has been called.
         reason: why that branch was computed; None if the evaluation is skipped.
+        skip_reason: why it is skipped, if it is.
         baseline: the reference branch's output, if the other branches are predicted from it.
         latents: the latent of each call, by its branches, and its version: they show that a call comes twice.
         repeated: its branches were called before in this evaluation.
@@ -55,6 +56,7 @@ class Evaluation:
     names: set[str] = field(default_factory=set)
     decided: bool = False
     reason: ComputeReason | None = None
+    skip_reason: str = ""
     baseline: Tensor | None = None
     latents: dict[tuple[str, ...], tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
     repeated: bool = False
@@ -92,8 +94,7 @@ class Run:
         self, method: Method, info: RunInfo, number: int, reference: str | None, each: bool, noise: float | None
     ) -> None:
         self.method, self.info, self.number, self.each = method, info, number, each
-        skip_reason = "mask" if method.static else "criterion"
-        self.report = Report(method.name, number, info.steps, info.notes, skip_reason=skip_reason)
+        self.report = Report(method.name, number, info.steps, info.notes)
         self._named_reference = reference
         self.static, self.relative = method.static, method.baseline == "reference"
         self.deferred = DeferredScalars()
@@ -201,6 +202,8 @@ class Run:
         if plan.deciding and (evaluation := self.evaluation) is not None and evaluation.gated is None:
             reason = plan.reasons[plan.deciding[0]]
             evaluation.decided, evaluation.reason = True, None if reason is OTHERS_PREDICTED else reason
+            verdict = plan.verdicts.get(plan.deciding[0])
+            evaluation.skip_reason = (verdict and verdict.why) or self.method.timetable
         self._count(call, plan)
 
     def _learn(self, name: str, branch: Branch, plan: Plan, reason: ComputeReason, storage: torch.dtype) -> None:

@@ -19,7 +19,17 @@ FAILED: tuple[str, ...] = "#e0762c", "#c4453f", "#a8305c"
 """Colours of skipped evaluations, and of computed ones: the method chose so, a rule of the method did not let it
 choose (the first evaluation, warm-up, the last step, ...), or a skip was not possible."""
 
-CHOICES = ("criterion", "every", "cadence", "mask", "retention", "the others follow")
+CHOICES = (
+    "above threshold",
+    "another rank computes",
+    "cadence",
+    "criterion",
+    "interval",
+    "mask",
+    "profile",
+    "retention",
+    "the others follow",
+)
 FAILURES = (
     "prediction not finite",
     "invalid cache state",

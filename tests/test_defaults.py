@@ -63,4 +63,4 @@ def test_options_that_cannot_be_used_end_an_example_with_a_sentence(example, nam
 def test_options_reach_the_method(example, capsys, tmp_path, name):
     out = [] if name == "own_sampler.py" else [f"--out={tmp_path / 'image.png'}"]
     example(name, *line(name), "--steps=9", "--options=interval=4", *out)
-    assert "every 4" in capsys.readouterr().out
+    assert "interval of 4" in capsys.readouterr().out

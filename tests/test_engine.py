@@ -7,6 +7,7 @@ import copy
 import gc
 import json
 import pickle
+import re
 import threading
 import warnings
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ def test_another_shape_batch_or_dtype_within_an_announced_run_begins_with_a_clea
     assert [float(answer.flatten()[0]) for answer in answers] == [6, 4 + 3, 5 + 3, 12]
     assert {(answer.shape, answer.dtype) for answer in answers} == {(x.shape, x.dtype)}
     assert decisions(model) == "CSCSSC"
-    assert reasons(model) == ["no cache yet", "criterion"] * 2 + ["criterion", "last step"]
+    assert reasons(model) == ["no cache yet", "no reason to compute"] * 2 + ["no reason to compute", "last step"]
     assert [(e.position.run, e.position.evaluation, e.position.step) for e in report.events] == [
         (0, k, k) for k in range(6)
     ]
@@ -753,7 +754,7 @@ def test_the_reference_decides_for_all_branches(how):
 @pytest.mark.parametrize("how", HOW)
 def test_every_branch_is_told_the_same_reason(how):
     model, _ = guide(how, Method(criterion=Near(), max_cached=2))
-    expected = ["no cache yet", "criterion", "criterion", "criterion", "max_cached", "max_cached"]
+    expected = ["no cache yet", "below threshold", "above threshold", "below threshold", *["max_cached"] * 2]
     assert reasons(model, "cond") == expected
     assert reasons(model, "uncond") == expected
 
@@ -861,7 +862,7 @@ def test_a_branch_without_cache_computes_on_a_skipped_evaluation_and_is_then_rem
             answers.append(float(model(filled(k), level(sigma), name="uncond").flatten()[0]))
     assert decisions(model, "cond") == "CSSS"
     assert decisions(model, "uncond") == "CS"
-    assert reasons(model, "uncond") == ["no cache yet", "criterion"]
+    assert reasons(model, "uncond") == ["no cache yet", "no reason to compute"]
     assert answers == [4, 3 + 2]
 
 
@@ -1240,17 +1241,17 @@ def test_the_summary_has_decisions_reasons_and_how_far_off():
         "method    easycache: 6 steps, 6 evaluations, 6 calls asked for",
         "calls     3 made, 3 skipped: 2.00x fewer calls",
         "guided    CCSSCS",
-        "computed  no cache yet 1, criterion 2",
-        "skipped   criterion 3",
+        "computed  no cache yet (1), no estimate yet (1), above threshold (1)",
+        "skipped   below threshold (3)",
         "off by    12.0% of the output (median of 2 checks, worst 12.5%)",
     ]
 
 
 def test_the_table_has_a_row_for_every_evaluation():
-    rows = [row.split() for row in walked().table().splitlines()]
-    assert rows[0] == ["eval", "step", "sigma", "branch", "decision", "reason", "estimate", "threshold", "off", "by"]
-    assert rows[3] == ["2", "2", "6", "guided", "skipped", "criterion", "0.0625", "0.2000"]
-    assert rows[5] == ["4", "4", "2", "guided", "computed", "criterion", "0.3750", "0.2000", "11.5%"]
+    rows = [re.split("  +", row) for row in walked().table().splitlines()]
+    assert rows[0] == ["eval", "step", "sigma", "branch", "decision", "reason", "estimate", "threshold", "off by"]
+    assert rows[3] == ["2", "2", "6", "guided", "skipped", "below threshold", "0.0625", "0.2000"]
+    assert rows[5] == ["4", "4", "2", "guided", "computed", "above threshold", "0.3750", "0.2000", "11.5%"]
     assert len(rows) == 7
 
 
@@ -1269,7 +1270,7 @@ def test_json_round_trips(tmp_path):
         "sigma": 6.0,
         "branch": "guided",
         "computed": False,
-        "reason": "criterion",
+        "reason": "below threshold",
         "estimate": 0.0625,
         "threshold": 0.2,
         "prediction_error": None,

@@ -328,7 +328,7 @@ def test_a_smaller_tolerance_is_a_smaller_error_for_more_calls():
 
 def test_the_report_shows_estimate_and_tolerance():
     report = run_of([3]).report
-    asked = [event for event in report.events if event.branch == "cond" and event.reason == "criterion"]
+    asked = [event for event in report.events if event.branch == "cond" and event.threshold is not None]
     assert {event.threshold for event in asked} == {0.02}
     assert all(event.estimate <= 0.02 for event in asked if not event.computed)
     assert any(event.estimate > 0 for event in asked)

@@ -340,11 +340,11 @@ def test_an_invalid_cache_state_is_computed_and_heals():
     assert answers == [2.0] * 6
     assert reasons(model) == [
         "no cache yet",
-        "criterion",
+        "below threshold",
         "invalid cache state",
-        "criterion",
-        "criterion",
-        "criterion",
+        "no estimate yet",
+        "below threshold",
+        "below threshold",
     ]
     assert sum("invalid cache state" in note for note in model.report.notes) == 1
 
@@ -358,7 +358,7 @@ def test_another_shape_of_the_signal_is_an_invalid_state():
 
     model = cached(Wider(), FBCache(0.2))
     drive(model, SIX[:4], 1.0)
-    assert reasons(model) == ["no cache yet", "criterion", "invalid cache state", "criterion"]
+    assert reasons(model) == ["no cache yet", "below threshold", "invalid cache state", "below threshold"]
     assert decisions(model) == "CSCS"
 
 

@@ -15,7 +15,7 @@ def event(evaluation: int, reason: str | None, branch: str = "cond", step: int |
     """An event; skipped without a reason. `off`: how far the checked prediction was off."""
     position = Position(0, evaluation, 10.0 - evaluation, evaluation if step is None else step)
     checked = {} if off is None else {"prediction_error": off, "size": 1.0}
-    return Event(position, branch, reason is not None, reason or "criterion", **checked)
+    return Event(position, branch, reason is not None, reason or "interval of 2", **checked)
 
 
 def colour_at(image: torch.Tensor, x: int, y: int) -> str:
@@ -26,7 +26,7 @@ def test_each_cell_of_the_strip_has_the_colour_of_its_decision():
     events = [
         event(0, "warm-up"),
         event(0, "warm-up", "uncond"),
-        event(1, "every 2", off=0.2),
+        event(1, "interval of 2", off=0.2),
         event(1, None, "uncond"),
         event(2, None),
         event(2, "prediction not finite", "uncond"),
@@ -70,10 +70,10 @@ def test_evaluations_of_one_step_are_closer_together():
 
 
 def test_reasons_keep_their_colour_in_every_run_and_two_of_a_kind_differ():
-    first = colours([event(0, "before window"), event(1, "criterion"), event(2, "after window")])
-    again = colours([event(0, "criterion"), event(1, "last step")])
-    assert first == {"before window": HELD[0], "criterion": DECIDED[0], "after window": HELD[1]}
-    assert again == {"criterion": DECIDED[0], "last step": HELD[0]}
+    first = colours([event(0, "before window"), event(1, "above threshold"), event(2, "after window")])
+    again = colours([event(0, "above threshold"), event(1, "last step")])
+    assert first == {"before window": HELD[0], "above threshold": DECIDED[0], "after window": HELD[1]}
+    assert again == {"above threshold": DECIDED[0], "last step": HELD[0]}
 
 
 def drawn(method: Method, two_a_step: bool = False) -> tuple[Report, list]:
@@ -98,7 +98,12 @@ def test_the_plot_of_a_criterion_shows_its_numbers_the_errors_and_the_reasons():
     assert lines == {"estimate": estimates, "threshold": [0.2] * len(estimates)}
     shares = [e.error_share for e in report.events if e.error_share is not None]
     assert [*errors.lines[0].get_ydata()] == shares
-    assert labels(cells) == ["computed, no cache yet: 1", "computed, criterion: 2", "skipped: 3"]
+    assert labels(cells) == [
+        "computed, no cache yet: 1",
+        "computed, no estimate yet: 1",
+        "skipped: 3",
+        "computed, above threshold: 1",
+    ]
     assert [tick.get_text() for tick in cells.get_xticklabels()] == [*"012345"]
     sigmas = [tick.get_text() for tick in criterion.child_axes[0].get_xticklabels()]
     assert sigmas == [f"{sigma:.3g}" for sigma in SIX[:-1]]
@@ -107,7 +112,7 @@ def test_the_plot_of_a_criterion_shows_its_numbers_the_errors_and_the_reasons():
 def test_the_plot_of_forecast_has_no_criterion():
     _, (errors, cells) = drawn(Forecast(min_evaluations=2))
     assert errors.get_ylabel() == "a skip would\nbe off by"
-    assert any(text.startswith("computed, every 2") for text in labels(cells))
+    assert any(text.startswith("computed, interval of 2") for text in labels(cells))
 
 
 def test_two_evaluations_a_step_are_numbered_by_steps():

@@ -10,7 +10,7 @@ from stepcache import METHODS, OptionError, Report, load_profile
 from stepcache import method as make_method
 from stepcache.extend import PRESETS
 
-from .options import DEFAULT, SPEEDS, chosen_method
+from .options import AUTOMATIC, DEFAULT, NOISY_SPEEDS, SPEEDS, chosen_method, noisy_method
 from .patch import cache_of, patched
 from .picture import picture
 from .steps import check_mask
@@ -39,7 +39,7 @@ class StepCacheNode:
     def patch(self, model: Any, speed: str) -> tuple[Any]:
         if speed not in SPEEDS:
             raise OptionError(f"speed={speed!r}: accepted is one of {', '.join(map(repr, SPEEDS))}")
-        return (patched(model, SPEEDS[speed]),)
+        return (patched(model, SPEEDS[speed], noisy=NOISY_SPEEDS.get(speed)),)
 
 
 class AdvancedNode:
@@ -63,7 +63,7 @@ class AdvancedNode:
                 "model": ("MODEL",),
                 **field("method", list(METHODS), "forecast"),
                 **field("threshold_or_interval", "STRING", DEFAULT),
-                **field("skip", ["all", "uncond"], "all"),
+                **field("skip", [AUTOMATIC, "all", "uncond"], AUTOMATIC),
                 **field("start", "STRING", DEFAULT),
                 **field("end", "STRING", DEFAULT),
                 **field("mask", ["none", *PRESETS], "none"),
@@ -79,15 +79,17 @@ class AdvancedNode:
         model: Any,
         method: str,
         threshold_or_interval: str = DEFAULT,
+        skip: str = AUTOMATIC,
         decide: str = "reference",
         options: str = "",
         prompt: Any = None,
         unique_id: Any = None,
         **fields: str,
     ) -> tuple[Any]:
-        chosen = chosen_method(method, threshold_or_interval, options, **fields)
+        chosen = chosen_method(method, threshold_or_interval, options, skip=skip, **fields)
+        noisy = noisy_method(method, threshold_or_interval, options, decide, skip, **fields)
         check_mask(chosen.mask, prompt, unique_id)
-        return (patched(model, chosen, "reference" if chosen.never_skips else decide),)
+        return (patched(model, chosen, "reference" if chosen.never_skips else decide, noisy),)
 
 
 class ProfileNode:

@@ -8,14 +8,20 @@ from stepcache import Forecast, Method, Off, OptionError, StepMask
 from stepcache import method as make_method
 from stepcache.extend import PRESETS, main_number
 
+INTERVALS = {"2x: every second step": 2, "3x: every third step": 3, "4x: every fourth step": 4}
+
 SPEEDS: dict[str, Method] = {
-    "2x: every second step": Forecast(2),
-    "3x: every third step": Forecast(3),
-    "4x: every fourth step": Forecast(4),
+    **{speed: Forecast(interval) for speed, interval in INTERVALS.items()},
     "1.3x: the negative prompt only": Forecast(skip="uncond"),
     "off": Off(),
 }
 """The choices of the node StepCache."""
+
+NOISY_SPEEDS: dict[str, Method] = {speed: Forecast(interval, skip="uncond") for speed, interval in INTERVALS.items()}
+"""What they are with the samplers of `NEGATIVE_ONLY_SAMPLERS`."""
+
+AUTOMATIC = "automatic"
+"""Of the field `skip`: the negative prompt only with the samplers of `NEGATIVE_ONLY_SAMPLERS`, else every prompt."""
 
 DEFAULT = "default"
 """In a node's text fields: the method's own default."""
@@ -30,7 +36,7 @@ def chosen_method(
     end: str = DEFAULT,
     mask: str = "none",
     policy: str = "dynamic",
-    skip: str = "all",
+    skip: str = AUTOMATIC,
 ) -> Method:
     """The method that the fields of the node StepCache (advanced) ask for. A key in `options` wins over its field.
 
@@ -45,9 +51,9 @@ def chosen_method(
     """
     if method == "none":
         return make_method(method)
-    text = ",".join(line.strip().strip(",") for line in options.splitlines() if line.strip())
-    keys = {part.partition("=")[0].strip() for part in text.split(",")}
-    fields: dict[str, Any] = {} if skip == "all" else {"skip": skip}
+    text = _in_one_line(options)
+    keys = _keys(text)
+    fields: dict[str, Any] = {} if skip in (AUTOMATIC, "all") else {"skip": skip}
     for key, share in (("start", start), ("end", end)):
         if _plain(share) != DEFAULT:
             fields[key] = _number(key, share, "a share of the run from 0 to 1")
@@ -64,6 +70,24 @@ def chosen_method(
             raise
         make_method(method, text, **fields)  # what is wrong without the number too is named by itself
         raise OptionError(f"threshold_or_interval={number} sets {method}'s {next(iter(main))}: {error}") from None
+
+
+def noisy_method(method: str, number: str, options: str, decide: str, skip: str, **fields: str) -> Method | None:
+    """The method with the samplers of `NEGATIVE_ONLY_SAMPLERS`, if `skip` is automatic; None if it is no other one.
+
+    It is another one for Forecast alone: with the methods of others, a skip means what they publish.
+    """
+    if skip != AUTOMATIC or method != "forecast" or decide != "reference" or "skip" in _keys(_in_one_line(options)):
+        return None
+    return chosen_method(method, number, options, skip="uncond", **fields)
+
+
+def _in_one_line(options: str) -> str:
+    return ",".join(line.strip().strip(",") for line in options.splitlines() if line.strip())
+
+
+def _keys(text: str) -> set[str]:
+    return {part.partition("=")[0].strip() for part in text.split(",")}
 
 
 def _main_number(method: str, text: str) -> dict[str, int | float]:

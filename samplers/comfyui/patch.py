@@ -11,13 +11,14 @@ from .cache import Cache
 from .wrappers import KEY, wrapper_kinds
 
 
-def patched(model: Any, method: Method, decide: str = "reference") -> Any:
+def patched(model: Any, method: Method, decide: str = "reference", noisy: Method | None = None) -> Any:
     """A clone of a model patcher with the cache on it. It replaces a cache of ours that was there.
 
     Args:
         model: a `ModelPatcher`, what the nodes call MODEL. It stays as it is.
         method: what to skip and how to predict it.
         decide: "reference" or "each"; see `Cache`.
+        noisy: the method for samplers that add noise at every step; see `Cache`.
 
     Raises `OptionError` if the options do not go together, or not with this model (a method that looks at blocks), and
     RuntimeError if this ComfyUI is too old.
@@ -26,7 +27,7 @@ def patched(model: Any, method: Method, decide: str = "reference") -> Any:
     Engine(method, decide=decide, network=model.model)  # what a run would refuse is refused here, at our node
     clone = model.clone()
     clone.remove_wrappers_with_key(kinds.OUTER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(kinds.OUTER_SAMPLE, KEY, Cache(method, decide).sample)
+    clone.add_wrapper_with_key(kinds.OUTER_SAMPLE, KEY, Cache(method, decide, noisy).sample)
     return clone
 
 

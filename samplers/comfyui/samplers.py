@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..k_diffusion import EVALUATIONS as K_DIFFUSION
+from ..k_diffusion import NEGATIVE_ONLY_SAMPLERS
 
 EVALUATIONS = {
     **K_DIFFUSION,
@@ -46,6 +47,14 @@ EVALUATIONS = {
     ),
 }
 """Evaluations of a step, by the name of the sampler function, as counted in ComfyUI 0.3.64. The last step has one."""
+
+NEGATIVE_ONLY = NEGATIVE_ONLY_SAMPLERS | {
+    "sample_dpmpp_2m_sde_gpu",
+    "sample_dpmpp_2m_sde_heun",
+    "sample_dpmpp_2m_sde_heun_gpu",
+    "sample_dpmpp_3m_sde_gpu",
+}
+"""Samplers with which the negative prompt only is skipped if nothing else is asked for."""
 
 AT_STEP_ENDS = ("sample_heun", "sample_sa_solver_pece")
 """Samplers with two evaluations a step, both at sigmas of the schedule."""

@@ -13,6 +13,8 @@ from stepcache import METHODS, Method, OptionError, StepMask
 from stepcache import method as make_method
 from stepcache.extend import PRESETS, flag, main_number, number, unknown
 
+from ..k_diffusion import NEGATIVE_ONLY_SAMPLERS
+
 SPEEDS = {"2x": 2, "3x": 3, "4x": 4}
 """The speeds that need no further choice, and Forecast's interval for each."""
 
@@ -21,13 +23,6 @@ CUSTOM = "custom"
 
 AUTOMATIC, WHOLE_STEPS, NEGATIVE_ONLY = SKIPS = ("automatic", "whole steps", "negative prompt only")
 """What a skipped step leaves out."""
-
-NEGATIVE_ONLY_SAMPLERS = frozenset({"sample_euler_ancestral", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"})
-"""Sampler functions with which "automatic" skips the negative prompt only: they add noise at every evaluation.
-
-With whole steps Forecast is not always better there than fewer steps, and with the negative prompt only it is. The
-figures are in docs/webui.md.
-"""
 
 
 @dataclass(frozen=True)

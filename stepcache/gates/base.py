@@ -29,6 +29,11 @@ class Gate(ABC):
 
     beside_static: ClassVar[bool] = True
 
+    @property
+    def timetable(self) -> str | None:
+        """If it chooses evaluations one by one: why the others are skipped, as the report says it."""
+        return None
+
     @abstractmethod
     def begin(self, run: RunInfo) -> GateCheck:
         """The answer for one run: a function of the position and the counts."""

@@ -35,8 +35,12 @@ class Interval(Gate):
         number("interval", self.n, low=1, whole=True)
         number("start", self.start, low=1, whole=True)
 
+    @property
+    def timetable(self) -> str:
+        return f"interval of {self.n}"
+
     def begin(self, run: RunInfo) -> GateCheck:
-        reason, second = ComputeReason(f"every {self.n}"), run.stages == 2 and self.n > 1
+        reason, second = ComputeReason(self.timetable), run.stages == 2 and self.n > 1
 
         def check(position: Position, counts: SkipCounts) -> ComputeReason | None:
             due = counts.consecutive >= self.n - 1 or counts.computed < self.start

@@ -20,13 +20,17 @@ class Places(Gate):
     profile: Profile
     beside_static: ClassVar[bool] = False
 
+    @property
+    def timetable(self) -> str:
+        return "profile"
+
     def begin(self, run: RunInfo) -> GateCheck:
         if run.evaluations is None:
             run.warnings.append(f"the profile cannot act: {UNKNOWN_SCHEDULE}")
             return lambda position, counts: ComputeReason("profile: no schedule")
         self._compare(run)
         digits = self.profile.scaled(run.evaluations).computed
-        one, off = ComputeReason("profile"), ComputeReason("profile: off the schedule")
+        one, off = ComputeReason(self.timetable), ComputeReason("profile: off the schedule")
 
         def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
             if position.step is None or position.evaluation >= len(digits):

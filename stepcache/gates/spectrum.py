@@ -37,11 +37,15 @@ class SpectrumCadence(Gate):
         number("warmup", self.warmup, whole=True)
         number("stop", self.stop, high=1.0)
 
+    @property
+    def timetable(self) -> str:
+        return "cadence"
+
     def begin(self, run: RunInfo) -> GateCheck:
         if run.asked is None and self.stop:
             run.warnings.append(f"stop={self.stop:g} cannot act: {UNKNOWN_SCHEDULE}")
         stop = 0 if run.asked is None else share_of(self.stop, run.asked)
-        warming, stopped, due = ComputeReason("warm-up"), ComputeReason("after stop"), ComputeReason("cadence")
+        warming, stopped, due = ComputeReason("warm-up"), ComputeReason("after stop"), ComputeReason(self.timetable)
 
         def check(position: Position, counts: SkipCounts) -> ComputeReason | None:
             asked = counts.computed + counts.skipped

@@ -117,6 +117,13 @@ class Method:
         ones = bool(mask) and not isinstance(mask, str) and all(mask)
         return closed or ones or (self.criterion.never_skips and not self.static)
 
+    @property
+    def timetable(self) -> str:
+        """What chooses the evaluations to skip if the criterion has nothing to compare, as the report says it."""
+        if self.static:
+            return "mask"
+        return next((gate.timetable for gate in self.all_gates() if gate.timetable), "no reason to compute")
+
     def all_gates(self) -> tuple[Gate, ...]:
         """The gates that these options ask for, in the order in which they are asked."""
         chosen: list[Gate] = []

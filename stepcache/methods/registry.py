@@ -173,6 +173,8 @@ def _as_text(key: str, default: Any, entry: Entry) -> Any:
 def method(name: str, option_text: str = "", /, **keywords: Any) -> Method:
     """A method by its published name, with options as text, as keywords, or both.
 
+    Name and text may come as one, as on the command line: "ucache:threshold=1.5".
+
     Raises `OptionError` naming the option, the value and what is accepted: for an unknown name or key (with the nearest
     one), a missing "=", text that is not a number, a window with start >= end, a negative threshold.
 
@@ -181,6 +183,8 @@ def method(name: str, option_text: str = "", /, **keywords: Any) -> Method:
         >>> stepcache.method("ucache", "threshold=1.5,start=0.2", mask="fast").start
         0.2
     """
+    if isinstance(name, str) and not option_text:
+        name, _, option_text = name.partition(":")
     if not isinstance(name, str) or name not in METHODS:
         raise options.unknown("method", name if isinstance(name, str) else options.shown(name), METHODS)
     entry = _ENTRIES[name]

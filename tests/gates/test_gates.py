@@ -46,7 +46,7 @@ def test_window_in_steps_is_open_from_its_first_sigma_down_to_above_its_last():
     model = cached(twice, Method(start=0.2, end=0.8), sigmas=TEN)
     drive(model, TEN[:-1], 1.0)
     assert decisions(model) == "CCSSSSSSCC"
-    assert reasons(model) == ["before window"] * 2 + ["criterion"] * 6 + ["after window"] * 2
+    assert reasons(model) == ["before window"] * 2 + ["no reason to compute"] * 6 + ["after window"] * 2
     assert model.report.notes == ["window 0.2 to 0.8 as shares of this run's 10 steps: 8 >= sigma > 2"]
 
 
@@ -144,7 +144,7 @@ def test_warmup_without_a_schedule_counts_evaluations():
     model = cached(twice, Method(warmup=3))
     drive(model, SIX[:-1], 1.0)
     assert decisions(model) == "CCCSSS"
-    assert reasons(model) == ["warm-up"] * 3 + ["criterion"] * 3
+    assert reasons(model) == ["warm-up"] * 3 + ["no reason to compute"] * 3
 
 
 def test_a_dynamic_mask_asks_the_criterion_on_its_zeros():
@@ -152,7 +152,7 @@ def test_a_dynamic_mask_asks_the_criterion_on_its_zeros():
     model = cached(twice, Method(criterion=SkipOdd(), mask="110001"), sigmas=SIX)
     drive(model, SIX[:-1], 1.0)
     assert decisions(model) == "CCCSCC"
-    assert reasons(model) == ["mask", "mask", "criterion", "criterion", "criterion", "mask"]
+    assert reasons(model) == ["mask", "mask", "criterion", "no reason to compute", "criterion", "mask"]
 
 
 def test_a_static_mask_skips_all_its_zeros_without_asking():
@@ -299,7 +299,7 @@ def test_second_of_two_neither_reads_nor_writes_at_the_first_evaluation_of_a_ste
         answers = drive(model, heun(SIX[-4:]), [3, 4, 5, 7, 9])
     assert decisions(model) == "CCCSC"
     assert answers == [6, 8, 10, 7 + 4, 18]
-    assert reasons(model) == ["first of two", "no cache yet", "first of two", "criterion", "first of two"]
+    assert reasons(model) == ["first of two", "no cache yet", "first of two", "no reason to compute", "first of two"]
 
 
 def test_second_of_two_lets_samplers_of_one_evaluation_through():
@@ -324,9 +324,9 @@ def test_gates_are_asked_in_order_and_one_hold_is_enough():
     assert reasons(model) == [
         *["before window"] * 2,
         "warm-up",
-        *["criterion"] * 2,
+        *["no reason to compute"] * 2,
         "max_consecutive",
-        *["criterion"] * 2,
+        *["no reason to compute"] * 2,
         "max_consecutive",
         "after window",
     ]

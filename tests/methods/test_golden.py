@@ -427,7 +427,7 @@ def test_a_size_change_begins_with_a_clean_cache(name, before, after):
     cond = [event for event in report.events if event.branch == "cond"]
     assert [event.position.step for event in cond] == list(range(n))
     assert cond[change].reason == "no cache yet"
-    assert (cond[change + 1].reason, cond[change + 1].estimate) == ("criterion", None)
+    assert (cond[change + 1].reason, cond[change + 1].estimate) == ("no estimate yet", None)
     assert report.scheduled_steps == report.steps == report.evaluations == n
     assert any("the cache was dropped" in note for note in report.notes)
 

@@ -122,7 +122,7 @@ def test_spectrum_by_name_and_with_other_gates():
     assert method("spectrum", "warmup=2,window_size=3").gates == (SpectrumCadence(3, 0.5, 2, 0.9),)
     model = cached(lambda x, sigma: 2 * x, Spectrum(warmup=0, flex_window=2, max_consecutive=1), sigmas=SIX)
     drive(model, SIX[:-1], 1.0)
-    assert reasons(model) == ["warm-up", "warm-up", "criterion", "max_consecutive", "criterion", "max_consecutive"]
+    assert reasons(model) == ["warm-up", "warm-up", "cadence", "max_consecutive", "cadence", "max_consecutive"]
 
 
 @pytest.mark.parametrize(

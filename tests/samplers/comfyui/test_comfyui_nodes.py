@@ -27,7 +27,7 @@ from stepcache.fingerprint import Fingerprint
 from stepcache.samplers import comfyui
 from stepcache.samplers.comfyui import NODE_CLASS_MAPPINGS, SPEEDS, cache_of, chosen_method, patched
 
-SKIPS = ["all", "uncond"]
+SKIPS = ["automatic", "all", "uncond"]
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +107,8 @@ def test_the_fields_make_the_method() -> None:
     assert [
         chosen_method("forecast", options=text, skip=skip).skip for text in ("", "skip=uncond") for skip in SKIPS
     ] == [
-        "all",
-        "uncond",
-        "uncond",
-        "uncond",
+        *("all", "all", "uncond"),
+        *("uncond", "uncond", "uncond"),
     ]
     assert chosen_method("forecast", options="skip=all", skip="uncond").skip == "all"
 
@@ -171,6 +169,52 @@ def test_with_skip_uncond_the_node_runs_the_positive_prompt_alone(host: Double) 
     kind, options = NODE_CLASS_MAPPINGS["StepCacheAdvanced"].INPUT_TYPES()["required"]["skip"]
     assert kind == SKIPS
     assert "the model still runs for the positive one" in options["tooltip"]
+
+
+@pytest.mark.parametrize("node", ["StepCache", "StepCacheAdvanced"])
+def test_with_samplers_that_add_noise_at_every_step_the_negative_prompt_only_is_skipped(
+    host: Double, node: str, caplog: Any
+) -> None:
+    """As automatic does it in the web UIs. Not without guidance, nor if the noise is turned off."""
+    (model,) = NODE_CLASS_MAPPINGS[node]().patch(host.model(), **defaults(node))
+    sampled = {}
+    for name in host.samplers:
+        run(host, model, name)
+        sampled[name] = cache_of(model).report.decisions("cond").count("S")
+    assert sampled["euler_ancestral"] == sampled["dpmpp_2m_sde"] == 0
+    assert all(skipped for name, skipped in sampled.items() if name not in ("euler_ancestral", "dpmpp_2m_sde"))
+    with caplog.at_level("INFO", "stepcache"):
+        run(host, model, "euler_ancestral")
+    assert caplog.messages == [
+        "StepCache: forecast, negative prompt only: 10 steps, 10 evaluations, 16 of 20 calls made, 4 skipped (1.25x "
+        "fewer)"
+    ]
+    note = "euler_ancestral adds noise at every step: only the negative prompt is skipped"
+    assert note in cache_of(model).report.notes
+    run(host, model, "euler_ancestral", cfg=1.0)
+    assert cache_of(model).report.decisions("cond") == "CCSCSCSCSC"
+    assert note not in cache_of(model).report.notes
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"skip": "all"}, {"options": "skip=all"}, {"method": "ucache"}, {"decide": "each", "options": "interval=3"}],
+    ids=["all", "options", "another method", "each"],
+)
+def test_what_is_chosen_by_hand_acts_with_every_sampler(host: Double, fields: dict[str, str]) -> None:
+    given = {**defaults("StepCacheAdvanced"), **fields}
+    (model,) = NODE_CLASS_MAPPINGS["StepCacheAdvanced"]().patch(host.model(), **given)
+    assert cache_of(model).noisy is None
+    assert cache_of(model).method.skip == "all"
+
+
+@pytest.mark.parametrize("text", ["", "interval=3\nwarmup=4"])
+def test_automatic_has_the_other_fields_with_noise_too(host: Double, text: str) -> None:
+    given = {**defaults("StepCacheAdvanced"), "mask": "fast", "options": text}
+    (model,) = NODE_CLASS_MAPPINGS["StepCacheAdvanced"]().patch(host.model(), **given)
+    whole, noisy = cache_of(model).method, cache_of(model).noisy
+    assert (noisy.skip, noisy.mask, noisy.warmup) == ("uncond", whole.mask, whole.warmup)
+    assert noisy.gates[1].n == whole.gates[1].n
 
 
 def test_a_speed_that_is_none_is_an_error_of_our_node(host: Double) -> None:
