@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument(
         "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default %(default)s)"
     )
+    bench.add_argument("--ray", action="store_true", help="Ray starts the workers, on all machines of its cluster")
     bench.add_argument(
         "--out", type=Path, default=Path("bench-output"), help="folder; what is there is used (default %(default)s)"
     )
@@ -95,6 +96,7 @@ def _bench(options: argparse.Namespace) -> None:
         options.other,
         options.out,
         options.workers,
+        options.ray,
         console,
     )
     results.show(console)

@@ -19,6 +19,7 @@ from stepcache import EasyCache, Forecast, Method, Spectrum, Static, UCache
 from stepcache._optional import require
 from stepcache.options import OptionError
 
+from .ray_pool import ray_pool
 from .results import Results
 from .subjects import Sampled, Subject
 
@@ -68,6 +69,7 @@ def bench(
     others: Sequence[str] | None = None,
     out: str | Path | None = None,
     workers: int = 1,
+    ray: bool = False,
     console: Any = None,
 ) -> Results:
     """Every method beside the full run, fewer steps of the same sampler and the best other sampler, on paired seeds.
@@ -84,6 +86,8 @@ def bench(
             where it was; more samples, samplers or steps use what is there. None: nothing is written.
         workers: processes; the subject must then be picklable. On a CPU two processes of one thread disturb each other
             less than one of two threads.
+        ray: Ray (the extra `ray`) starts them: a GPU each if the subject's `device` is one, and on every machine of the
+            cluster that RAY_ADDRESS names.
         console: of `rich`, to show the progress on.
 
     Raises OptionError for a number under 1, methods called "full run", and a folder whose records another model made.
@@ -111,7 +115,7 @@ def bench(
     missing = [unit for unit in units if unit.key not in store]
     with require("rich.progress", "bench").Progress(console=console, disable=console is None) as bar:
         task = bar.add_task("sampling", total=len(units), completed=len(units) - len(missing))
-        for unit, records in measured(missing, workers):
+        for unit, records in measured(missing, workers, ray=ray):
             store.add(unit, records)
             bar.advance(task)
     results = Results([record for unit in units for record in store[unit.key]])
@@ -169,10 +173,22 @@ class Store:
 
 
 def measured(
-    units: Iterable[Any], workers: int, measure: Callable[[Any], list[dict[str, Any]]] | None = None
+    units: Iterable[Any],
+    workers: int,
+    measure: Callable[[Any], list[dict[str, Any]]] | None = None,
+    ray: bool = False,
 ) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
     """Units with their records, as they are done. `measure` makes a unit's records, None: `compared`."""
     measure = measure or compared
+    if ray:
+        units = list(units)
+        devices = {str(getattr(unit.subject, "device", "cpu")) for unit in units}
+        with ray_pool(_Measuring, workers, max(devices, default="cpu"), measure) as pool:
+            for number, records in pool.map_unordered(
+                lambda actor, task: actor.records.remote(*task), list(enumerate(units))
+            ):
+                yield units[number], records
+        return
     if workers == 1:
         for unit in units:
             yield unit, measure(unit)
@@ -183,6 +199,16 @@ def measured(
         futures = {pool.submit(measure, unit): unit for unit in units}
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+
+class _Measuring:
+    """Ray's worker."""
+
+    def __init__(self, measure: Callable[[Any], list[dict[str, Any]]]) -> None:
+        self._measure = measure
+
+    def records(self, number: int, unit: Any) -> tuple[int, list[dict[str, Any]]]:
+        return number, self._measure(unit)
 
 
 def compared(unit: Unit) -> list[dict[str, Any]]:

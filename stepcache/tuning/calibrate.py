@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from stepcache.bench.subjects import Subject
@@ -15,6 +16,8 @@ from .held_out import HeldOut
 from .notebook import Notebook
 from .progress import progress
 from .search import Found, Search
+from .team import team
+from .trial import Trial
 
 BUDGET = 2.8
 """Full runs that a search may cost, for each step of the run: 56 for 20 steps, 140 for 50."""
@@ -35,6 +38,7 @@ def tune(
     metric: str | None = None,
     budget: float | None = None,
     state: str | os.PathLike[str] | None = None,
+    workers: int = 1,
     console: Any = None,
 ) -> Profile:
     """Finds where to compute and how to predict the rest, for one model, sampler and number of steps.
@@ -52,6 +56,9 @@ def tune(
         metric: one of the subject's, by name; its first by default. It decides, and `psnr` is in its unit.
         budget: the most calls that the calibration batch may cost, in full runs. Default 2.8 for each step.
         state: a file for what was found so far; with it a search that was stopped goes on where it was.
+        workers: more than one: so many processes share the trials, started by Ray (the extra `ray`), a GPU each if the
+            subject's `device` is one. On more than one machine, start Ray's cluster and set RAY_ADDRESS. The subject
+            must be picklable. 8 trials at a time are independent of each other; the profile is that of one worker.
         console: of `rich`, to show the progress on.
 
     Returns a `Profile`; `.save("name.json")` writes it, and `stepcache.load_profile("name.json")` is the method that
@@ -70,11 +77,14 @@ def tune(
         raise OptionError("give one target: calls=, speedup= or psnr=")
     steps = number_of_steps(steps)
     limit = number("budget", BUDGET * steps if budget is None else budget, low=LEAST + steps / 2)
-    with progress(console, limit) as say:
-        search, held_out = prepared(subject, sampler, steps, seeds, metric, limit, state, say)
+    with (
+        progress(console, limit) as say,
+        prepared(subject, sampler, steps, seeds, metric, limit, state, workers, say) as (search, held_out),
+    ):
         return held_out.profile(_found(search, calls, speedup, psnr))
 
 
+@contextmanager
 def prepared(
     subject: Subject,
     sampler: str,
@@ -83,8 +93,9 @@ def prepared(
     metric: str | None,
     budget: float,
     state: str | os.PathLike[str] | None,
+    workers: int,
     say: Callable[[str, float], None],
-) -> tuple[Search, HeldOut]:
+) -> Iterator[tuple[Search, HeldOut]]:
     """A search with its full run and the growth of errors, and the other half of the seeds."""
     halves = _halves(seeds)
     name = next(iter(subject.metrics)) if metric is None else metric
@@ -93,8 +104,12 @@ def prepared(
     settings = {key: repr(value) for key, value in subject.settings.items()}
     told = {"subject": subject.name, "sampler": sampler, "steps": steps, "seeds": halves, "metric": name}
     notebook = Notebook(state, {**told, "settings": settings})
-    search = Search(subject, sampler, steps, halves[0], subject.metrics[name], budget, notebook, say)
-    return search, HeldOut(search, halves[1], name)
+    number("workers", workers, low=1, whole=True)
+    seeds, sought = halves[0], subject.metrics[name]
+    full = Trial().run(subject, sampler, steps, seeds).tape
+    with team(workers, subject, sampler, steps, seeds, sought, full) as crew:
+        search = Search(crew, full, sampler, steps, seeds, sought, budget, notebook, say)
+        yield search, HeldOut(search, halves[1], name)
 
 
 def number_of_steps(steps: int) -> int:

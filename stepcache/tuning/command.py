@@ -33,6 +33,7 @@ def add(parser: argparse.ArgumentParser, network: str, guidance: str) -> None:
         help=f"most full runs (default {BUDGET} a step; with --frontier 0.5 a step, for each number of calls)",
     )
     parser.add_argument("--state", type=Path, help="a file to resume from (default: none is kept)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the trials, by Ray (%(default)s)")
     parser.add_argument("--other", nargs="*", default=[], help="other samplers as rivals, with --frontier")
     parser.add_argument("--out", type=Path, help="the profile (profile.json); with --frontier a folder (frontier)")
 
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace, subject: Any) -> None:
         "metric": options.metric,
         "budget": options.budget,
         "state": options.state,
+        "workers": options.workers,
         "console": console,
     }
     if options.frontier:

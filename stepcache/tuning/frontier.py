@@ -122,12 +122,13 @@ def frontier(
     metric: str | None = None,
     budget: float | None = None,
     state: str | None = None,
+    workers: int = 1,
     console: Any = None,
 ) -> Frontier:
     """The best profile for every number of calls, from one recorded run and one measurement of the growth of errors.
 
     Args:
-        subject, sampler, steps, seeds, metric, state, console: see `tune`.
+        subject, sampler, steps, seeds, metric, state, workers, console: see `tune`.
         calls: which numbers of calls; by default all from a tenth of the evaluations to all but one.
         others: the other samplers that are tried as rivals, without a cache.
         rivals: methods at several settings, by the name they have in the table.
@@ -138,8 +139,10 @@ def frontier(
     """
     steps = number_of_steps(steps)
     each = number("budget", steps / 2 if budget is None else budget)
-    with progress(console, float("inf")) as say:
-        search, held_out = prepared(subject, sampler, steps, seeds, metric, float("inf"), state, say)
+    with (
+        progress(console, float("inf")) as say,
+        prepared(subject, sampler, steps, seeds, metric, float("inf"), state, workers, say) as (search, held_out),
+    ):
         count = search.full.evaluations
         wanted = range(max(2, count // 10), count) if calls is None else calls
         wanted = sorted({number("calls", one, low=1, high=count, whole=True) for one in wanted})
@@ -182,10 +185,8 @@ def _rising(search: Search, found: Sequence[Found]) -> list[Found]:
 def _plain(held_out: HeldOut, wanted: Sequence[int], others: Sequence[str]) -> list[Point]:
     """Runs without a cache, of this sampler and of the best other one, judged by the same full run."""
     points = [Point(FEWER, calls, held_out.fewer_steps(calls)) for calls in wanted]
-    for sampler in others:
-        for steps in wanted:
-            scores, calls = held_out.scores(steps=steps, sampler=sampler)
-            points.append(Point(OTHER, calls, fmean(scores)))
+    runs = [held_out.run(steps=steps, sampler=sampler) for sampler in others for steps in wanted]
+    points += [Point(OTHER, calls, fmean(scores)) for scores, calls in held_out.scores(runs)]
     return [
         point
         for point in points
@@ -194,11 +195,9 @@ def _plain(held_out: HeldOut, wanted: Sequence[int], others: Sequence[str]) -> l
 
 
 def _rivals(held_out: HeldOut, rivals: Mapping[str, Sequence[Callable[[], Method]]]) -> list[Point]:
-    points = []
-    for name, settings in rivals.items():
-        for make in settings:
-            scores, calls = held_out.scores(make())
-            points.append(Point(name, calls, fmean(scores)))
+    names = [name for name, settings in rivals.items() for _ in settings]
+    found = held_out.scores([held_out.run(make()) for settings in rivals.values() for make in settings])
+    points = [Point(name, calls, fmean(scores)) for name, (scores, calls) in zip(names, found, strict=True)]
     return [point for point in points if point.calls < held_out.search.full.evaluations]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from stepcache import __version__
-from stepcache.fingerprint import Fingerprint
 from stepcache.methods import Method, method
-from stepcache.profile import Prediction, Profile
+from stepcache.profile import Profile
 
 from .search import Found, Search
+from .team import Run
 
 
 class HeldOut:
@@ -28,28 +28,34 @@ class HeldOut:
     @cached_property
     def full(self) -> Tensor:
         """The images of the full run."""
-        return self._sampled(self.search.steps, None)[0]
+        return self._sampled([self.run()])[0][0]
 
-    def _sampled(self, steps: int, method: Method | None, sampler: str | None = None) -> tuple[Tensor, float]:
+    def run(self, method: Method | None = None, steps: int | None = None, sampler: str | None = None) -> Run:
+        """A run of the held-out seeds; by default the full one."""
+        return Run(sampler or self.search.sampler, steps or self.search.steps, method, self.seeds)
+
+    def _sampled(self, runs: Sequence[Run]) -> list[tuple[Tensor, float]]:
         """Images, and calls for one branch."""
-        search = self.search
-        result = search.subject.sample(sampler or search.sampler, steps, method, self.seeds)
-        search.spend(result.calls * len(self.seeds) / len(search.seeds))
-        return result.images, result.calls
+        found = []
+        for images, calls in self.search.team.sampled(runs):
+            self.search.spend(calls * len(self.seeds) / len(self.search.seeds))
+            found.append((images, calls))
+        return found
 
-    def scores(
-        self, method: Method | None = None, steps: int | None = None, sampler: str | None = None
-    ) -> tuple[list[float], float]:
-        """The metric of every sample against the full run, and the calls of one branch. Default: the search's steps."""
-        images, calls = self._sampled(steps or self.search.steps, method, sampler)
-        return [float(value) for value in self.search.metric(images, self.full, self.seeds)], calls
+    def scores(self, runs: Sequence[Run]) -> list[tuple[list[float], float]]:
+        """Of each run the metric of every sample against the full run, and the calls of one branch."""
+        metric, full = self.search.metric, self.full
+        return [
+            ([float(value) for value in metric(images, full, self.seeds)], calls)
+            for images, calls in self._sampled(runs)
+        ]
 
     def fewer_steps(self, calls: int) -> float:
         """The mean for a run of as many calls without a cache."""
         twice = self.search.full.evaluations > self.search.steps
         steps = (calls + 1) // 2 if twice else calls
         if steps not in self._fewer:
-            self._fewer[steps] = fmean(self.scores(steps=steps)[0])
+            self._fewer[steps] = fmean(self.scores([self.run(steps=steps)])[0][0])
         return self._fewer[steps]
 
     def profile(self, found: Found) -> Profile:
@@ -57,11 +63,8 @@ class HeldOut:
         search = self.search
         digits = tuple(int(n in found.places) for n in range(search.full.evaluations))
         plain = search.orders_alone(found.places)
-
-        def scores(chosen: Mapping[int, Prediction]) -> list[float]:
-            return self.scores(method("profile", path=Profile(digits, chosen)))[0]
-
-        learned, simple = scores(found.predictions), scores(plain)
+        methods = [method("profile", path=Profile(digits, chosen)) for chosen in (found.predictions, plain)]
+        learned, simple = (scores for scores, _ in self.scores([self.run(one) for one in methods]))
         keep = fmean(learned) > fmean(simple)
         values = learned if keep else simple
         measured = {
@@ -83,7 +86,7 @@ class HeldOut:
             search.full.schedule,
             search.sampler,
             {name: round(weight, 3) for name, weight in search.full.guidance.items()},
-            None if search.full.network is None else Fingerprint.of(search.full.network),
+            search.full.model,
             measured,
             {"stepcache": __version__, "torch": torch.__version__},
         )

@@ -6,18 +6,16 @@ import statistics
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-
-from torch import Tensor
+from typing import Any
 
 from stepcache.bench.metrics import Metric
-from stepcache.bench.subjects import Subject
 from stepcache.options import OptionError
 from stepcache.profile import Prediction
 
 from .notebook import Notebook
 from .placement import Placement
 from .tape import Tape
-from .trial import Trial
+from .team import Job, Outcome, Team
 
 Places = tuple[int, ...]
 
@@ -56,6 +54,7 @@ class Search:
     """Searches places on the calibration seeds.
 
     Attributes:
+        team: who runs trials.
         full: the tape of the full run.
         spent: network calls so far, in full runs of the calibration seeds.
         budget: the most that may be spent.
@@ -63,7 +62,8 @@ class Search:
 
     def __init__(
         self,
-        subject: Subject,
+        team: Team,
+        full: Tape,
         sampler: str,
         steps: int,
         seeds: Sequence[int],
@@ -73,29 +73,29 @@ class Search:
         say: Callable[[str, float], None] = lambda sentence, spent: None,
         learn: bool = True,
     ) -> None:
-        self.subject, self.sampler, self.steps, self.seeds = subject, sampler, steps, tuple(seeds)
+        self.team, self.full, self.sampler, self.steps, self.seeds = team, full, sampler, steps, tuple(seeds)
         self.metric, self.budget, self.notebook, self.say, self.learn = metric, budget, notebook, say, learn
         self.spent = float(notebook.get("spent") or 0.0)
-        self._trials: dict[Places, Trial] = {}
-        self.full: Tape = self.run(Trial()).tape
+        self._recordings: dict[Places, Any] = {}
+        self.spend(full.calls)
         self._refuse_another_model()
-        self.placement = Placement(self.full, self._growth())
-
-    def run(self, trial: Trial) -> Trial:
-        """Runs a trial on the calibration seeds and counts its calls."""
-        trial.run(self.subject, self.sampler, self.steps, self.seeds)
-        self.spent += trial.tape.calls / trial.tape.evaluations
-        self.notebook.add("spent", self.spent)
-        return trial
+        self.placement = Placement(full, self._growth())
 
     def spend(self, calls: float) -> None:
         """Counts calls of the calibration batch."""
         self.spent += calls / self.full.evaluations
         self.notebook.add("spent", self.spent)
 
+    def _tried(self, jobs: Sequence[Job]) -> Iterator[tuple[Outcome, Any]]:
+        """Runs trials and counts their calls."""
+        for outcome, recording in self.team.tried(jobs):
+            self.spend(outcome.calls)
+            yield outcome, recording
+
     def orders_alone(self, places: Places) -> dict[int, Prediction]:
         """How the other evaluations are predicted without learned weights."""
-        return self.run(Trial(self.full, places, learn=False)).chosen
+        ((outcome, _),) = self._tried([Job(places, learn=False)])
+        return outcome.chosen
 
     def _refuse_another_model(self) -> None:
         """OptionError if the notebook's findings are of a model that draws other images."""
@@ -115,49 +115,52 @@ class Search:
         count = self.full.evaluations
         if known := self.notebook.get("growth"):
             return list(known)
-        full = Trial()
-        full.tape = self.full
         growth: dict[int, float] = {count: 1.0}
-        for n in range(1, count - 1, 1 if count <= FINE else 2):
+        every = range(1, count - 1, 1 if count <= FINE else 2)
+        for n, (grown, calls) in zip(every, self.team.grown(every), strict=True):
+            self.spend(calls)
             self.say(f"growth of an error at evaluation {n + 1} of {count}", self.spent)
-            tape = self.run(Trial(self.full, {*range(count)} - {n}, False, full, n)).tape
-            made, left = (self._distance(tape, place) for place in (n + 1, count))
-            if bool((made > 0).all() and (left > 0).all()):
-                growth[n + 1] = float((left / made).log().mean().exp())
+            if grown is not None:
+                growth[n + 1] = grown
         found = [_between(growth, n) for n in range(count + 1)]
         self.notebook.add("growth", found)
         return found
 
-    def _distance(self, tape: Tape, n: int) -> Tensor:
-        """How far a run's latent is from the full run's at evaluation n (B,)."""
-        tape.guidance, tape.scaled = self.full.guidance, self.full.scaled
-        return (tape.latent(n) - self.full.latent(n)).flatten(1).norm(dim=1)
+    def score(self, places: Places) -> Found:
+        """A trial of these places, or what the notebook knows of them."""
+        return self._scored([places])[0]
 
-    def score(self, places: Places, around: Found | None = None) -> Found:
-        """A trial of these places, or what the notebook knows of them.
+    def _scored(self, choices: Sequence[Places], around: Found | None = None) -> list[Found]:
+        """Trials of each of these, or what the notebook knows of them.
 
-        The beginning that these places share with those of `around` is answered from its tape.
+        The beginning that places share with those of `around` is answered from its recording.
         """
-        name = ",".join(map(str, places))
-        if known := self.notebook.get(name):
-            predictions = {int(n): Prediction.read(n, how) for n, how in known["skipped"].items()}
-            return Found(places, known["mean"], known["score"], predictions)
-        trial = Trial(self.full, places, self.learn)
-        if around is not None and (since := min({*places} ^ {*around.places}) - 1) > 0:
-            trial = Trial(self.full, places, self.learn, self._trial(around.places), since)
-        self._trials[places] = self.run(trial)
-        scores = [float(score) for score in self.metric(trial.tape.images, self.full.images, self.seeds)]
-        mean = statistics.fmean(scores)
-        found = Found(places, mean, mean - statistics.pstdev(scores) / 2, dict(trial.chosen))
-        skipped = {n: how.written() for n, how in found.predictions.items()}
-        self.notebook.add(name, {"mean": mean, "score": found.score, "skipped": skipped})
-        return found
+        found: dict[Places, Found] = {}
+        new = [places for places in choices if self.notebook.get(_name(places)) is None]
+        jobs = [Job(places, self.learn) for places in new]
+        for k, places in enumerate(new):
+            if around is not None and (since := min({*places} ^ {*around.places}) - 1) > 0:
+                jobs[k] = Job(places, self.learn, self._recording(around.places), since)
+        for places, (outcome, recording) in zip(new, self._tried(jobs), strict=True):
+            self._recordings[places] = recording
+            mean = statistics.fmean(outcome.scores)
+            skipped = {n: how.written() for n, how in outcome.chosen.items()}
+            score = mean - statistics.pstdev(outcome.scores) / 2
+            self.notebook.add(_name(places), {"mean": mean, "score": score, "skipped": skipped})
+            found[places] = Found(places, mean, score, outcome.chosen)
+        return [found.get(places) or self._known(places) for places in choices]
 
-    def _trial(self, places: Places) -> Trial:
-        """The trial of these places; run once more if its tape was not kept."""
-        if places not in self._trials:
-            self._trials[places] = self.run(Trial(self.full, places, self.learn))
-        return self._trials[places]
+    def _known(self, places: Places) -> Found:
+        """What the notebook knows of these places."""
+        known = self.notebook.get(_name(places))
+        predictions = {int(n): Prediction.read(n, how) for n, how in known["skipped"].items()}
+        return Found(places, known["mean"], known["score"], predictions)
+
+    def _recording(self, places: Places) -> Any:
+        """The recording of these places; made once more if it was not kept."""
+        if places not in self._recordings:
+            ((_, self._recordings[places]),) = self._tried([Job(places, self.learn)])
+        return self._recordings[places]
 
     def climb(self, start: Places, budget: float | None = None, enough: float | None = None) -> Found:
         """The best places that trials find from these on, until the budget ends or the mean is `enough`.
@@ -171,24 +174,30 @@ class Search:
         best = self.score(start)
         known, rounds, quiet = {start: best}, {start: self._rounds(start, {start})}, 0
         tried = {start: 0}
-        while self.spent + cost <= limit and quiet < QUIET and rounds and (enough is None or best.mean < enough):
+        while quiet < QUIET and rounds and (enough is None or best.mean < enough):
             step = PATIENCE * (best.score - statistics.median(found.score for found in known.values()))
             around = known[max(rounds, key=lambda places: (known[places].score - step * tried[places], places))]
             tried[around.places] += 1
             chunk = [places for places in next(rounds[around.places], ()) if places not in known]
-            chunk = chunk[: int((limit - self.spent) / cost)]
+            chunk = self._affordable(chunk, int((limit - self.spent) / cost))
             if not chunk:
                 del rounds[around.places]
                 continue
-            self._trials = {places: trial for places, trial in self._trials.items() if places == around.places}
-            for places in chunk:
-                known[places], tried[places] = self.score(places, around), 0
-                rounds[places] = self._rounds(places, known)
+            kept = around.places
+            self._recordings = {kept: self._recordings[kept]} if kept in self._recordings else {}
+            for found in self._scored(chunk, around):
+                known[found.places], tried[found.places] = found, 0
+                rounds[found.places] = self._rounds(found.places, known)
             top = max((known[places] for places in chunk), key=lambda found: found.score)
             quiet = 0 if top.score > best.score else quiet + 1
             best = max(best, top, key=lambda found: found.score)
             self.say(f"{len(start)} calls: {best.mean:.2f}", self.spent)
         return best
+
+    def _affordable(self, choices: Sequence[Places], trials: int) -> list[Places]:
+        """Those that so many trials are enough for; what the notebook knows needs none."""
+        new = [places for places in choices if self.notebook.get(_name(places)) is None]
+        return [places for places in choices if places not in new[max(0, trials) :]]
 
     def _rounds(self, places: Places, known: Container[Places]) -> Iterator[list[Places]]:
         """The trials around one choice, the most promising first."""
@@ -207,6 +216,11 @@ class Search:
                 if len(pair) == len(places) and 0 in pair and max(pair) < count:
                     moved.add(tuple(sorted(pair)))
         yield from sorted(moved - {places}, key=lambda one: (self.placement.cost(one), one))
+
+
+def _name(places: Places) -> str:
+    """Of a finding in the notebook."""
+    return ",".join(map(str, places))
 
 
 def _between(known: dict[int, float], n: int) -> float:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepcache.branch import Branch
 from stepcache.clock import Position
+from stepcache.fingerprint import Fingerprint
 from stepcache.predictors.profiled import derivative, scale
 
 Guidance = Mapping[str, float]
@@ -54,14 +54,14 @@ class Tape:
     Attributes:
         seen: the evaluations, in their order.
         schedule: the run's sigmas, if the host knows them.
-        network: the model.
+        model: by what the model is known again.
         images: the samples, as the subject returns them.
         calls: made for one branch.
     """
 
     seen: list[Seen] = field(default_factory=list)
     schedule: tuple[float, ...] = ()
-    network: Any = None
+    model: Fingerprint | None = None
     images: Tensor = field(default_factory=lambda: torch.empty(0))
     calls: float = 0.0
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from stepcache.bench.subjects import Subject
 from stepcache.branch import Branch
 from stepcache.clock import Position, near
 from stepcache.criteria.base import Criterion
+from stepcache.fingerprint import Fingerprint
 from stepcache.gates.base import Gate, GateCheck
 from stepcache.methods import Method
 from stepcache.plan import ComputeReason, Verdict
@@ -34,6 +36,14 @@ RIDGE = 1e-4
 COMPUTE = ComputeReason("tune")
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What is kept of a trial: its tape, and how each skipped evaluation was predicted."""
+
+    tape: Tape
+    chosen: Mapping[int, Prediction]
+
+
 class Trial:
     """One run of the calibration seeds, whose predictions are fitted while it goes on.
 
@@ -50,7 +60,8 @@ class Trial:
         full: the tape of the full run; None: this is the full run, and everything is computed.
         places: the evaluations that are computed.
         learn: whether weights are learned.
-        prefix, since: another trial. Evaluations before `since` are answered from its tape, without calls.
+        prefix, since: another trial, or its recording. Evaluations before `since` are answered from its tape, without
+            calls.
     """
 
     def __init__(
@@ -58,7 +69,7 @@ class Trial:
         full: Tape | None = None,
         places: Collection[int] = (),
         learn: bool = True,
-        prefix: Trial | None = None,
+        prefix: Recording | Trial | None = None,
         since: int = 0,
     ) -> None:
         self.full, self.places, self.learn = full, frozenset(places), learn
@@ -198,7 +209,8 @@ class _Compute(Gate):
         self.trial = trial
 
     def begin(self, run: RunInfo) -> GateCheck:
-        self.trial.tape = Tape(schedule=run.schedule or (), network=run.network)
+        model = None if run.network is None else Fingerprint.of(run.network)
+        self.trial.tape = Tape(schedule=run.schedule or (), model=model)
 
         def answer(position: Position, counts: SkipCounts) -> ComputeReason | None:
             return COMPUTE if self.trial.computes(position.evaluation) else None

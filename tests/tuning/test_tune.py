@@ -87,29 +87,36 @@ def test_the_same_search_finds_the_same_profile(four):
 
 def test_a_search_that_was_stopped_goes_on_where_it_was(four, tmp_path, monkeypatch):
     state = tmp_path / "folder" / "state.jsonl"
-    from stepcache.tuning.search import Search
+    from stepcache.tuning.team import Worker
 
-    real, made = Search.run, []
+    real, made = Worker.tried, []
 
-    def breaks(self, trial):
-        made.append(trial)
-        if len(made) == 12:
+    def breaks(self, *job):
+        made.append(job)
+        if len(made) == 6:
             raise KeyboardInterrupt
-        return real(self, trial)
+        return real(self, *job)
 
-    monkeypatch.setattr(Search, "run", breaks)
+    monkeypatch.setattr(Worker, "tried", breaks)
     with pytest.raises(KeyboardInterrupt):
         tuned(state=state)
     known = len(state.read_text().splitlines())
     made.clear()
-    monkeypatch.setattr(Search, "run", lambda self, trial: made.append(trial) or real(self, trial))
+    monkeypatch.setattr(Worker, "tried", lambda self, *job: made.append(job) or real(self, *job))
     again = tuned(state=state)
     assert known > 5
     assert (again.computed, again.predictions.keys()) == (four.computed, four.predictions.keys())
     assert again.measured["held out"] == four.measured["held out"]
     made.clear()
     tuned(state=state)
-    assert len(made) <= 3  # the full run, and the one without learned weights
+    assert len(made) <= 2  # the one without learned weights, and the one around which there was nothing new
+
+
+def test_a_search_that_has_ended_is_not_forgotten(tmp_path):
+    """Its budget is spent: what the file knows is all that there is."""
+    first, again = (tuned(budget=18, state=tmp_path / "state.jsonl") for _ in range(2))
+    assert again.computed == first.computed
+    assert again.measured["calibration"] == first.measured["calibration"]
 
 
 def test_the_findings_of_another_model_or_run_are_refused(tmp_path):
