@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from stepcache._optional import require
 from stepcache.bench.metrics import Metric
 from stepcache.bench.ray_pool import ray_pool
 from stepcache.bench.subjects import Subject
@@ -98,9 +99,7 @@ class _Actor(Worker):
     """A worker in a process of its own. Recordings stay where they are until another trial begins with them."""
 
     def _kept(self, trial: Trial) -> Any:
-        import ray
-
-        return ray.put(super()._kept(trial))
+        return require("ray", "ray").put(super()._kept(trial))
 
 
 class Team:
