@@ -64,11 +64,12 @@ def test_the_speed_up_of_two_workers(capsys):
     from stepcache.demo import zoo
 
     torch.set_num_threads(1)
-    seconds = []
+    seconds, found = [], []
     for workers in (1, 2):
         begun = time.perf_counter()
-        stepcache.tune(zoo.subject("hsc32"), calls=8, seeds=16, workers=workers)
+        found.append(stepcache.tune(zoo.subject("hsc32"), calls=8, seeds=16, workers=workers))
         seconds.append(time.perf_counter() - begun)
     with capsys.disabled():
         print(f"one worker {seconds[0]:.0f} s, two {seconds[1]:.0f} s: {seconds[0] / seconds[1]:.2f}x")
+    assert found[0].written() == found[1].written()
     assert seconds[1] < seconds[0]
