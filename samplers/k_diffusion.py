@@ -177,7 +177,7 @@ class CachedDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
-        run = self._open.here() if self._open else None
+        run = self._open.here()
         if run is not None:
             return run._answer(x, sigma, extra)
         if self._open:
@@ -214,7 +214,7 @@ class CachedDenoiser(nn.Module):
         """The engine of the run in progress here, or of the last one."""
         if self._is_run:
             return self._engine
-        run = self._open.here() if self._open else None
+        run = self._open.here()
         return self._last[0] if run is None else run._engine
 
     @property
@@ -281,7 +281,7 @@ class CachedDenoiser(nn.Module):
 
     def reset(self) -> None:
         """Forgets the run in progress. Never needed; for hosts that know better."""
-        run = self._open.here() if self._open else None
+        run = self._open.here()
         (self if run is None else run)._reset()
 
     def _reset(self) -> None:

@@ -6,7 +6,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Generic, TypeVar
 
@@ -35,16 +35,14 @@ class OpenRun(Generic[R]):
         caller: the thread or task that began it.
         frame: identifies the frame of the function that began it, without keeping it alive.
         code: that function's code.
+        in_generator: whether that function is a generator.
     """
 
     run: R
-    caller: Caller = field(default_factory=caller)
-    frame: int = 0
-    code: CodeType | None = None
-
-    @property
-    def in_generator(self) -> bool:
-        return self.code is not None and bool(self.code.co_flags & GENERATOR)
+    caller: Caller
+    frame: int
+    code: CodeType
+    in_generator: bool
 
 
 class OpenRuns(Generic[R]):
@@ -61,7 +59,7 @@ class OpenRuns(Generic[R]):
     def begin(self, run: R, *own: str) -> OpenRun[R]:
         """Adds a run. `own` are the modules whose frames are not those of the user's function."""
         frame = _beginning(sys._getframe(1), own)
-        opened = OpenRun(run, frame=id(frame), code=frame.f_code)
+        opened = OpenRun(run, caller(), id(frame), frame.f_code, bool(frame.f_code.co_flags & GENERATOR))
         with self._lock:
             self._open = [*self._open, opened]
         return opened
@@ -79,6 +77,8 @@ class OpenRuns(Generic[R]):
         Raises:
             RuntimeError: there are several that it may be part of.
         """
+        if not self._open:
+            return None
         who = caller()
         mine = [one for one in self._open if one.caller is who]
         if len(mine) == 1 and not mine[0].in_generator:

@@ -13,7 +13,14 @@ class Caller:
     __slots__ = ("__weakref__",)
 
 
-_threads = threading.local()
+class _Thread(threading.local):
+    """Has another `caller` in every thread."""
+
+    def __init__(self) -> None:
+        self.caller = Caller()
+
+
+_thread = _Thread()
 _tasks: WeakKeyDictionary[asyncio.Task[object], Caller] = WeakKeyDictionary()
 
 
@@ -25,11 +32,7 @@ def caller() -> Caller:
         >>> caller() is caller()
         True
     """
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no event loop is running in this thread
-        task = None
-    if task is None:
-        own: Caller = _threads.__dict__.setdefault("own", Caller())
-        return own
-    return _tasks.setdefault(task, Caller())
+    if asyncio._get_running_loop() is None:
+        return _thread.caller
+    task = asyncio.current_task()
+    return _thread.caller if task is None else _tasks.setdefault(task, Caller())
