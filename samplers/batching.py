@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -11,7 +13,10 @@ class CannotSplit(ValueError):
     """Why a batched call cannot be taken apart with certainty."""
 
 
-def cut_rows(value: Any, rows: int, kept: slice, shared: bool = False) -> Any:
+Rows = slice | list[int]
+
+
+def cut_rows(value: Any, rows: int, kept: Rows, shared: bool = False) -> Any:
     """The part of an argument that belongs to `kept` of the batch's `rows` rows; `CannotSplit` if that is not certain.
 
     Tensors must be as long as the batch, or have no length at all; with `shared`, those of length 1 belong to all
@@ -44,6 +49,22 @@ def may_be_ordered(value: Any, lengths: tuple[int, ...]) -> bool:
         plain = isinstance(value, list) and any(isinstance(item, (int, float, str)) for item in value)
         return (plain and len(value) in lengths) or any(may_be_ordered(item, lengths) for item in value)
     return False
+
+
+def rows_of_samples(branches: int, rows: int, samples: Sequence[int]) -> list[int]:
+    """The rows of some samples of a batch, in each of the branches that come one after another."""
+    each = rows // branches
+    return [branch * each + sample for branch in range(branches) for sample in samples]
+
+
+def samples_of(tensor: Tensor, branches: int) -> list[Tensor]:
+    """The rows of each sample of a batch, one for each branch."""
+    return [part.flatten(0, 1) for part in tensor.unflatten(0, (branches, -1)).split(1, dim=1)]
+
+
+def batch_of(samples: Sequence[Tensor]) -> Tensor:
+    """The reverse of `samples_of`."""
+    return torch.stack(tuple(samples), dim=1).flatten(0, 1)
 
 
 def rows_of(names: tuple[str, ...], name: str, rows: int) -> slice:

@@ -19,7 +19,7 @@ from stepcache import Method, OptionError, Report, method
 from stepcache.extend import Call, Engine, require, unknown, wide, widened
 
 from .arguments import ArgumentChanges
-from .batching import CannotSplit, cut_rows, rows_of
+from .batching import CannotSplit, batch_of, cut_rows, rows_of, rows_of_samples, samples_of
 from .branches import InTurn, distinct
 from .continuity import Continuity
 from .open_runs import OUTSIDE, OpenRuns
@@ -110,7 +110,9 @@ class CachedDenoiser(nn.Module):
         sigmas: the schedule of every run, sigmas[0..n]; better given per run, by `sample` or `run`.
         branches: names as above. None: one branch a call, "guided".
         reference: the branch that decides; see `Engine`. With separate calls it must be the first one called.
-        decide:"reference", or "each": every branch decides for itself.
+        decide: "batch": one decision for all samples of a batch. "sample": one for each of them, and the model is
+            called for those alone that need it. "any": computed if any sample needs it. "each": every branch decides
+            for itself. See `Engine`.
         scalings: how denoised and the network's output belong together: "eps", "flow" (x = (1 - sigma) x0 + sigma
             noise), "denoised" (they are taken for one), or a function sigma -> (c_skip, c_out, c_in) with denoised =
             c_skip x + c_out network(c_in x), with 1 for c_skip if it is None. None: taken from the `get_scalings` of
@@ -136,7 +138,7 @@ class CachedDenoiser(nn.Module):
         sigmas: Tensor | Iterable[float] | None = None,
         branches: BranchNames = None,
         reference: str | None = None,
-        decide: Literal["reference", "each"] = "reference",
+        decide: Literal["batch", "any", "sample", "each"] = "batch",
         scalings: Literal["eps", "flow", "denoised"] | Scalings | None = None,
         coordinate: Callable[[float], float] | None = None,
         noise: float | None = None,
@@ -434,6 +436,22 @@ class DenoiserCall(Call):
             return None
         x = self.latent[kept]
         return DenoiserCall(self.model, self._scalings, (name,), x, sigma, extra, self._dtypes)
+
+    def of_samples(self, samples: Sequence[int]) -> DenoiserCall | None:
+        rows = len(self.latent)
+        kept = rows_of_samples(len(self.names), rows, samples)
+        sigma = self.sigma[kept] if self.sigma.ndim and len(self.sigma) == rows else self.sigma
+        try:
+            extra = cut_rows(self.keywords, rows, kept, shared=True)
+        except CannotSplit:
+            return None
+        return DenoiserCall(self.model, self._scalings, self.names, self.latent[kept], sigma, extra, self._dtypes)
+
+    def split(self, answer: Tensor) -> list[Tensor]:
+        return samples_of(answer, len(self.names))
+
+    def join(self, answers: Sequence[Tensor]) -> Tensor:
+        return batch_of(answers)
 
 
 def _of_rows(c: Tensor, kept: slice) -> Tensor:

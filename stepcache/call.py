@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CANNOT_BE_SPLIT = RuntimeError, ValueError, TypeError, LookupError, AssertionError
+"""What a model raises if it is called for a part of a batch, and its arguments are not ordered by rows."""
+
 
 class Call(ABC):
     """One call of the model, for one branch of guidance or for several that are batched together.
@@ -30,6 +33,7 @@ class Call(ABC):
         keywords: what the host passes to the model by name.
         signal: what the probed blocks added, kept for a host that passes one call to the engine twice.
         raw: the model's own answer, once the whole call has been computed.
+        answer: the model's answer, if it was called for several samples together.
         notes: sentences for the report.
         indivisible: computing one branch alone has failed.
     """
@@ -44,6 +48,7 @@ class Call(ABC):
     keywords: Mapping[str, Any] = MappingProxyType({})
     signal: Tensor | None = None
     raw: Any = None
+    answer: Any = None
     notes: tuple[str, ...] = ()
     indivisible: bool = False
 
@@ -71,6 +76,18 @@ class Call(ABC):
         """The same call for one of its branches; None if the host's call cannot be split."""
         return None
 
+    def of_samples(self, samples: Sequence[int]) -> Call | None:
+        """The same call for some samples of the batch; None if the host's call cannot be split."""
+        return None
+
+    def split(self, answer: Any) -> Sequence[Any]:
+        """The model's answer, taken apart into those of the samples; none if that cannot be done."""
+        return ()
+
+    def join(self, answers: Sequence[Any]) -> Any:
+        """What the host expects, from the answers of all samples in their order: the reverse of `split`."""
+        raise NotImplementedError
+
     def compute(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The raw outputs of these branches, by name; of all branches if the call cannot be split.
 
@@ -78,7 +95,7 @@ class Call(ABC):
         """
         if len(names) == 1 < len(self.names) and (out := self._alone(names[0])) is not None:
             return {names[0]: out}
-        self.raw = self.run_model()
+        self.raw = self.run_model() if self.answer is None else self.answer
         outputs = self.outputs(self.raw)
         return {} if outputs is None else dict(zip(self.names, outputs, strict=True))
 
@@ -90,7 +107,7 @@ class Call(ABC):
             (x,), outputs = part.inputs(), part.outputs(part.run_model())
             if outputs is None or outputs[0].shape != x.shape:
                 raise ValueError(f"it returned another shape than its input's {tuple(x.shape)}")
-        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        except CANNOT_BE_SPLIT as error:
             # Arguments that are not ordered by rows. If the model itself fails, the whole call fails as well.
             self.indivisible, self.notes = True, (*self.notes, f"the call for {name} alone fails: {error}"[:300])
             return None

@@ -24,6 +24,10 @@ from .report import Report
 from .run import Evaluation, Run
 from .run_info import RunInfo
 from .runs import Runs
+from .samples import Samples
+
+DECIDE = ("batch", "any", "sample", "each")
+"""Who decides whether an evaluation is skipped; see `Engine`."""
 
 
 class Engine:
@@ -33,8 +37,10 @@ class Engine:
         method: what to skip and how to predict it. None computes everything.
         reference: the branch whose change decides for the whole evaluation. None: of branches batched in one call,
             "cond" if there is one, else the first; of branches in separate calls, the first one called.
-        decide: "reference" (default), or "each": every branch decides for itself; branches batched in one call are
-            skipped if all of them agree.
+        decide: "batch" (default): one decision for all samples of a batch, by their mean. "sample": every sample
+            decides for itself, and the model is called for those alone that need it, so that a sample does not depend
+            on its neighbours. "any": an evaluation is computed if any sample needs it. "each": as "batch", but every
+            branch decides for itself; branches batched in one call are skipped if all of them agree.
         sigmas: the schedule, sigmas[0..n], of runs that the host does not announce with `announce`.
         training_sigma: share of the training timetable (0 to 1) -> sigma, if the model has such a table.
         coordinate: sigma -> the coordinate that predictors extrapolate in. None: log sigma.
@@ -80,7 +86,7 @@ class Engine:
         method: Method | None,
         *,
         reference: str | None = None,
-        decide: str = "reference",
+        decide: str = "batch",
         sigmas: Tensor | Iterable[float] | None = None,
         training_sigma: Callable[[float], float] | None = None,
         coordinate: Callable[[float], float] | None = None,
@@ -91,11 +97,11 @@ class Engine:
         notes: Iterable[str] = (),
         network: Any = None,
     ) -> None:
-        if decide not in ("reference", "each"):
-            raise unknown("value of decide", str(decide), ("reference", "each"))
+        if decide not in DECIDE:
+            raise unknown("value of decide", str(decide), DECIDE)
         if decide == "each" and reference is not None:
             raise OptionError(
-                f"reference={reference!r} with decide='each': where each branch decides there is no reference"
+                f"reference={reference!r} with decide='each': if each branch decides there is no reference"
             )
         self.method = method or Off()
         self.off = self.method.never_skips
@@ -113,9 +119,13 @@ class Engine:
         each, noise = decide == "each", None if noise is None else number("noise", noise, high=1.0)
         clock = Clock(sigmas, lowest_sigma)
         self.runs = Runs(self.method, clock, known, reference, each, noise, ranks, self.warn)
-        if self.method.skip == "uncond" and not self.off and (each or self._planner.looks_inside):
-            other = "decide='each'" if each else f"{self.method.name}, which decides inside the model"
+        self._samples = Samples(self._planner, decide == "any") if decide in ("any", "sample") else None
+        inside = f"{self.method.name}, which decides inside the model"
+        if self.method.skip == "uncond" and not self.off and (decide != "batch" or self._planner.looks_inside):
+            other = f"decide={decide!r}" if decide != "batch" else inside
             raise OptionError(f"skip='uncond' with {other}: the reference is always computed; use skip='all'")
+        if self._samples is not None and self._planner.looks_inside:
+            raise OptionError(f"decide={decide!r} with {inside} for the whole batch: use decide='batch'")
         self._computed: str | None = None
         self._lock, self._busy = threading.RLock(), False
 
@@ -150,9 +160,16 @@ class Engine:
             evaluation.run.report.passed(evaluation.position, call.names, reason)
             answer = call.run_model()
         else:
-            answer = self._answer(call, evaluation)
+            answer = self._answer_batch(call, evaluation)
         self.runs.free_if_over(evaluation)
         return answer
+
+    def _answer_batch(self, call: Call, evaluation: Evaluation) -> Any:
+        """A batch is taken apart if its samples decide each for themselves."""
+        parts = None if self._samples is None else self._samples.parts(call, evaluation.run)
+        if self._samples is None or not parts:
+            return self._answer(call, evaluation)
+        return self._samples.answer(call, evaluation, parts)
 
     def _answer(self, call: Call, evaluation: Evaluation) -> Any:
         """Answers one call: plan, compute, check, predict, remember, report."""
@@ -181,7 +198,7 @@ class Engine:
     @property
     def has_cache(self) -> bool:
         """Whether anything that the run in progress has computed is kept."""
-        return self.runs.current is not None and bool(self.runs.current.caches)
+        return self.runs.current is not None and self.runs.current.has_cache
 
     def announce(
         self,

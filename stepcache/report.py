@@ -44,14 +44,19 @@ class Report:
     events: list[Event] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
 
-    def append(self, position: Position, plan: Plan, branches: Mapping[str, Branch], skip_reason: str) -> None:
-        """Records what became of each branch of a call, why, and how far predictions were off."""
+    def append(
+        self, position: Position, plan: Plan, branches: Mapping[str, Branch], skip_reason: str, whose: str = ""
+    ) -> None:
+        """Records what became of each branch of a call, why, and how far predictions were off.
+
+        `whose` is added to the branches' names.
+        """
         for name, branch in branches.items():
             reason, verdict = plan.reasons[name], plan.verdicts.get(name)
             self.events.append(
                 Event(
                     position,
-                    name,
+                    name + whose,
                     reason is not None,
                     skip_reason if reason is None else reason.reason,
                     None if verdict is None else verdict.estimate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import ReferenceType, ref
@@ -87,6 +87,7 @@ class Run:
         static: the mask's zeros are skipped without asking the criterion.
         relative: the other branches are predicted relative to the reference's output.
         trains: whether the network's parameters require gradients; None if nobody has looked yet.
+        samples: the same for each sample of the batch, if they decide for themselves.
         repeats: whether branches come twice with different x in one evaluation; None: not known yet.
     """
 
@@ -108,8 +109,21 @@ class Run:
         self.repeats: bool | None = False
         self.trains: bool | None = None
         self.evaluation: Evaluation | None = None
+        self.samples: list[Run] = []
         self._known_noise = noise
         self._noise = FreshNoise() if method.predictor.sampler_aware and not method.never_skips else None
+
+    def sibling(self) -> Run:
+        """The same run for one sample of its batch: with the same notes, and nothing learnt yet."""
+        info = replace(self.info, notes=[], warnings=[])  # what gates say of the run has been said
+        run = Run(self.method, info, self.number, self._named_reference, self.each, self._known_noise)
+        info.notes = run.report.notes = self.info.notes
+        return run
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether anything that was computed is kept."""
+        return bool(self.caches) or any(sample.caches for sample in self.samples)
 
     def gated(self, position: Position, names: tuple[str, ...]) -> ComputeReason | None:
         """The first gate's reason to compute; with branches that decide for themselves, of any of them."""
@@ -240,6 +254,8 @@ class Run:
 
     def forget(self, names: Iterable[str] | None = None) -> None:
         """Drops the caches and rules of these branches, of all by default, and what the noise was measured from."""
+        for sample in self.samples:
+            sample.forget(names)
         if self._noise is not None:
             self._noise.forget()
         for name in [*self.caches, *self.rules] if names is None else names:

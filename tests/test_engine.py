@@ -1083,7 +1083,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("decide", ["reference", "each"])
+@pytest.mark.parametrize("decide", ["batch", "each"])
 @pytest.mark.parametrize("method", [UCache(1.0), EasyCache(0.3), Static("110100"), Method(predictor=LogSigmaLine())])
 def test_a_decided_evaluation_costs_at_most_one_transfer(method, how, decide, monkeypatch):
     """Sigma lies on the CPU here and is read in rows of two; the first evaluation also begins the run."""

@@ -36,6 +36,7 @@ methods.*
 methods
 run
 runs planner
+samples
 engine
 compat.*
 compat

@@ -220,7 +220,7 @@ class Turns(nn.Module):
 
 @pytest.mark.parametrize(
     ("decide", "uncond", "begun", "gone"),
-    [("reference", "CSCS", 2, 2), ("each", "CCSC", 4, 3)],
+    [("batch", "CSCS", 2, 2), ("each", "CCSC", 4, 3)],
 )
 def test_branches_in_separate_calls_have_signals_of_their_own(decide, uncond, begun, gone):
     """Where the reference decides, an uncond that follows a skip is not begun at all."""

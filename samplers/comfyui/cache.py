@@ -23,7 +23,7 @@ class Cache:
 
     Args:
         method: what to skip and how to predict it.
-        decide: "reference": the positive branch's change decides, for all images of a batch. "each": every branch of
+        decide: "batch": the positive branch's change decides, for all images of a batch. "each": every branch of
             every image decides for itself, and an evaluation is skipped if all of them agree.
         noisy: what acts instead of `method` if the sampler is one of `NEGATIVE_ONLY_SAMPLERS` and there is guidance.
             None: `method` acts with every sampler.
@@ -31,7 +31,7 @@ class Cache:
     All copies of a model share it: the state of a run is not in it. `report` is that of the run that ended last.
     """
 
-    def __init__(self, method: Method, decide: str = "reference", noisy: Method | None = None) -> None:
+    def __init__(self, method: Method, decide: str = "batch", noisy: Method | None = None) -> None:
         self.method = method
         self.decide = decide
         self.noisy = noisy

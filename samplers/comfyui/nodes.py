@@ -68,7 +68,7 @@ class AdvancedNode:
                 **field("end", "STRING", DEFAULT),
                 **field("mask", ["none", *PRESETS], "none"),
                 **field("policy", ["dynamic", "static"], "dynamic"),
-                **field("decide", ["reference", "each"], "reference"),
+                **field("decide", ["batch", "each"], "batch"),
             },
             "optional": field("options", "STRING", "", multiline=True),
             "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"},
@@ -80,7 +80,7 @@ class AdvancedNode:
         method: str,
         threshold_or_interval: str = DEFAULT,
         skip: str = AUTOMATIC,
-        decide: str = "reference",
+        decide: str = "batch",
         options: str = "",
         prompt: Any = None,
         unique_id: Any = None,
@@ -89,7 +89,7 @@ class AdvancedNode:
         chosen = chosen_method(method, threshold_or_interval, options, skip=skip, **fields)
         noisy = noisy_method(method, threshold_or_interval, options, decide, skip, **fields)
         check_mask(chosen.mask, prompt, unique_id)
-        return (patched(model, chosen, "reference" if chosen.never_skips else decide, noisy),)
+        return (patched(model, chosen, "batch" if chosen.never_skips else decide, noisy),)
 
 
 class ProfileNode:

@@ -77,7 +77,7 @@ def noisy_method(method: str, number: str, options: str, decide: str, skip: str,
 
     It is another one for Forecast alone: with the methods of others, a skip means what they publish.
     """
-    if skip != AUTOMATIC or method != "forecast" or decide != "reference" or "skip" in _keys(_in_one_line(options)):
+    if skip != AUTOMATIC or method != "forecast" or decide != "batch" or "skip" in _keys(_in_one_line(options)):
         return None
     return chosen_method(method, number, options, skip="uncond", **fields)
 

@@ -11,13 +11,13 @@ from .cache import Cache
 from .wrappers import KEY, wrapper_kinds
 
 
-def patched(model: Any, method: Method, decide: str = "reference", noisy: Method | None = None) -> Any:
+def patched(model: Any, method: Method, decide: str = "batch", noisy: Method | None = None) -> Any:
     """A clone of a model patcher with the cache on it. It replaces a cache of ours that was there.
 
     Args:
         model: a `ModelPatcher`, what the nodes call MODEL. It stays as it is.
         method: what to skip and how to predict it.
-        decide: "reference" or "each"; see `Cache`.
+        decide: "batch" or "each"; see `Cache`.
         noisy: the method for samplers that add noise at every step; see `Cache`.
 
     Raises `OptionError` if the options do not go together, or not with this model (a method that looks at blocks), and

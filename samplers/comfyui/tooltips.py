@@ -35,7 +35,7 @@ ADVANCED = {
     "policy": "The steps that the mask leaves. dynamic: the method decides about them; forecast computes every second "
     "of them, so that a mask makes it slower, never faster. static: they are skipped, and the mask alone sets the "
     "speed.",
-    "decide": "Whose change is looked at by a method with a threshold. reference: that of the first image's positive "
+    "decide": "Whose change is looked at by a method with a threshold. batch: that of the first image's positive "
     "prompt, for the whole batch. each: that of every prompt of every image, and a step is skipped only if all "
     "agree, which is safer and slower. hicache, spectrum, static and forecast have no threshold.",
     "options": "More options of the method as key=value, separated by commas or lines. They override the fields above. "

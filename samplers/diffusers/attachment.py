@@ -40,6 +40,7 @@ def attach(
     components: Sequence[str] | None = None,
     controlnet: bool = True,
     group: Any = None,
+    decide: str = "batch",
     **options: Any,
 ) -> Iterator[Attachment]:
     """Caches a pipeline's denoiser inside the block: `with attach(pipe) as cache: pipe(prompt)`.
@@ -54,6 +55,9 @@ def attach(
         group: the torch.distributed process group, or `DeviceMesh`, whose ranks work on one image together: all of them
             then take the same decision. None: found by itself if the denoiser is split by `enable_parallelism`, FSDP
             or tensor parallelism; give it if you have split it by hand. False: every rank decides alone.
+        decide: "batch": one decision for all images of a batch, by their mean. "sample": one for each, and the denoiser
+            is called for those alone that need it, so that an image does not depend on the others. "any": computed if
+            any of them needs it. "each": every branch of guidance decides for itself. See `Engine`.
         **options: `enable_separate_cfg`, `cfg_compute_first`, `cfg_diff_compute_separate`, as for `Guidance`, and those
             of the method.
 
@@ -74,7 +78,7 @@ def attach(
         (11, 9)
     """
     guidance = Guidance.pop(options)
-    attachment = Attachment(pipe, chosen_method(method, mask, options), components, guidance, controlnet, group)
+    attachment = Attachment(pipe, chosen_method(method, mask, options), components, guidance, controlnet, group, decide)
     attachment.attach()
     try:
         yield attachment
@@ -86,7 +90,7 @@ class Attachment:
     """A cache in front of a pipeline's denoisers, each with a cache of its own.
 
     Args:
-        pipe, method, components, guidance, controlnet, group: as for `attach`.
+        pipe, method, components, guidance, controlnet, group, decide: as for `attach`.
         joined: (run, timestep) of a run in progress, the only one to be cached, whose first evaluation, at this
             timestep, is over.
     """
@@ -99,6 +103,7 @@ class Attachment:
         guidance: Guidance | None = None,
         controlnet: bool = True,
         group: Any = None,
+        decide: str = "batch",
         joined: tuple[Key, Any] | None = None,
     ) -> None:
         self.attached = False
@@ -123,7 +128,7 @@ class Attachment:
         self._schedulers = schedulers
         for name, scheduler in schedulers.items():
             module, runs = getattr(pipe, name), self._runs[scheduler]
-            engine = engine_of(module, method, runs.scheduler, guidance, group)
+            engine = engine_of(module, method, runs.scheduler, guidance, group, decide)
             self._denoisers[name] = DenoiserPatch(name, module, engine, runs, guidance, self._free_others, abandon)
         self._patches: list[HostPatch] = [*self._denoisers.values()]
         if flag("controlnet", controlnet) and isinstance(getattr(pipe, "controlnet", None), nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from stepcache.extend import Call, wide, widened
 
-from ..batching import CannotSplit, cut_rows, rows_of
+from ..batching import CannotSplit, batch_of, cut_rows, rows_of, rows_of_samples, samples_of
 from .answer import Rebuild, listed, opened, packed, stacked
 from .controlnet import computed
 from .pairing import Pairing, pairings
 
 LATENTS = ("hidden_states", "sample", "x")
 BESIDE = ("audio_hidden_states",)
+WITHOUT_ROWS = ("img_ids", "txt_ids", "image_rotary_emb", "rotary_emb", "freqs_cis")
+"""Arguments that are not ordered by the rows of the batch: where the tokens are, which is the same for all."""
+
 TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "time")
 
 
@@ -86,6 +89,7 @@ class ModuleCall(Call):
         turn: how many calls of this context the evaluation has had before.
         timestep: as given; None if it was not found.
         computed: the denoiser's answer, once it was called.
+        forwards: the batch of each call of the denoiser so far, for all samples or for some.
         unpaired: the answer could not be related to the input, or not yet.
     """
 
@@ -112,6 +116,7 @@ class ModuleCall(Call):
         self.latent: Any = packed(parts) if known else None
         self.timestep = next((given[name] for name in TIMESTEPS if name in given), None)
         self.sigma, self.computed = UNREAD, None
+        self.forwards: list[int] = []
         self.unpaired = False
         self.requires_grad = self.latent is not None and self.latent.requires_grad
 
@@ -132,6 +137,7 @@ class ModuleCall(Call):
 
     def run_model(self) -> Any:
         if self.computed is None:
+            self.forwards.append(len(self.latent))
             self.computed = self.original(self.args, dict(self.keywords))
         return self.computed
 
@@ -170,6 +176,36 @@ class ModuleCall(Call):
         part = ModuleCall(self.module, self.parameters, self.layout, self.original, args, dict(keywords))
         part.names = (name,)
         return part
+
+    def of_samples(self, samples: Sequence[int]) -> ModuleCall | None:
+        if getattr(self.module, "is_cache_enabled", False):
+            return None
+        rows = len(self.latent)
+        kept = rows_of_samples(len(self.names), rows, samples)
+        given = computed(self.arguments)
+        try:
+            arguments = {
+                name: value if name in WITHOUT_ROWS else cut_rows(value, rows, kept, shared=True)
+                for name, value in given.items()
+            }
+        except CannotSplit:
+            return None
+        part = ModuleCall(self.module, self.parameters, self.layout, self.original, (), arguments)
+        part.names, part.forwards = self.names, self.forwards
+        return part
+
+    def split(self, answer: Any) -> list[Any]:
+        if self.layout.pairing is None:
+            self.outputs(answer)  # which part of the input the latents are is found out with the whole batch
+        tensors, rebuild = opened(answer)
+        if rebuild is None:
+            return []
+        samples = zip(*(samples_of(tensor, len(self.names)) for tensor in tensors), strict=True)
+        return [rebuild(list(parts)) for parts in samples]
+
+    def join(self, answers: Sequence[Any]) -> Any:
+        tensors, rebuilds = zip(*map(opened, answers), strict=True)
+        return rebuilds[0]([batch_of(samples) for samples in zip(*tensors, strict=True)])
 
     @torch.no_grad()
     def rebuild(self, outputs: tuple[Tensor, ...]) -> Any:

@@ -24,7 +24,7 @@ class StepCacheCallback:
         method: a `Method`, or the name of one, which then takes `**options`.
         mask: a step mask for the method.
         also: another callback, or a diffusers `PipelineCallback`; called first, its result is passed on.
-        components, controlnet, group, **options: as for `attach`.
+        components, controlnet, group, decide, **options: as for `attach`.
 
     A run that another callback begins inside this one is not cached.
     """
@@ -38,12 +38,13 @@ class StepCacheCallback:
         components: Sequence[str] | None = None,
         controlnet: bool = True,
         group: Any = None,
+        decide: str = "batch",
         **options: Any,
     ) -> None:
         self._also = also
         guidance = Guidance.pop(options)
         self._method = chosen_method(method, mask, options)
-        self._how = components, guidance, controlnet, group
+        self._how = components, guidance, controlnet, group, decide
         self._attachment: Attachment | None = None
         self._run: Key | None = None
         self._count = 0

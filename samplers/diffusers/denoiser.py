@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from stepcache import Method, Off
+from stepcache import Method, Off, OptionError
 from stepcache.extend import Engine
 
 from .branches import BranchNames, ContextName
@@ -30,12 +30,16 @@ MAX_TURNS = 4
 """Calls of one context in one evaluation that count as branches of their own. Each has a cache."""
 
 
-def engine_of(module: nn.Module, method: Method, scheduler: Any, guidance: Guidance, group: Any) -> Engine:
+def engine_of(module: nn.Module, method: Method, scheduler: Any, guidance: Guidance, group: Any, decide: str) -> Engine:
     """The engine of a denoiser whose runs follow this scheduler."""
+    if guidance.cfg_diff_compute_separate:
+        if decide not in ("batch", "each"):
+            raise OptionError(f"cfg_diff_compute_separate with decide={decide!r}: use one of them")
+        decide = "each"
     idle = method.never_skips and method.name != Off().name
     return Engine(
         method,
-        decide="each" if guidance.cfg_diff_compute_separate else "reference",
+        decide=decide,
         training_sigma=training_sigma(scheduler),
         coordinate=coordinate(scheduler),
         network=module,
@@ -126,7 +130,7 @@ class DenoiserPatch(HostPatch):
             call.cache_key = (call.flags, changes)
         answer = self._ask(call)
         if len(self._turns) == 1:
-            self._runs.show(caller, skipped=call.computed is None)
+            self._runs.show(caller, skipped=not call.forwards)
         if self._runs.at_last:
             self._watch.end()
             self._at_end(self)
