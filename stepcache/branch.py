@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .clock import Position
 from .deferred import DeferredScalar, DeferredScalars, mean_abs, mean_abs_difference
+from .offload import KeptTensor, Offloaded
 from .parametrization import Parametrization
 from .run_info import RunInfo
 
@@ -24,8 +27,9 @@ class CacheEntry:
     Attributes:
         position: run, step and evaluation.
         coordinate: its place in `RunInfo.coordinate`, None if that is not finite.
-        x: the network's input (x c_in), or the baseline that replaced it (`Branch.rebase`); in the latents' dtype.
-        out: the network's raw output, in the latents' dtype.
+        x: the network's input (x c_in), or the baseline that replaced it (`Branch.rebase`); in the latents' dtype, or
+            in the method's.
+        out: the network's raw output, in the same dtype.
         size: mean |out|.
         backtest_errors: the predictor's own, one for each order.
         index: its place in the schedule (`RunInfo.index`).
@@ -35,13 +39,25 @@ class CacheEntry:
 
     position: Position
     coordinate: float | None
-    x: Tensor
-    out: Tensor
+    if TYPE_CHECKING:
+        x: Tensor
+        out: Tensor
+    else:
+        x: KeptTensor = KeptTensor()
+        out: KeptTensor = KeptTensor()
     size: DeferredScalar
     backtest_errors: Tensor | None = None
     index: float | None = None
     parametrization: Parametrization = Parametrization()
     noise: Tensor | None = None
+
+    def offloaded(self) -> CacheEntry:
+        """The same with its tensors in the host's memory."""
+        entry = copy(self)
+        for name in ("x", "out"):
+            if not isinstance(kept := self.__dict__[name], Offloaded):
+                entry.__dict__[name] = Offloaded(kept)
+        return entry
 
 
 History = deque[CacheEntry]
@@ -215,14 +231,20 @@ class Branch:
             some = (..., slice(None, None, 4), slice(None)) if self.out.ndim > 2 else ...
             self.prediction_error = self.defer(mean_abs_difference(self.prediction[some], self.out[some]))
 
-    def entry(self, storage: torch.dtype) -> CacheEntry:
-        """What the cache keeps of this evaluation, once it has been computed."""
+    def entry(self, storage: torch.dtype, narrower: bool = False) -> CacheEntry:
+        """What the cache keeps of this evaluation, once it has been computed.
+
+        In a `narrower` dtype than the latents' a number may become infinite. Its size is then not finite either, and
+        nothing is predicted from it.
+        """
+        x, out = self.x.to(storage), self.out.to(storage)
+        size = self.defer(mean_abs(out) + 0 * mean_abs(x)) if narrower else self.size
         return CacheEntry(
             self.position,
             self.coordinate(self.position),
-            self.x.to(storage),
-            self.out.to(storage),
-            self.size,
+            x,
+            out,
+            size,
             index=self.index,
             parametrization=self.parametrization,
             noise=self.noise,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
+
+from .offload import Offloaded, brought
+
+Kept = Tensor | Offloaded
 
 DEPTH = 3
 """How many evaluations a sampler may remember: UniPC and DPM++ 3M look back at three."""
@@ -29,7 +34,8 @@ class FreshNoise:
 
     Guidance of any scale stays in the span, since every branch's output is in it; what is not (a mask blended in,
     dynamic thresholding) counts as noise. Rounding of half-precision latents is subtracted. Everything is per sample
-    and stays on the device. Keeps three evaluations, 3 (1 + branches) latents.
+    and stays on the device. Keeps three evaluations, 3 (1 + branches) latents; with `offload`
+    in the host's memory.
 
     Example:
         >>> import torch
@@ -43,8 +49,9 @@ class FreshNoise:
         1.0
     """
 
-    def __init__(self) -> None:
-        self._given: deque[tuple[int, Tensor, list[Tensor]]] = deque(maxlen=DEPTH)
+    def __init__(self, offload: bool = False) -> None:
+        self._kept: Callable[[Tensor], Kept] = Offloaded if offload else lambda tensor: tensor
+        self._given: deque[tuple[int, Kept, list[Kept]]] = deque(maxlen=DEPTH)
         self._evaluation = -1
         self._level: Tensor | None = None
 
@@ -65,22 +72,22 @@ class FreshNoise:
     def _share(self, x: Tensor, rounding: float) -> Tensor | None:
         if not self._given:
             return None
-        _, last, outputs = self._given[-1]
+        last, outputs = brought(self._given[-1][1]), map(brought, self._given[-1][2])
         x = x.flatten(1)
         rest = moved = _without(x, basis := _basis([], [last]))
-        earlier = [t for _, past, given in list(self._given)[-2::-1] for t in (*given, past)]
-        rest = _without(rest, _basis(basis, [*outputs, *earlier]))
+        earlier = (brought(t) for _, past, given in list(self._given)[-2::-1] for t in (*given, past))
+        rest = _without(rest, _basis(basis, chain(outputs, earlier)))
         floor = (rounding * x).square().sum(1)
         innovation = ((rest.square().sum(1) - floor) / moved.square().sum(1)).clamp(min=0)
         return (innovation / (innovation + HALF**2)).nan_to_num(nan=0.0)
 
     def record(self, evaluation: int, x: Tensor, outputs: Iterable[Tensor]) -> None:
         """What the sampler was answered at x, computed or predicted, for one branch or several; outputs shaped as x."""
-        outputs = [out for out in outputs if out.shape == x.shape and out.device == x.device]
+        given = [self._kept(out) for out in outputs if out.shape == x.shape and out.device == x.device]
         if self._given and self._given[-1][0] == evaluation:
-            self._given[-1][2].extend(outputs)
+            self._given[-1][2].extend(given)
         else:
-            self._given.append((evaluation, x, outputs))
+            self._given.append((evaluation, self._kept(x), given))
 
     def forget(self) -> None:
         """Drops every tensor."""

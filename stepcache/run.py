@@ -111,7 +111,8 @@ class Run:
         self.evaluation: Evaluation | None = None
         self.samples: list[Run] = []
         self._known_noise = noise
-        self._noise = FreshNoise() if method.predictor.sampler_aware and not method.never_skips else None
+        measured = method.predictor.sampler_aware and not method.never_skips
+        self._noise = FreshNoise(offload=method.offload is not None) if measured else None
 
     def sibling(self) -> Run:
         """The same run for one sample of its batch: with the same notes, and nothing learnt yet."""
@@ -231,7 +232,12 @@ class Run:
             self.rules[name].update(branch, forced=verdict is None or verdict.skip)
         if reason.record and branch.has_baseline:
             cache = self.caches.setdefault(name, deque(maxlen=self.method.predictor.history_size))
-            self.method.predictor.remember(cache, branch.entry(storage))
+            chosen = storage if self.method.dtype is None else getattr(torch, self.method.dtype)
+            self.method.predictor.remember(cache, branch.entry(chosen, narrower=chosen not in (storage, torch.float32)))
+            if self.method.offload is not None:
+                kept = [entry.offloaded() for entry in cache]
+                cache.clear()
+                cache.extend(kept)
 
     def _remember_answers(self, branches: dict[str, Branch], outputs: dict[str, Tensor]) -> None:
         """What the sampler is answered, from which the next evaluation's noise level is measured."""

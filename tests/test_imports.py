@@ -19,7 +19,7 @@ import stepcache
 
 LAYERS = """
 _optional _version options
-parametrization clock deferred masks plan call caller noise probe ranks
+parametrization clock deferred masks offload plan call caller noise probe ranks
 run_info
 fingerprint
 profile

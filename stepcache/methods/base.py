@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from ..criteria.always import Always
 from ..criteria.base import Criterion
@@ -16,10 +16,11 @@ from ..gates.second_of_two import SecondOfTwo
 from ..gates.warmup import Warmup
 from ..gates.window import Window, WindowUnit
 from ..masks import StepMask
-from ..options import OptionError, flag, number, unknown
+from ..options import OptionError, flag, number, shown, unknown
 from ..predictors.base import Predictor
 from ..predictors.reuse import Reuse
 
+StorageDtype = Literal["float32", "bfloat16", "float16"]
 MaskOption = StepMask | str | list[int] | tuple[int, ...] | None
 
 
@@ -57,6 +58,9 @@ class Method:
             branch. The reference is then computed at every evaluation, and the others are predicted relative to its
             output instead of the input, `out = out_reference + ...`. Under fresh noise that difference can be
             predicted, the output cannot. Needs guidance, and saves half as much. (FasterCache calls it CFG-Cache.)
+        dtype: what the cache is kept in: "float32", "bfloat16" or "float16". None (default): the latents' dtype. What
+            is too large for float16 is computed, not predicted.
+        offload: "cpu" keeps the cache in the host's memory between evaluations. None (default): on the device.
         gates: further gates, asked after these. Those that choose evaluations one by one (`Interval`) are not asked
             if the mask is static.
         name: how the report calls it.
@@ -81,6 +85,8 @@ class Method:
     max_consecutive: int = -1
     evaluations: Literal["all", "second"] = "all"
     skip: Literal["all", "uncond"] = "all"
+    dtype: StorageDtype | None = None
+    offload: Literal["cpu"] | None = None
     gates: tuple[Gate, ...] = ()
     name: str = "custom"
 
@@ -89,6 +95,10 @@ class Method:
             raise unknown("evaluations", str(self.evaluations), ("all", "second"))
         if self.skip not in ("all", "uncond"):
             raise unknown("skip", str(self.skip), ("all", "uncond"))
+        for name, accepted in (("dtype", get_args(StorageDtype)), ("offload", ("cpu",))):
+            given = getattr(self, name)
+            if given is not None and not (isinstance(given, str) and given in accepted):
+                raise unknown(name, given if isinstance(given, str) else shown(given), accepted)
         for name in ("start", "end"):
             number(name, getattr(self, name), high=1.0)
         number("warmup", self.warmup, whole=True)
@@ -164,6 +174,8 @@ class BaseOptions(TypedDict, total=False):
     max_consecutive: int
     evaluations: Literal["all", "second"]
     skip: Literal["all", "uncond"]
+    dtype: StorageDtype | None
+    offload: Literal["cpu"] | None
     gates: tuple[Gate, ...]
 
 
