@@ -21,6 +21,7 @@ from stepcache.extend import Call, Engine, require, unknown, wide, widened
 from .arguments import ArgumentChanges
 from .batching import CannotSplit, batch_of, cut_rows, rows_of, rows_of_samples, samples_of
 from .branches import InTurn, distinct
+from .compiled import COMPILE_FIRST
 from .continuity import Continuity
 from .open_runs import OUTSIDE, OpenRuns
 from .parametrization import SCALINGS, Scalings, ScalingsAsFloats, eps_scalings
@@ -179,12 +180,19 @@ class CachedDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._not_compiled)(x, sigma, **extra)
         run = self._open.here()
         if run is not None:
             return run._answer(x, sigma, extra)
         if self._open:
             self._engine.warn(OUTSIDE)
         return self._answer(x, sigma, extra)
+
+    def _not_compiled(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        """What `torch.compile` around this wrapper calls: what is decided at every evaluation is no graph."""
+        self._engine.warn(COMPILE_FIRST.format("CachedDenoiser(torch.compile(model), method)"))
+        return self.forward(x, sigma, **extra)
 
     def _answer(self, x: Tensor, sigma: Tensor, extra: dict[str, Any]) -> Tensor:
         """The answer of this very wrapper: of its run, or of the loop that nobody has announced."""

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from stepcache import Method, Off, OptionError
 from stepcache.extend import Engine
 
+from ..compiled import COMPILE_FIRST
 from .branches import BranchNames, ContextName
 from .call import LATENTS, Layout, ModuleCall
 from .controlnet import computed
@@ -111,6 +113,8 @@ class DenoiserPatch(HostPatch):
         return super().original(args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._not_compiled)(*args, **kwargs)
         frame = sys._getframe(1)
         caller = find_caller(frame)
         if (self.abandon is not None and self.abandon()) or not self._runs.serves(caller, frame):
@@ -135,6 +139,13 @@ class DenoiserPatch(HostPatch):
             self._watch.end()
             self._at_end(self)
         return answer
+
+    def _not_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """What `torch.compile` around a cached denoiser calls: what is decided at every evaluation is no graph."""
+        sentence = COMPILE_FIRST.format(f"pipe.{self.name}.compile() before attach(pipe)")
+        self.engine.warn(sentence)
+        self.engine.report.note(sentence)
+        return self(*args, **kwargs)
 
     def _obstacle(self, call: ModuleCall) -> bool:
         """Whether the denoiser's calls cannot be predicted at all; warns of it once."""

@@ -608,6 +608,17 @@ def test_compiling_while_attached_computes_everything_and_stays_when_the_cache_l
     assert sd.forwards.compiled == 6
 
 
+@pytest.mark.usefixtures("compiling")
+def test_compiling_around_an_attached_cache_is_noticed_and_skips_all_the_same(sd):
+    with attach(sd.pipe, MASK) as cache:
+        unet, sd.pipe.unet = sd.pipe.unet, torch.compile(sd.pipe.unet, backend=sd.forwards.backend)
+        with pytest.warns(UserWarning, match=r"compile first, then attach, pipe\.unet\.compile\(\) before attach"):
+            assert sd.skips()
+        sd.pipe.unet = unet
+        assert sd.forwards.compiled == 0
+        assert any("compile first, then attach" in note for note in cache.report.notes)
+
+
 # --- diffusers' own callbacks ----------------------------------------------------------------------------------------
 
 
