@@ -25,13 +25,13 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepcache import EasyCache, Method, UCache
+from stepcache import EasyCache, Forecast, Method, UCache
 from stepcache.extend import DeferredScalars
 from stepcache.samplers.k_diffusion import CachedDenoiser
 
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (4, 16, 128, 128), (1, 16, 21, 90, 160))
 DTYPES = (torch.float32, torch.bfloat16)
-METHODS = {"ucache": UCache, "easycache": EasyCache}
+METHODS = {"forecast": Forecast, "ucache": UCache, "easycache": EasyCache}
 NEVER, ALWAYS = 1e-30, 1e30
 """Thresholds under which the criterion, when asked, always computes and always skips."""
 
@@ -102,17 +102,24 @@ def seconds(work, device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
+def methods(name: str) -> dict[str, Method]:
+    """For every kind of evaluation the method at options under which it makes only that kind, after the first few."""
+    if name == "forecast":  # has no criterion: its evaluations are gated or skipped
+        return {"gated": Forecast(warmup=10_000), "skipped": Forecast(10_000, last_step=False)}
+    make = METHODS[name]
+    return {
+        "gated": make(NEVER, start=0.0, end=1.0, warmup=10_000),
+        "computed": make(NEVER, start=0.0, end=1.0),
+        "skipped": make(ALWAYS, start=0.0, end=1.0),
+    }
+
+
 @torch.no_grad()
 def measure(
     kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, repeats: int
 ) -> dict:
     """Median time of one evaluation of this kind over the median time of one copy, and its memory in copies."""
-    make = METHODS[name]
-    method = {
-        "gated": make(NEVER, start=0.0, end=1.0, warmup=10_000),
-        "computed": make(NEVER, start=0.0, end=1.0),
-        "skipped": make(ALWAYS, start=0.0, end=1.0),
-    }[kind]
+    method = methods(name)[kind]
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
     sigmas = torch.linspace(10, 0.1, repeats + 9)
@@ -162,11 +169,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     shapes = [tuple(map(int, text.split("x"))) for text in options.shapes]
     jobs = [
-        (kind, name, shape, dtype)
-        for shape in shapes
-        for dtype in DTYPES
-        for name in METHODS
-        for kind in ("gated", "computed", "skipped")
+        (kind, name, shape, dtype) for shape in shapes for dtype in DTYPES for name in METHODS for kind in methods(name)
     ]
     device = torch.device(options.device)
     rows = [measure(*job, device, options.repeats) for job in track(jobs, description="measuring")]

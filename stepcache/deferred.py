@@ -60,6 +60,22 @@ def mean_abs_difference(a: Tensor, b: Tensor) -> Tensor:
     return (widened(a) - b).abs_().mean()
 
 
+SAMPLE = 16384
+"""Numbers per sample that are enough for a statistic: a latent of 4x64x64 is looked at whole."""
+
+
+def some_rows(x: Tensor) -> Tensor:
+    """x, or if it is large every k-th row of it (of the last dimension but one): at least `SAMPLE` numbers a sample.
+
+    k is odd, so that it does not keep step with patches or blocks of two. A view of x. For what is estimated, not for
+    what a published rule needs exactly.
+    """
+    rows = x.shape[-2] if x.ndim > 2 else 1
+    k = min(x.shape[1:].numel() // SAMPLE, rows // 8)
+    k -= k % 2 == 0
+    return x[..., ::k, :] if k > 1 else x
+
+
 HALF = (torch.float16, torch.bfloat16)
 
 

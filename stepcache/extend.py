@@ -22,7 +22,7 @@ from .criteria import (
     calibration,
     state,
 )
-from .deferred import DeferredScalar, DeferredScalars, mean_abs, mean_abs_difference, wide, widened
+from .deferred import DeferredScalar, DeferredScalars, mean_abs, mean_abs_difference, some_rows, wide, widened
 from .engine import Engine
 from .event import Event
 from .gates import (
@@ -144,6 +144,7 @@ __all__ = [
     "register",
     "require",
     "same_sigma",
+    "some_rows",
     "state",
     "unknown",
     "wide",

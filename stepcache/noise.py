@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .offload import Offloaded, brought
-
-Kept = Tensor | Offloaded
+from .deferred import some_rows
 
 DEPTH = 3
 """How many evaluations a sampler may remember: UniPC and DPM++ 3M look back at three."""
@@ -34,8 +31,7 @@ class FreshNoise:
 
     Guidance of any scale stays in the span, since every branch's output is in it; what is not (a mask blended in,
     dynamic thresholding) counts as noise. Rounding of half-precision latents is subtracted. Everything is per sample
-    and stays on the device. Keeps three evaluations, 3 (1 + branches) latents; with `offload`
-    in the host's memory.
+    and stays on the device. Keeps three evaluations, 3 (1 + branches) latents, of large ones `some_rows`.
 
     Example:
         >>> import torch
@@ -49,11 +45,11 @@ class FreshNoise:
         1.0
     """
 
-    def __init__(self, offload: bool = False) -> None:
-        self._kept: Callable[[Tensor], Kept] = Offloaded if offload else lambda tensor: tensor
-        self._given: deque[tuple[int, Kept, list[Kept]]] = deque(maxlen=DEPTH)
+    def __init__(self) -> None:
+        self._given: deque[tuple[int, Tensor, list[Tensor]]] = deque(maxlen=DEPTH)
         self._evaluation = -1
         self._level: Tensor | None = None
+        self._shape: torch.Size | None = None
 
     def level(self, evaluation: int, x: Tensor, rounding: float) -> Tensor | None:
         """The noise level at this evaluation (B,), from its network input x; None before the second one.
@@ -62,7 +58,7 @@ class FreshNoise:
         """
         if evaluation != self._evaluation:
             self._evaluation = evaluation
-            if self._given and self._given[-1][1].shape != x.shape:
+            if self._given and self._shape != x.shape:
                 self.forget()
             before, self._level = self._level, self._share(x, rounding)
             if before is not None and self._level is not None:
@@ -72,22 +68,21 @@ class FreshNoise:
     def _share(self, x: Tensor, rounding: float) -> Tensor | None:
         if not self._given:
             return None
-        last, outputs = brought(self._given[-1][1]), map(brought, self._given[-1][2])
-        x = x.flatten(1)
-        rest = moved = _without(x, basis := _basis([], [last]))
-        earlier = (brought(t) for _, past, given in list(self._given)[-2::-1] for t in (*given, past))
-        rest = _without(rest, _basis(basis, chain(outputs, earlier)))
-        floor = (rounding * x).square().sum(1)
-        innovation = ((rest.square().sum(1) - floor) / moved.square().sum(1)).clamp(min=0)
-        return (innovation / (innovation + HALF**2)).nan_to_num(nan=0.0)
+        _, last, outputs = self._given[-1]
+        earlier = [t for _, past, given in list(self._given)[-2::-1] for t in (*given, past)]
+        size, moved, rest = _unexplained(some_rows(x), [last, *outputs, *earlier])
+        innovation = ((rest - rounding**2 * size) / moved).clamp(min=0)
+        share = innovation / (innovation + HALF**2)
+        return share.nan_to_num(nan=0.0).to(torch.promote_types(x.dtype, torch.float32))
 
     def record(self, evaluation: int, x: Tensor, outputs: Iterable[Tensor]) -> None:
         """What the sampler was answered at x, computed or predicted, for one branch or several; outputs shaped as x."""
-        given = [self._kept(out) for out in outputs if out.shape == x.shape and out.device == x.device]
+        outputs = [_kept(out) for out in outputs if out.shape == x.shape and out.device == x.device]
         if self._given and self._given[-1][0] == evaluation:
-            self._given[-1][2].extend(given)
+            self._given[-1][2].extend(outputs)
         else:
-            self._given.append((evaluation, self._kept(x), given))
+            self._shape = x.shape
+            self._given.append((evaluation, _kept(x), outputs))
 
     def forget(self) -> None:
         """Drops every tensor."""
@@ -95,20 +90,26 @@ class FreshNoise:
         self._level = None
 
 
-def _basis(basis: list[Tensor], vectors: Iterable[Tensor]) -> list[Tensor]:
-    """The orthonormal basis (each (B, N)) extended by the vectors; one that adds nothing becomes zero."""
-    basis = list(basis)
-    for vector in vectors:
-        vector = vector.flatten(1)
-        vector = vector / vector.norm(dim=1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)
-        vector = _without(_without(vector, basis), basis)
-        size = vector.norm(dim=1, keepdim=True)
-        basis.append(torch.where(size > 1e-5, vector / size, torch.zeros_like(vector)))
-    return basis
+def _kept(x: Tensor) -> Tensor:
+    """`some_rows` of a large tensor, which does not keep the others alive; a small one itself."""
+    few = some_rows(x)
+    return few if few is x else few.contiguous()
 
 
-def _without(x: Tensor, basis: Iterable[Tensor]) -> Tensor:
-    """x (B, N) less its projection on an orthonormal basis."""
-    for vector in basis:
-        x = x - (x * vector).sum(1, keepdim=True) * vector
-    return x
+def _unexplained(x: Tensor, known: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """|x|^2 of each sample (B,): whole, beyond the first of the known vectors, and beyond all of them.
+
+    By elimination in the matrix of inner products, in float64 if the device has it. A vector that adds nothing to those
+    before it is passed over.
+    """
+    rows = torch.stack([vector.flatten(1) for vector in (*known, x)], 1)
+    rows = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
+    products = rows @ rows.mT
+    least = (1e-6 if rows.dtype == torch.float32 else 1e-12) * products.diagonal(dim1=1, dim2=2)
+    left = [products[:, -1, -1]]
+    for k in range(len(known)):
+        pivot, column = products[:, :1, 0], products[:, 1:, 0]
+        share = column / pivot.where(pivot > least[:, k : k + 1], torch.inf)
+        products = products[:, 1:, 1:] - column[:, :, None] * share[:, None, :]
+        left.append(products[:, -1, -1])
+    return left[0], left[1], left[-1].clamp(min=0)

@@ -112,7 +112,7 @@ class Planner:
         for branch in predicted:
             branch.request("total")
         for name in deciding if not run.static else ():
-            branches[name].request("input_change")
+            branches[name].request(*run.rules[name].measurements)
         verdicts = {name: ALWAYS if run.static else run.rules[name].decide(branches[name]) for name in deciding}
         finite = all(branch.finite for branch in predicted)
         if self._agree(finite and all(verdict.skip for verdict in verdicts.values()), branches):

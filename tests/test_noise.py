@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepcache import Forecast, OptionError
 from stepcache.bench.unipc import sample_unipc
-from stepcache.extend import AdaptiveOrder, FreshNoise
+from stepcache.extend import AdaptiveOrder, FreshNoise, some_rows
 from stepcache.samplers.k_diffusion import CachedDenoiser, InTurn, sample
 
 with warnings.catch_warnings():
@@ -150,3 +150,36 @@ def test_another_shape_forgets_what_was_given():
     noise = FreshNoise()
     noise.record(0, torch.ones(1, 4), [torch.ones(1, 4)])
     assert noise.level(1, torch.ones(2, 4), 0.0) is None
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 128, 128), (1, 16, 5, 96, 96), (2, 4096, 64)], ids=["image", "video", "tokens"]
+)
+def test_of_a_large_latent_some_rows_are_enough(shape):
+    noise, random = FreshNoise(), torch.Generator().manual_seed(0)
+    x, out, fresh = (torch.randn(shape, generator=random) for _ in range(3))
+    noise.record(0, x, [out])
+    assert noise.level(1, x - 0.5 * out, 1e-7).max() < 1e-3
+    noise.record(1, x - 0.5 * out, [out.sin()])
+    assert noise.level(2, x - 0.4 * out.sin() + 0.3 * fresh, 1e-7).min() > 0.5
+    kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_of(noise)}
+    assert sum(kept.values()) < 2 * x.nbytes
+
+
+def tensors_of(noise: FreshNoise) -> list[Tensor]:
+    """Every tensor that it keeps alive, beside the level."""
+    return [tensor for _, x, outputs in noise._given for tensor in (x, *outputs)]
+
+
+def test_some_rows_leave_enough_of_a_sample_and_all_of_a_small_one():
+    small = torch.zeros(2, 4, 64, 64)
+    assert some_rows(small) is small
+    assert some_rows(torch.zeros(2, 4096)).shape == (2, 4096)
+    sizes = {
+        (1, 4, 128, 128): (1, 4, 43, 128),
+        (3, 16, 128, 128): (3, 16, 9, 128),
+        (1, 16, 21, 90, 160): (1, 16, 21, 9, 160),
+        (1, 4096, 64): (1, 274, 64),
+        (1, 64, 2048): (1, 10, 2048),
+    }
+    assert {shape: tuple(some_rows(torch.zeros(shape)).shape) for shape in sizes} == sizes

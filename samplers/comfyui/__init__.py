@@ -10,7 +10,7 @@ architecture. ControlNets and compiled graphs are inside of it, so that a skippe
 
     patch.py     the cache on a model: `patched`, `cache_of`        cache.py    options and report, OUTER_SAMPLE
     run.py       one sampling loop: which branches are asked for    call.py     one call, in the network's own space
-    active.py    which parts of a prompt are active at a sigma              options.py  a method from a node's fields
+    active.py    which parts of a prompt are active      options.py  a method from a node's fields
     nodes.py     the five nodes                                     v3.py       the second node interface, exports
     tooltips.py  what they say of each field                        picture.py  the report as an IMAGE
     steps.py     how many steps the queued samplers have            samplers.py evaluations of a step

@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from copy import deepcopy
 from dataclasses import field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..branch import Branch
 from ..plan import Verdict
@@ -50,6 +50,9 @@ class Criterion(ABC):
 
     blocks: Blocks | None = None
     """The blocks of the model that it looks at: it is then asked when the forward has passed them."""
+
+    measurements: ClassVar[tuple[str, ...]] = ()
+    """What `decide` reads of a branch, as "input_change": if several branches decide, one transfer brings all of it."""
 
     def begin(self, run: RunInfo) -> Self:
         """A fresh copy for one run: nothing learned in one run reaches another."""

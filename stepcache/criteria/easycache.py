@@ -37,6 +37,8 @@ class EasyCacheRule(Criterion):
     def __post_init__(self) -> None:
         number("threshold", self.threshold)
 
+    measurements = ("input_change",)
+
     @property
     def never_skips(self) -> bool:
         return self.threshold == 0

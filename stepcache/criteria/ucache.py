@@ -56,6 +56,8 @@ class UCacheRule(Criterion):
                 stacklevel=caller_level(),
             )
 
+    measurements = ("input_change",)
+
     @property
     def never_skips(self) -> bool:
         return self.threshold == 0

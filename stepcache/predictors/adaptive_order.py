@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..branch import Branch, CacheEntry, History
 from ..clock import near
+from ..deferred import widened
 from ..options import make_whole, number
 from ..parametrization import Parametrization
 from .base import HIGHEST, Predictor
@@ -79,16 +80,9 @@ class AdaptiveOrder(Predictor):
     def remember(self, history: History, entry: CacheEntry) -> None:
         kept = [old for old in history if not near(old.position.sigma, entry.position.sigma)]
         if kept:
-            errors = [self._backtest_error(entry, kept, p) for p in range(len(kept))]
-            entry = replace(entry, backtest_errors=torch.stack(errors))
+            entry = replace(entry, backtest_errors=_backtest_errors(entry, kept))
         history.clear()
         history.extend([*kept, entry])
-
-    def _backtest_error(self, entry: CacheEntry, history: Sequence[CacheEntry], order: int) -> Tensor:
-        """How far `order` would have been off at a computed evaluation: rms over each sample (B,)."""
-        weights = lagrange(entry.index, history, order)
-        guess = _combined(entry.x, weights, entry.parametrization, _between(RESPONSE, entry.noise))
-        return guess.sub_(entry.out).flatten(1).square_().mean(1).sqrt_()
 
     def predict(self, branch: Branch) -> Tensor:
         history, x = list(branch.history), branch.x
@@ -96,11 +90,12 @@ class AdaptiveOrder(Predictor):
         kept = [*self._kept(history, here, branch.noise), 0.0]
         total: dict[int, Tensor | float] = dict.fromkeys(range(len(history)), 0.0)
         place = {id(entry): k for k, entry in enumerate(history)}
-        for p in range(len(kept) - 1):
+        for p in range(len(history)):
+            share = kept[p] - kept[p + 1]
             for entry, weight in lagrange(here, history, p):
-                total[place[id(entry)]] = total[place[id(entry)]] + weight * (kept[p] - kept[p + 1])
+                total[place[id(entry)]] = total[place[id(entry)]] + weight * share
         weights = [(entry, total[k]) for k, entry in enumerate(history)]
-        return _combined(x, weights, branch.parametrization, _between(RESPONSE, branch.noise))
+        return _combined(x, weights, branch.parametrization, branch.noise)
 
     def _kept(self, history: Sequence[CacheEntry], here: float | None, noise: Tensor | None) -> list[Tensor | float]:
         """g_0, g_1, ... as far as there are evaluations for; each a number, or one a sample."""
@@ -135,14 +130,46 @@ def lagrange(here: float | None, history: Sequence[CacheEntry], order: int) -> l
     ]
 
 
+def _backtest_errors(entry: CacheEntry, history: Sequence[CacheEntry]) -> Tensor:
+    """How far each order would have been off at a computed evaluation: rms over `some_rows` of each sample (P, B).
+
+    out(d_p) is off by (d_p - d) / b and out(D_p) by (D_p - D) / scale (`Parametrization`), so that a mixture of both is
+    extrapolated.
+    """
+    entry, history = entry.some_rows(), [old.some_rows() for old in history]
+    by_derivative, by_denoised = (_rows(one, widened(entry.x)) for one in _shares(entry.parametrization, entry.noise))
+
+    def mixture(one: CacheEntry) -> Tensor:
+        x, out, kind = widened(one.x), widened(one.out), one.parametrization
+        return (_linear(kind.derivative, x, out) * by_derivative).addcmul_(_linear(kind.denoised, x, out), by_denoised)
+
+    known, now = {id(old): mixture(old) for old in history}, mixture(entry)
+    errors = []
+    for p in range(len(history)):
+        error = -now
+        for old, weight in lagrange(entry.index, history, p):
+            error.add_(known[id(old)], alpha=weight)
+        errors.append(error)
+    return torch.stack(errors).flatten(2).square_().mean(2).sqrt_()
+
+
+def _shares(now: Parametrization, noise: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+    """What the output takes of a derivative, and of a denoised image."""
+    share = _between(RESPONSE, noise)
+    return (1 - share) / now.derivative[1], share / now.denoised[1]
+
+
+def _linear(pair: tuple[float, float], x: Tensor, out: Tensor) -> Tensor:
+    """pair[0] x + pair[1] out."""
+    return torch.add(out if pair[1] == 1 else out * pair[1], x, alpha=pair[0]) if pair[0] else out * pair[1]
+
+
 def _combined(
-    x: Tensor, weights: Sequence[tuple[CacheEntry, Tensor | float]], now: Parametrization, share: Tensor | float
+    x: Tensor, weights: Sequence[tuple[CacheEntry, Tensor | float]], now: Parametrization, noise: Tensor | None
 ) -> Tensor:
-    """The output at x whose derivative and denoised are the weighted sums of the nodes', mixed by `share`."""
-    a, b = now.derivative
-    skip, scale = now.denoised
-    by_derivative, by_denoised = (1 - share) / b, share / scale
-    out = x * _rows(-by_derivative * a - by_denoised * skip, x)
+    """The output at x whose derivative and denoised are the weighted sums of the nodes', mixed as `RESPONSE` has it."""
+    by_derivative, by_denoised = _shares(now, noise)
+    out = x * _rows(-by_derivative * now.derivative[0] - by_denoised * now.denoised[0], x)
     for entry, weight in weights:
         d, D = entry.parametrization.derivative, entry.parametrization.denoised
         for part, term in enumerate((entry.x, entry.out)):
