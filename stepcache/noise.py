@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from .deferred import some_rows
+from .offload import Offloaded, brought
+
+Kept = Tensor | Offloaded
 
 DEPTH = 3
 """How many evaluations a sampler may remember: UniPC and DPM++ 3M look back at three."""
@@ -31,7 +34,8 @@ class FreshNoise:
 
     Guidance of any scale stays in the span, since every branch's output is in it; what is not (a mask blended in,
     dynamic thresholding) counts as noise. Rounding of half-precision latents is subtracted. Everything is per sample
-    and stays on the device. Keeps three evaluations, 3 (1 + branches) latents, of large ones `some_rows`.
+    and stays on the device. Keeps three evaluations, 3 (1 + branches) latents, of large ones
+    `some_rows`; with `offload` in the host's memory.
 
     Example:
         >>> import torch
@@ -45,8 +49,9 @@ class FreshNoise:
         1.0
     """
 
-    def __init__(self) -> None:
-        self._given: deque[tuple[int, Tensor, list[Tensor]]] = deque(maxlen=DEPTH)
+    def __init__(self, offload: bool = False) -> None:
+        self._offload = offload
+        self._given: deque[tuple[int, Kept, list[Kept]]] = deque(maxlen=DEPTH)
         self._evaluation = -1
         self._level: Tensor | None = None
         self._shape: torch.Size | None = None
@@ -70,30 +75,30 @@ class FreshNoise:
             return None
         _, last, outputs = self._given[-1]
         earlier = [t for _, past, given in list(self._given)[-2::-1] for t in (*given, past)]
-        size, moved, rest = _unexplained(some_rows(x), [last, *outputs, *earlier])
+        size, moved, rest = _unexplained(some_rows(x), [*map(brought, (last, *outputs, *earlier))])
         innovation = ((rest - rounding**2 * size) / moved).clamp(min=0)
         share = innovation / (innovation + HALF**2)
         return share.nan_to_num(nan=0.0).to(torch.promote_types(x.dtype, torch.float32))
 
     def record(self, evaluation: int, x: Tensor, outputs: Iterable[Tensor]) -> None:
         """What the sampler was answered at x, computed or predicted, for one branch or several; outputs shaped as x."""
-        outputs = [_kept(out) for out in outputs if out.shape == x.shape and out.device == x.device]
+        given = [self._kept(out) for out in outputs if out.shape == x.shape and out.device == x.device]
         if self._given and self._given[-1][0] == evaluation:
-            self._given[-1][2].extend(outputs)
+            self._given[-1][2].extend(given)
         else:
             self._shape = x.shape
-            self._given.append((evaluation, _kept(x), outputs))
+            self._given.append((evaluation, self._kept(x), given))
+
+    def _kept(self, x: Tensor) -> Kept:
+        """`some_rows` of a large tensor, which does not keep the others alive; a small one itself."""
+        few = some_rows(x)
+        few = few if few is x else few.contiguous()
+        return Offloaded(few) if self._offload else few
 
     def forget(self) -> None:
         """Drops every tensor."""
         self._given.clear()
         self._level = None
-
-
-def _kept(x: Tensor) -> Tensor:
-    """`some_rows` of a large tensor, which does not keep the others alive; a small one itself."""
-    few = some_rows(x)
-    return few if few is x else few.contiguous()
 
 
 def _unexplained(x: Tensor, known: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

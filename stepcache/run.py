@@ -112,7 +112,7 @@ class Run:
         self.samples: list[Run] = []
         self._known_noise = noise
         measured = method.predictor.sampler_aware and not method.never_skips
-        self._noise = FreshNoise() if measured else None
+        self._noise = FreshNoise(offload=method.offload is not None) if measured else None
 
     def sibling(self) -> Run:
         """The same run for one sample of its batch: with the same notes, and nothing learnt yet."""

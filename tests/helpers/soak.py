@@ -168,7 +168,7 @@ def wrapper(network: Network, situation: Situation) -> tuple[CachedDenoiser, Gui
     branches: Any = ("uncond", "cond") if how == "batched" else InTurn("cond", "uncond")
     if how != "batched" and situation.sampler in TWO:
         branches = named
-    cache = CachedDenoiser(network, made, branches=branches, decide="each" if how == "each" else "reference")
+    cache = CachedDenoiser(network, made, branches=branches, decide="each" if how == "each" else "batch")
     return cache, Guided(cache, separate=how != "batched")
 
 
