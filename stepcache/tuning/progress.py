@@ -16,5 +16,5 @@ def progress(console: Any, budget: float) -> Iterator[Callable[[str, float], Non
         yield lambda sentence, spent: None
         return
     with require("rich.progress", "bench").Progress(console=console) as bar:
-        task = bar.add_task("the full run", total=budget)
+        task = bar.add_task("the full run", total=budget if budget < float("inf") else None)
         yield lambda sentence, spent: bar.update(task, description=sentence, completed=spent)

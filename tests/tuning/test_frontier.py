@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import time
 from functools import partial
 from statistics import fmean
 
@@ -10,6 +12,7 @@ from mixture import mixture
 
 from stepcache import Forecast, OptionError, UCache, load_profile
 from stepcache.tuning import frontier
+from stepcache.tuning.progress import progress
 
 RIVALS = {"Forecast": [partial(Forecast, n, min_evaluations=0) for n in (2, 3)], "UCache": [partial(UCache, 0.3)]}
 HELD_OUT = [3, 4, 5]
@@ -62,6 +65,16 @@ def test_it_writes_a_profile_a_number_of_calls_a_table_and_a_plot(found, tmp_pat
     folder = found.save(tmp_path / "frontier")
     names = {path.name for path in folder.iterdir()}
     assert {f"{p.calls:02d}-calls.json" for p in found.profiles} | {"table.md", "points.json", "frontier.png"} == names
+
+
+def test_the_progress_has_no_end_without_a_budget():
+    """The command shows it on a console; nobody knows before how many full runs a frontier takes."""
+    from rich.console import Console
+
+    with progress(Console(file=io.StringIO(), force_terminal=True, width=100), float("inf")) as say:
+        for spent in range(5):
+            say("7 calls: 40.00", spent)
+            time.sleep(0.15)  # the bar is drawn ten times a second
 
 
 @pytest.mark.parametrize("calls", [[0], [8], [2.5]])
