@@ -106,7 +106,7 @@ class Engine:
         self.method = method or Off()
         self.off = self.method.never_skips
         self._network, self._warned = network, set[str]()
-        ranks = Ranks(group, network)
+        ranks = group if isinstance(group, Ranks) else Ranks(group, network)
         self._planner = Planner(self.method, network, ranks, self.warn)
         known = RunInfo(
             training_sigma=training_sigma,

@@ -62,7 +62,7 @@ from .predictors import (
 )
 from .probe import Blocks
 from .profile import Prediction, Profile
-from .ranks import groups_of, groups_of_mesh
+from .ranks import Ranks, groups_of, groups_of_mesh
 from .report import Report
 from .run_info import RunInfo, SkipCounts
 
@@ -114,6 +114,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "Profile",
+    "Ranks",
     "RelativeChange",
     "Report",
     "Reuse",

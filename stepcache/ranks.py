@@ -31,6 +31,13 @@ class Ranks:
         network: the network.
 
     A deep copy has the same groups. A pickled one has none, and says so.
+
+    Example:
+        >>> import torch
+        >>> from stepcache.extend import Ranks
+        >>> alone = Ranks(False)
+        >>> alone.agree(True, evaluation=3, device=torch.device("cpu"))
+        True
     """
 
     def __init__(self, given: Any = None, network: Any = None) -> None:

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from several_ranks import Save, together
+from several_ranks import Save, together, under_torchrun
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -25,6 +25,7 @@ SIGMAS = torch.linspace(10, 0, 15)
 METHOD = UCache(0.25, start=0)
 """At this threshold the seeds 0 and 1 skip other evaluations."""
 
+LONG = pytest.mark.skipif("STEPCACHE_LONG" not in os.environ, reason="under torchrun: STEPCACHE_LONG=1")
 needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
 
@@ -152,7 +153,7 @@ def failing(rank: int) -> dict[str, object]:
     network = Denoiser()
 
     def broken(x: Tensor, sigma: Tensor) -> Tensor:
-        if rank and network.calls > 5:
+        if rank == 1 and network.calls > 5:
             raise MemoryError("out of memory")
         return network(x, sigma)
 
@@ -166,11 +167,24 @@ def failing(rank: int) -> dict[str, object]:
     return {}
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
+def four_ranks(rank: int, save: Save) -> None:
+    """A model that four ranks call together, and two that two ranks each do."""
+    save("alone", decisions(Denoiser(), rank))
+    save("split by hand", decisions(SplitByHand(), rank, group=dist.group.WORLD))
+    save("FSDP", decisions(fully_sharded(), rank))
+    save("FSDP 1", decisions(sharded_by_wrapping(), rank))
+    save("tensor parallel", decisions(tensor_parallel(dist.init_device_mesh("cpu", (4,))), rank))
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("image", "shard"))
+    save("pairs", decisions(tensor_parallel(mesh["shard"]), rank))
+    save("a rank fails", failing(rank))
+
+
+@pytest.fixture(scope="module", params=["spawned", pytest.param("torchrun", marks=LONG)])
+def ranks(request, tmp_path_factory) -> list[dict]:
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no gloo")
-    return together(2, two_ranks, tmp_path_factory.mktemp("ranks"))
+    start = together if request.param == "spawned" else under_torchrun
+    return start(2, two_ranks, tmp_path_factory.mktemp("ranks"))
 
 
 def test_without_a_group_ranks_with_other_latents_decide_otherwise(ranks):
@@ -208,6 +222,23 @@ def test_if_one_rank_fails_the_other_ends_within_the_timeout_with_a_clear_error(
 
 def test_if_one_process_is_gone_the_other_ends_with_a_clear_error(ranks):
     assert "another rank has failed, has stopped" in ranks[0]["a rank is gone"]
+
+
+@LONG
+@needs_gloo
+def test_four_ranks_under_torchrun_skip_if_all_four_would(tmp_path):
+    """And the two pairs of a mesh each for itself."""
+    four = under_torchrun(4, four_ranks, tmp_path)
+    assert len({rank["alone"] for rank in four}) > 1
+    for way in ("split by hand", "FSDP", "FSDP 1", "tensor parallel"):
+        assert len({rank[way] for rank in four}) == 1
+        assert "S" in four[0][way]
+    assert four[0]["pairs"] == four[1]["pairs"]
+    assert four[2]["pairs"] == four[3]["pairs"]
+    for rank in four:
+        found = rank["a rank fails"]
+        assert found["type"] == ("RuntimeError" if rank is not four[1] else "MemoryError")
+        assert found["seconds"] < 20
 
 
 # In one process.

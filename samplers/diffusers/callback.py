@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepcache import Method, Report, StepMask
+from stepcache.extend import Ranks
 
 from .attachment import Attachment, chosen_method
 from .frames import Key, find_caller, key
@@ -44,7 +45,8 @@ class StepCacheCallback:
         self._also = also
         guidance = Guidance.pop(options)
         self._method = chosen_method(method, mask, options)
-        self._how = components, guidance, controlnet, group, decide
+        ranks = None if group is None else Ranks(group)  # which can be copied and pickled
+        self._how = components, guidance, controlnet, ranks, decide
         self._attachment: Attachment | None = None
         self._run: Key | None = None
         self._count = 0

@@ -1,8 +1,11 @@
-"""Runs a function in several processes that are the ranks of one gloo group."""
+"""Runs a function in several processes that are the ranks of one gloo group, by themselves or under torchrun."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +22,24 @@ def together(count: int, work: Callable[[int, Save], None], folder: Path) -> lis
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(count)]
 
 
+def under_torchrun(count: int, work: Callable[[int, Save], None], folder: Path) -> list[dict[str, Any]]:
+    """The same, with the processes started by torchrun. `work` is a function of a module."""
+    module = sys.modules[work.__module__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
+    command += [str(module.__file__), work.__name__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(count)]
+
+
 def _one(rank: int, count: int, work: Callable[[int, Save], None], folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count, timeout=timedelta(seconds=60)
+    )
+    _work(rank, work, folder)
+
+
+def _work(rank: int, work: Callable[[int, Save], None], folder: str) -> None:
     torch.set_num_threads(1)
     saved: dict[str, Any] = {}
 
@@ -27,10 +47,14 @@ def _one(rank: int, count: int, work: Callable[[int, Save], None], folder: str) 
         saved[name] = value
         Path(folder, f"{rank}.json").write_text(json.dumps(saved), encoding="utf-8")
 
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count, timeout=timedelta(seconds=60)
-    )
     try:
         work(rank, save)
     finally:
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    file, function, target = sys.argv[1:]
+    sys.path[:0] = [str(Path(file).parent), str(Path(__file__).parent)]
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    _work(torch.distributed.get_rank(), getattr(importlib.import_module(Path(file).stem), function), target)

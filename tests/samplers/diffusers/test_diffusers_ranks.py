@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
-from several_ranks import Save, together
+from several_ranks import Save, together, under_torchrun
 from tiny_pipelines import FLUX_GUIDED, E, make, sched
 from torch import distributed as dist
 from torch import nn
 
 from stepcache import UCache
+from stepcache.ranks import DROPPED
 from stepcache.samplers.diffusers import StepCacheCallback, attach
 from stepcache.samplers.diffusers.parallel import parallel_groups
 
@@ -105,12 +109,27 @@ def two_ranks(rank: int, save: Save) -> None:
         parallel(pipe, **degrees)
         for way in ("attach", "callback"):
             save(f"{name} {way}", drawn(pipe, 0, way))
-    pipe = Pipeline()
+    save("FSDP", drawn(fully_sharded(), rank))
+    save("copies", copies())
+
+
+def fully_sharded() -> Pipeline:
     from torch.distributed.fsdp import fully_shard
 
+    pipe = Pipeline()
     for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
         fully_shard(block)
-    save("FSDP", drawn(pipe, rank))
+    return pipe
+
+
+def copies() -> dict[str, list[str]]:
+    """The notes of copies of a callback that was given a group."""
+    callback = StepCacheCallback(METHOD, group=dist.group.WORLD)
+    found = {}
+    for name, other in {"copy": copy.deepcopy(callback), "pickle": pickle.loads(pickle.dumps(callback))}.items():
+        Pipeline()(0, callback_on_step_end=other)
+        found[name] = other.report.notes
+    return found
 
 
 def four_ranks(rank: int, save: Save) -> None:
@@ -122,9 +141,24 @@ def four_ranks(rank: int, save: Save) -> None:
     save("drawn", drawn(pipe, rank // 2))
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return together(2, two_ranks, tmp_path_factory.mktemp("two"))
+def four_together(rank: int, save: Save) -> None:
+    """One image by four ranks."""
+    on_the_cpu()
+    save("alone", drawn(Pipeline(), 0))
+    for name, degrees in {"ring": {"ring_degree": 4}, "both": {"ring_degree": 2, "ulysses_degree": 2}}.items():
+        pipe = Pipeline()
+        parallel(pipe, **degrees)
+        save(name, drawn(pipe, 0))
+    save("FSDP", drawn(fully_sharded(), rank))
+
+
+LONG = pytest.mark.skipif("STEPCACHE_LONG" not in os.environ, reason="under torchrun: STEPCACHE_LONG=1")
+
+
+@pytest.fixture(scope="module", params=["spawned", pytest.param("torchrun", marks=LONG)])
+def two(request, tmp_path_factory):
+    start = together if request.param == "spawned" else under_torchrun
+    return start(2, two_ranks, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("way", ["attach", "callback"])
@@ -146,6 +180,26 @@ def test_ranks_of_a_sharded_denoiser_decide_alike_though_they_draw_other_images(
     assert two[0]["FSDP"]["decisions"] == two[1]["FSDP"]["decisions"]
     assert two[0]["FSDP"]["calls"] == two[1]["FSDP"]["calls"] < STEPS
     assert two[0]["FSDP"]["image"] != two[1]["FSDP"]["image"]
+
+
+def test_a_callback_with_a_group_can_be_copied_and_pickled(two):
+    for rank in two:
+        assert "decides together with the other ranks of group=" in rank["copies"]["copy"]
+        assert DROPPED in rank["copies"]["pickle"]
+
+
+@LONG
+def test_four_ranks_under_torchrun_draw_the_image_of_one_process(tmp_path):
+    four = under_torchrun(4, four_together, tmp_path)
+    alone = four[0]["alone"]
+    for way in ("ring", "both"):
+        for rank in four:
+            assert rank[way]["decisions"] == four[0][way]["decisions"]
+            assert rank[way]["calls"] < STEPS
+            image, expected = torch.tensor(rank[way]["image"]), torch.tensor(alone["image"])
+            torch.testing.assert_close(image, expected, rtol=1e-3, atol=1e-3)
+    assert len({rank["FSDP"]["decisions"] for rank in four}) == 1
+    assert four[0]["FSDP"]["calls"] < STEPS
 
 
 def test_ranks_that_draw_other_images_stay_independent(two, tmp_path):
