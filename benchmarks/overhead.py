@@ -6,7 +6,8 @@ The model does nothing (it returns a tensor made before), so all that is measure
 evaluation: `gated` (a gate holds it: computed and remembered), `computed` (the criterion is asked and computes) and
 `skipped` (the criterion is asked and skips). One copy is `latent.clone()`, timed in turn with each of them. Memory:
 `kept` is what stays between evaluations, `peak` the most that one evaluation holds beyond that. `transfers` are the
-device-to-host transfers of one evaluation.
+device-to-host transfers of one evaluation. `ops` are its tensor operations, about as many kernels on a GPU, and
+`passes` what they read and write, in copies: both are the same on a busy machine.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stepcache import EasyCache, Forecast, Method, UCache
 from stepcache.extend import DeferredScalars
@@ -36,19 +38,25 @@ NEVER, ALWAYS = 1e-30, 1e30
 """Thresholds under which the criterion, when asked, always computes and always skips."""
 
 
-class Allocations(TorchDispatchMode):
-    """Bytes of the tensors alive that were made under it, and the most there have been."""
+class Work(TorchDispatchMode):
+    """Bytes of the tensors alive that were made under it, the most there have been; operations, and their traffic."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = 0
+        self.alive = self.peak = self.ops = self.traffic = 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage())
+        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        given = [one for one in tree_leaves((arguments, keywords)) if isinstance(one, torch.Tensor)]
+        known = {one.untyped_storage()._cdata for one in given}
+        view = made and all(one.untyped_storage()._cdata in known for one in made) and not function._schema.is_mutable
+        if not view:
+            self.ops += 1
+            self.traffic += sum(min(one.nbytes, one.untyped_storage().nbytes()) for one in (*given, *made))
+        for tensor in made:
+            self._follow(tensor.untyped_storage())
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -137,7 +145,7 @@ def measure(
         decisions = model.report.decisions("guided")[8:]
         assert set(decisions) == {"S" if kind == "skipped" else "C"}, decisions
         kept = sum(entry.x.nbytes + entry.out.nbytes for h in model.engine.runs.current.caches.values() for entry in h)
-        with Allocations() as memory, Transfers() as transfers:
+        with Work() as work, Transfers() as transfers:
             model(latents[0], sigmas[-2].to(device).expand(shape[0]))
     size = latents[0].nbytes
     return {
@@ -149,8 +157,10 @@ def measure(
         "us": statistics.median(ours) * 1e6,
         "copies": statistics.median(a / b for a, b in zip(ours, copies, strict=True)),
         "kept": kept / size,
-        "peak": memory.peak / size,
+        "peak": work.peak / size,
         "transfers": transfers.count,
+        "ops": work.ops,
+        "passes": work.traffic / 2 / size,
     }
 
 
@@ -178,18 +188,18 @@ def main() -> None:
     if options.markdown:
         with options.markdown.open("w", encoding="utf-8") as file:
             Console(file=file, width=200).print(table(rows, markdown=True))
-    Console(width=110).print(table(rows))
+    Console(width=130).print(table(rows))
 
 
 def table(rows: list[dict], markdown: bool = False) -> Table:
     made = Table(box=MARKDOWN if markdown else SIMPLE_HEAD)
     for column in ("latent", "dtype", "method", "evaluation"):
         made.add_column(column, no_wrap=True)
-    for column in ("one copy, us", "ours, us", "copies", "kept", "peak", "transfers"):
+    for column in ("one copy, us", "ours, us", "copies", "kept", "peak", "transfers", "ops", "passes"):
         made.add_column(column, justify="right", no_wrap=True)
     for r in rows:
         numbers = [f"{r['copy_us']:.0f}", f"{r['us']:.0f}", *(f"{r[key]:.1f}" for key in ("copies", "kept", "peak"))]
-        numbers.append(str(r["transfers"]))
+        numbers += [str(r["transfers"]), str(r["ops"]), f"{r['passes']:.1f}"]
         made.add_row(r["shape"], r["dtype"], r["method"], r["evaluation"], *numbers)
     return made
 
