@@ -29,7 +29,7 @@ from .options import OptionError
 from .report import Report
 
 _ROOT = Path(__file__).parent.parent
-if (_ROOT / "samplers" / "k_diffusion.py").is_file() and (_ROOT / "pyproject.toml").is_file():
+if (_ROOT / "samplers" / "install.py").is_file() and (_ROOT / "pyproject.toml").is_file():
     __path__ += [str(_ROOT), str(_ROOT / "examples")]  # a clone, not installed: samplers/ and examples/demo/ are parts
 
 __version__ = version(_ROOT)
