@@ -130,6 +130,8 @@ class CachedDenoiser(nn.Module):
         off, self._last[0] = self._engine.off, self._engine
         if off and not (isinstance(x, Tensor) and isinstance(sigma, Tensor) and x.ndim and x.numel() and sigma.numel()):
             return self.inner_model(x, sigma, **extra)  # inputs that cannot identify an evaluation, e.g. a float sigma
+        if not off and self._continuity is not None and self._continuity.broken(x):
+            self._reset()  # before the branch is named: its turn is the first
         names = self.branches if isinstance(self.branches, tuple) else distinct(self.branches(x, sigma, **extra))
         if x.shape[0] % len(names) and not off:
             raise OptionError(
@@ -139,8 +141,6 @@ class CachedDenoiser(nn.Module):
         call = DenoiserCall(self.inner_model, self.scalings_of, names, x, sigma, extra, self._dtypes)
         if not off:
             call.cache_key = (self._changes(names, extra),)
-            if self._continuity is not None and self._continuity.broken(x):
-                self._reset()
         try:
             answer = self._engine(call)
         except BaseException:

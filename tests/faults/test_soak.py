@@ -21,6 +21,7 @@ import torch
 from soak import METHODS, Bench, Fails, alike, situations
 from tiny_pipelines import PIPELINES, SD_BETAS, image, sched
 
+from stepcache import Report
 from stepcache.samplers.diffusers import attach
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -129,9 +130,9 @@ class Service:
             options |= {"height": request.size, "width": request.size}
         options |= {"num_inference_steps": request.steps, "guidance_scale": request.guidance, "output_type": "latent"}
         options |= {"generator": torch.Generator().manual_seed(request.seed), "callback_on_step_end": fault(request)}
-        calls, hook = [], None
-        if request.fault == "raises":
-            hook = pipe.unet.register_forward_pre_hook(partial(fail, calls, request.at))
+        calls: list[int] = []
+        at = request.at if request.fault == "raises" else -1
+        hook = pipe.unet.register_forward_pre_hook(partial(fail, calls, at))
         try:
             found, end = torch.as_tensor(pipe(**options)[0]), "done"
         except Fails:
@@ -139,9 +140,8 @@ class Service:
         except (ValueError, IndexError) as error:  # of a scheduler with so few steps, or an image without any left
             found, end = torch.zeros(1), type(error).__name__
         finally:
-            if hook is not None:
-                hook.remove()
-        report = cache.report
+            hook.remove()
+        report = cache.report if calls else Report("")  # a run without a call has none of its own
         return found, end, " ".join(report.decisions(name) for name in sorted({one.branch for one in report.events}))
 
 

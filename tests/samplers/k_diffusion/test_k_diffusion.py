@@ -768,3 +768,18 @@ def test_with_the_cache_off_the_wrapper_takes_what_the_model_takes(x, sigma):
     for branches in (None, ("cond", "uncond")):
         model = CachedDenoiser(network, None, branches=branches)
         assert torch.equal(model(x, sigma), x * sigma)
+
+
+def test_a_loop_that_shows_itself_to_be_another_begins_with_the_first_branch_and_goes_on_with_the_second():
+    """x is not what a sampler could have made of the answers: another loop, unsaid. Its second call is uncond's."""
+
+    def network(x: torch.Tensor, sigma: torch.Tensor, cond: float) -> torch.Tensor:
+        return x / 2 + cond / 100
+
+    model = CachedDenoiser(network, Method(), scalings="denoised", branches=InTurn("cond", "uncond"))
+    noise = torch.Generator().manual_seed(0)
+    for sigma in (10.0, 8.0, 6.0, 4.0):
+        x = torch.randn(1, 4, 8, 8, generator=noise)
+        for cond in (1.0, -1.0):
+            model(x, torch.tensor([sigma]), cond=cond)
+        assert [event.branch for event in model.report.events[-2:]] == ["cond", "uncond"]
