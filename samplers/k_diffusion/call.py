@@ -29,7 +29,7 @@ class DenoiserCall(Call):
         dtypes: dict[torch.dtype, torch.dtype] | None = None,
     ) -> None:
         self.model, self.names, self.latent, self.sigma, self.keywords = model, names, x, sigma, extra
-        self.scalings_of = scalings
+        self._scalings = scalings
         self._known_factors: tuple[Tensor | None, Tensor, Tensor] | None = None
         self._dtypes = {} if dtypes is None else dtypes  # of the latents' dtype that of the model's last answer
         leaves = tree_leaves((x, extra)) if torch.is_grad_enabled() else ()
@@ -39,7 +39,7 @@ class DenoiserCall(Call):
         """c_skip, c_out and c_in, as factors for x."""
         if self._known_factors is None:
             x = self.latent
-            c_skip, c_out, c_in = self.scalings_of(self.sigma.to(x.device, wide(x.dtype)))
+            c_skip, c_out, c_in = self._scalings(self.sigma.to(x.device, wide(x.dtype)))
             self._known_factors = None if c_skip is None else spread(c_skip, x), spread(c_out, x), spread(c_in, x)
         return self._known_factors
 
@@ -95,7 +95,7 @@ class DenoiserCall(Call):
             self.indivisible, self.notes = True, (*self.notes, f"{error}: it may belong to all rows or to some")
             return None
         x = self.latent[kept]
-        return DenoiserCall(self.model, self.scalings_of, (name,), x, sigma, extra, self._dtypes)
+        return DenoiserCall(self.model, self._scalings, (name,), x, sigma, extra, self._dtypes)
 
     def of_samples(self, samples: Sequence[int]) -> DenoiserCall | None:
         rows = len(self.latent)
@@ -105,7 +105,7 @@ class DenoiserCall(Call):
             extra = cut_rows(self.keywords, rows, kept, shared=True)
         except CannotSplit:
             return None
-        return DenoiserCall(self.model, self.scalings_of, self.names, self.latent[kept], sigma, extra, self._dtypes)
+        return DenoiserCall(self.model, self._scalings, self.names, self.latent[kept], sigma, extra, self._dtypes)
 
     def split(self, answer: Tensor) -> list[Tensor]:
         return samples_of(answer, len(self.names))

@@ -85,14 +85,14 @@ class CachedDenoiser(nn.Module):
             self.branches = ("guided",) if branches is None else distinct(branches)
             if reference is not None and reference not in self.branches:
                 raise unknown("reference", reference, self.branches)
-        self.scalings_of = scalings_of(inner, scalings)
+        self._scalings = scalings_of(inner, scalings)
         self._dtypes: dict[torch.dtype, torch.dtype] = {}
         self._changes = ArgumentChanges()
         self._continuity: Continuity | None = Continuity()
         self._open: OpenRuns[CachedDenoiser] = OpenRuns()
         self._is_run = False
-        meaning = ScalingsAsFloats(self.scalings_of)
-        assumed = isinstance(self.scalings_of, ModelScalings) and self.scalings_of.owner is None
+        meaning = ScalingsAsFloats(self._scalings)
+        assumed = isinstance(self._scalings, ModelScalings) and self._scalings.owner is None
         self._engine = Engine(
             _method(method),
             reference=reference,
@@ -138,7 +138,7 @@ class CachedDenoiser(nn.Module):
                 f"a batch of {x.shape[0]} does not divide into the {len(names)} branches {', '.join(names)}: "
                 "name the branches that come in one call, in their order"
             )
-        call = DenoiserCall(self.inner_model, self.scalings_of, names, x, sigma, extra, self._dtypes)
+        call = DenoiserCall(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes)
         if not off:
             call.cache_key = (self._changes(names, extra),)
         try:
