@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .frames import Caller, Key, is_running
+from .frames import Caller, Key, find_caller, is_running
 from .schedule import Place, places
 
 Begin = Callable[[list[float], int], None]
@@ -53,8 +53,16 @@ class PipelineRuns:
         return self._at == len(self._places) - 1
 
     def in_progress(self, frame: FrameType | None) -> bool:
-        """Whether the run that was last seen is among the callers of a frame."""
-        return self._frame is not None and is_running(self._frame, frame)
+        """Whether the run that was last seen is among the callers of a frame.
+
+        A frame may have the id of one that has ended. A run that was joined, and may have been broken off, is therefore
+        known by its timesteps, too: every run sets new ones.
+        """
+        if self._frame is None or not is_running(self._frame, frame):
+            return False
+        if self.only is None or (caller := find_caller(frame)) is None or caller.run != self.only:
+            return True
+        return any(self.scheduler.timesteps is known for known in (self._set, self._others))
 
     def serves(self, caller: Caller | None, frame: FrameType | None) -> bool:
         """Whether a call, made in `frame`, is one of a run that is followed.
