@@ -96,8 +96,8 @@ def _bench(options: argparse.Namespace) -> None:
         options.other,
         options.out,
         options.workers,
-        options.ray,
         console,
+        options.ray,
     )
     results.show(console)
     console.print(f"Written to {options.out}: table.md, results.json, pareto.png, records.jsonl")

@@ -69,8 +69,8 @@ def bench(
     others: Sequence[str] | None = None,
     out: str | Path | None = None,
     workers: int = 1,
-    ray: bool = False,
     console: Any = None,
+    ray: bool = False,
 ) -> Results:
     """Every method beside the full run, fewer steps of the same sampler and the best other sampler, on paired seeds.
 
