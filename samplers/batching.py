@@ -59,7 +59,7 @@ def rows_of_samples(branches: int, rows: int, samples: Sequence[int]) -> list[in
 
 def samples_of(tensor: Tensor, branches: int) -> list[Tensor]:
     """The rows of each sample of a batch, one for each branch."""
-    return [part.flatten(0, 1) for part in tensor.unflatten(0, (branches, -1)).split(1, dim=1)]
+    return list(tensor.reshape(branches, -1, *tensor.shape[1:]).unbind(1))
 
 
 def batch_of(samples: Sequence[Tensor]) -> Tensor:

@@ -51,8 +51,9 @@ class Continuity:
     def record(self, x: Tensor, denoised: Tensor) -> None:
         """What the loop was answered with."""
         before, answer = _few(x), _few(denoised)
-        known = before is not None and answer is not None and before.shape == answer.shape
-        self._last = torch.stack((before, answer)) if known else None
+        self._last = None
+        if before is not None and answer is not None and before.shape == answer.shape:
+            self._last = torch.stack((before, answer))
 
     def forget(self) -> None:
         self._last = None

@@ -114,7 +114,7 @@ class DenoiserPatch(HostPatch):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._not_compiled)(*args, **kwargs)
+            return torch.compiler.disable(self._not_compiled)(*args, **kwargs)  # type: ignore[no-untyped-call]
         frame = sys._getframe(1)
         caller = find_caller(frame)
         if (self.abandon is not None and self.abandon()) or not self._runs.serves(caller, frame):

@@ -112,7 +112,7 @@ class CachedDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """denoised (B, ...) at noise level sigma, the model's own or a predicted one."""
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._not_compiled)(x, sigma, **extra)
+            return torch.compiler.disable(self._not_compiled)(x, sigma, **extra)  # type: ignore[no-untyped-call]
         run = self._open.here()
         if run is not None:
             return run._answer(x, sigma, extra)

@@ -172,7 +172,8 @@ class Search:
         limit = self.budget - 1 - 4 * cost  # the held-out seeds are measured afterwards
         limit = limit if budget is None else min(limit, self.spent + budget)
         best = self.score(start)
-        known, rounds, quiet = {start: best}, {start: self._rounds(start, {start})}, 0
+        known: dict[Places, Found] = {start: best}
+        rounds, quiet = {start: self._rounds(start, {start})}, 0
         tried = {start: 0}
         while quiet < QUIET and rounds and (enough is None or best.mean < enough):
             step = PATIENCE * (best.score - statistics.median(found.score for found in known.values()))
@@ -188,7 +189,8 @@ class Search:
             for found in self._scored(chunk, around):
                 known[found.places], tried[found.places] = found, 0
                 rounds[found.places] = self._rounds(found.places, known)
-            top = max((known[places] for places in chunk), key=lambda found: found.score)
+            tops = [known[places] for places in chunk]
+            top: Found = max(tops, key=lambda found: found.score)
             quiet = 0 if top.score > best.score else quiet + 1
             best = max(best, top, key=lambda found: found.score)
             self.say(f"{len(start)} calls: {best.mean:.2f}", self.spent)
