@@ -115,7 +115,7 @@ def test_each_cell_of_a_trace_says_why(opened):
     first = opened.locator(".cells").first.locator("i")
     assert first.count() == 16
     words = [first.nth(number).get_attribute("title") for number in range(16)]
-    assert words[0].startswith("step 0, sigma 10: computed, every 2")
+    assert words[0].startswith("step 0, sigma 10: computed, interval of 2")
     assert words[2] == f"step 2, sigma {painter.schedule(16)[2]:.3g}: skipped"
     assert "a skip would have been off by" in words[3]
     colours = [first.nth(n).evaluate("one => getComputedStyle(one).backgroundColor") for n in (1, 2)]

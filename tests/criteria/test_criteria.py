@@ -236,17 +236,25 @@ def test_computed_evaluations_say_how_far_a_skip_would_have_been_off():
 
 
 @pytest.mark.parametrize(
-    ("shape", "rows"), [((1, 1, 9, 2), (0, 4, 8)), ((2, 9, 3), (0, 4, 8)), ((1, 9), range(9)), ((9,), range(9))]
+    ("shape", "rows"),
+    [
+        ((1, 1, 9, 2), range(9)),
+        ((2, 9, 3), range(9)),
+        ((1, 9), range(9)),
+        ((9,), range(9)),
+        ((1, 16, 72, 64), range(0, 72, 3)),  # 73,728 numbers, of which 16,384 are enough
+    ],
 )
-def test_how_far_a_skip_would_have_been_off_is_measured_on_every_fourth_row_of_images(shape, rows):
-    """x' = 0: a prediction is x, the output 2 x, so off by |x|. Rows hold 1, 2, 4, ... to tell which are measured."""
-    powers = 2.0 ** torch.arange(9)
-    x = (powers[:, None] if len(shape) > 2 else powers).expand(shape).contiguous()
+def test_how_far_a_skip_would_have_been_off_is_measured_on_some_rows_of_large_latents(shape, rows):
+    """x' = 0: a prediction is x, the output 2 x, so off by |x|. Row n holds n + 1."""
+    count = max(rows.stop, 9)
+    numbers = 1.0 + torch.arange(count)
+    x = (numbers[:, None] if len(shape) > 2 else numbers).expand(shape).contiguous()
     model = cached(twice, Method(warmup=2), sigmas=SIX)
     model(torch.zeros(shape), torch.tensor(10.0))
     model(x, torch.tensor(8.0))
-    assert offs(model)[1] == pytest.approx(sum(2.0**row for row in rows) / len(rows), rel=1e-6)
-    assert sizes(model)[1] == pytest.approx(2 * 511 / 9, rel=1e-6)
+    assert offs(model)[1] == pytest.approx(sum(1.0 + row for row in rows) / len(rows), rel=1e-6)
+    assert sizes(model)[1] == pytest.approx(count + 1, rel=1e-6)
 
 
 def test_how_far_off_is_told_of_the_deciding_branch_on_every_computed_evaluation():
