@@ -230,11 +230,12 @@ class Branch:
         mean |prediction - out| on `some_rows`, because it is only for the report. None without a prediction.
         """
         self.checked = True
-        known = "prediction" in self.__dict__  # it was needed for the decision
-        prediction = self.prediction if known else self._some_rows().prediction
+        out = some_rows(self.out)
+        whole = out is self.out or "prediction" in self.__dict__  # it was needed for the decision
+        prediction = self.prediction if whole else self._some_rows().prediction
         if prediction is not None:
-            expected = some_rows(prediction) if known else prediction
-            self.prediction_error = self.defer(mean_abs_difference(expected, some_rows(self.out)))
+            expected = some_rows(prediction) if whole else prediction
+            self.prediction_error = self.defer(mean_abs_difference(expected, out))
 
     def _some_rows(self) -> Branch:
         """This branch before its output was known, on `some_rows` of everything."""

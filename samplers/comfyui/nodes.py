@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from .tooltips import ADVANCED, FIRST_BLOCK, PROFILE, REPORT, STEPCACHE
 
 CATEGORY = "model_patches/stepcache"
 NO_CACHE = "StepCache: this model has no cache; connect the StepCache node's output, as the sampler gets it"
+
+
+def _field(tooltips: dict[str, str], name: str, kind: Any, default: Any, **more: Any) -> dict[str, tuple[Any, Any]]:
+    """One input of a node, with its tooltip."""
+    return {name: (kind, {"default": default, **more, "tooltip": tooltips[name]})}
 
 
 class StepCacheNode:
@@ -55,9 +61,7 @@ class AdvancedNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        def field(name: str, kind: Any, default: Any, **more: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-            return {name: (kind, {"default": default, **more, "tooltip": ADVANCED[name]})}
-
+        field = partial(_field, ADVANCED)
         return {
             "required": {
                 "model": ("MODEL",),
@@ -136,9 +140,7 @@ class FirstBlockCacheNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        def field(name: str, kind: str, default: Any, **more: Any) -> dict[str, tuple[str, dict[str, Any]]]:
-            return {name: (kind, {"default": default, **more, "tooltip": FIRST_BLOCK[name]})}
-
+        field = partial(_field, FIRST_BLOCK)
         share = {"min": 0.0, "max": 1.0}
         return {
             "required": {

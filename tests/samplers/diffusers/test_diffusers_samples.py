@@ -6,13 +6,17 @@ import functools
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from tiny_pipelines import PIPELINES
 
 from stepcache import OptionError, UCache
 from stepcache.samplers.diffusers import StepCacheCallback, attach
 
-THRESHOLDS = {"sd": 0.25, "flux": 0.35}
-"""At these the seeds 0, 1 and 2 skip other evaluations: of SD with guidance in one call, of Flux without."""
+THRESHOLDS = {"sd": 0.25, "flux": 0.35 if hasattr(FluxTransformer2DModel, "cache_context") else 0.335}
+"""At these the seeds 0, 1 and 2 skip other evaluations: of SD with guidance in one call, of Flux without.
+
+Old releases of diffusers, which do not name branches yet, make another tiny Flux.
+"""
 
 
 def drawn(name, seeds, way="attach", **options):
