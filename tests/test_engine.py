@@ -11,12 +11,12 @@ import re
 import threading
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from several_ranks import together
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import (
@@ -1164,20 +1164,13 @@ def rank_run(rank: int, group) -> dict[str, str]:
     return {name: decisions(model, name) for name in ("cond", "uncond")}
 
 
-def rank_main(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        found = rank_run(rank, torch.distributed.group.WORLD)
-    finally:
-        torch.distributed.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+def of_one_rank(rank: int, save) -> None:
+    save("decisions", rank_run(rank, torch.distributed.group.WORLD))
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(rank_main, args=(str(folder),), nprocs=2)
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return [saved["decisions"] for saved in together(2, of_one_rank, tmp_path_factory.mktemp("ranks"))]
 
 
 def test_without_a_group_these_ranks_would_disagree():
