@@ -27,9 +27,11 @@ class DenoiserCall(Call):
         sigma: Tensor,
         extra: dict[str, Any],
         dtypes: dict[torch.dtype, torch.dtype] | None = None,
+        read: Tensor | None = None,
     ) -> None:
-        self.model, self.names, self.latent, self.sigma, self.keywords = model, names, x, sigma, extra
-        self._scalings = scalings
+        self.model, self.names, self.latent, self.keywords = model, names, x, extra
+        self.sigma = sigma if read is None else read  # as the engine reads it
+        self._sigma, self._scalings = sigma, scalings
         self._known_factors: tuple[Tensor | None, Tensor, Tensor] | None = None
         self._dtypes = {} if dtypes is None else dtypes  # of the latents' dtype that of the model's last answer
         leaves = tree_leaves((x, extra)) if torch.is_grad_enabled() else ()
@@ -39,7 +41,7 @@ class DenoiserCall(Call):
         """c_skip, c_out and c_in, as factors for x."""
         if self._known_factors is None:
             x = self.latent
-            c_skip, c_out, c_in = self._scalings(self.sigma.to(x.device, wide(x.dtype)))
+            c_skip, c_out, c_in = self._scalings(self._sigma.to(x.device, wide(x.dtype)))
             self._known_factors = None if c_skip is None else spread(c_skip, x), spread(c_out, x), spread(c_in, x)
         return self._known_factors
 
@@ -48,7 +50,7 @@ class DenoiserCall(Call):
         return (self.latent * self._factors()[2]).chunk(len(self.names))
 
     def run_model(self) -> Tensor:
-        return self.model(self.latent, self.sigma, **self.keywords)
+        return self.model(self.latent, self._sigma, **self.keywords)
 
     @torch.no_grad()
     def outputs(self, answer: Tensor) -> tuple[Tensor, ...]:
@@ -88,7 +90,7 @@ class DenoiserCall(Call):
         if not all(torch.equal(first, other) for other in others):
             self.notes = (*self.notes, "the rows of the batch are not the same latents: they are no branches")
             return None
-        sigma = self.sigma[kept] if self.sigma.ndim and len(self.sigma) == rows else self.sigma
+        sigma = self._sigma[kept] if self._sigma.ndim and len(self._sigma) == rows else self._sigma
         try:
             extra = cut_rows(self.keywords, rows, kept)
         except CannotSplit as error:
@@ -100,7 +102,7 @@ class DenoiserCall(Call):
     def of_samples(self, samples: Sequence[int]) -> DenoiserCall | None:
         rows = len(self.latent)
         kept = rows_of_samples(len(self.names), rows, samples)
-        sigma = self.sigma[kept] if self.sigma.ndim and len(self.sigma) == rows else self.sigma
+        sigma = self._sigma[kept] if self._sigma.ndim and len(self._sigma) == rows else self._sigma
         try:
             extra = cut_rows(self.keywords, rows, kept, shared=True)
         except CannotSplit:

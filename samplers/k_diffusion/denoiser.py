@@ -130,15 +130,18 @@ class CachedDenoiser(nn.Module):
         off, self._last[0] = self._engine.off, self._engine
         if off and not (isinstance(x, Tensor) and isinstance(sigma, Tensor) and x.ndim and x.numel() and sigma.numel()):
             return self.inner_model(x, sigma, **extra)  # inputs that cannot identify an evaluation, e.g. a float sigma
-        if not off and self._continuity is not None and self._continuity.broken(x):
-            self._reset()  # before the branch is named: its turn is the first
+        read = sigma
+        if not off and self._continuity is not None:
+            read, broken = self._continuity.read(x, sigma)
+            if broken:
+                self._reset()  # before the branch is named: its turn is the first
         names = self.branches if isinstance(self.branches, tuple) else distinct(self.branches(x, sigma, **extra))
         if x.shape[0] % len(names) and not off:
             raise OptionError(
                 f"a batch of {x.shape[0]} does not divide into the {len(names)} branches {', '.join(names)}: "
                 "name the branches that come in one call, in their order"
             )
-        call = DenoiserCall(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes)
+        call = DenoiserCall(self.inner_model, self._scalings, names, x, sigma, extra, self._dtypes, read)
         if not off:
             call.cache_key = (self._changes(names, extra),)
         try:
