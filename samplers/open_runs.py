@@ -32,6 +32,7 @@ class OpenRun(Generic[R]):
 
     Attributes:
         run: the run.
+        number: which of the runs in progress it is, from 1; the lowest that is free.
         caller: the thread or task that began it.
         frame: identifies the frame of the function that began it, without keeping it alive.
         code: that function's code.
@@ -39,6 +40,7 @@ class OpenRun(Generic[R]):
     """
 
     run: R
+    number: int
     caller: Caller
     frame: int
     code: CodeType
@@ -59,8 +61,10 @@ class OpenRuns(Generic[R]):
     def begin(self, run: R, *own: str) -> OpenRun[R]:
         """Adds a run. `own` are the modules whose frames are not those of the user's function."""
         frame = _beginning(sys._getframe(1), own)
-        opened = OpenRun(run, caller(), id(frame), frame.f_code, bool(frame.f_code.co_flags & GENERATOR))
+        in_generator = bool(frame.f_code.co_flags & GENERATOR)
         with self._lock:
+            number = min({*range(1, len(self._open) + 2)} - {one.number for one in self._open})
+            opened = OpenRun(run, number, caller(), id(frame), frame.f_code, in_generator)
             self._open = [*self._open, opened]
         return opened
 

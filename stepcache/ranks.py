@@ -20,6 +20,11 @@ DROPPED = (
     "group="
 )
 
+OTHER_RUN = (
+    "the ranks are in different runs: runs at the same time must be begun and called in the same order on every rank. "
+    "Threads and tasks have no such order: give each of them a model with a group of its own"
+)
+
 
 class Ranks:
     """The ranks that decide together with this one.
@@ -62,22 +67,26 @@ class Ranks:
             return ["decides together with the other ranks of group="]
         return [f"decides together with ranks {', '.join(map(str, ranks))}" for ranks in self._groups]
 
-    def agree(self, skip: bool, evaluation: int, device: torch.device) -> bool:
+    def agree(self, skip: bool, evaluation: int, device: torch.device, run: int = 0) -> bool:
         """Whether every rank would skip this evaluation. Waits for all of them, and for the device.
 
+        `run` is its number among the runs at the same time, which must be the same on every rank.
+
         Raises:
-            RuntimeError: another rank has failed, or is at another evaluation.
+            RuntimeError: another rank has failed, or is at another evaluation or in another run.
         """
         for group in (*self._given, *self._groups.values()):
-            flags = torch.tensor([float(skip), evaluation, -evaluation], device=device)
+            flags = torch.tensor([float(skip), evaluation, -evaluation, run, -run], device=device)
             try:
                 torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MIN, group=group)
-                agreed, first, last = flags.tolist()
+                agreed, first, last, one, other = flags.tolist()
             except RuntimeError as error:
                 raise RuntimeError(
                     f"the ranks could not agree on evaluation {evaluation}: another rank has failed, has stopped, or "
                     f"did not get here within the group's timeout. Look for the first error of the others. ({error})"
                 ) from error
+            if one != -other:
+                raise RuntimeError(OTHER_RUN)
             if first != -last:
                 raise RuntimeError(
                     f"the ranks are at different evaluations ({first:.0f} to {-last:.0f}): one of them has failed and "

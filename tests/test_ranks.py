@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from stepcache import OptionError, Static, UCache
 from stepcache.extend import groups_of
-from stepcache.ranks import DROPPED, Ranks
+from stepcache.ranks import DROPPED, OTHER_RUN, Ranks
 from stepcache.samplers.k_diffusion import CachedDenoiser
 
 SIGMAS = torch.linspace(10, 0, 15)
@@ -89,6 +89,8 @@ def two_ranks(rank: int, save: Save) -> None:
     image = sampled(CachedDenoiser(fully_sharded(), METHOD, scalings="eps"), start(0))
     save("as in one process", torch.equal(image, sampled(CachedDenoiser(Denoiser(), METHOD, scalings="eps"), start(0))))
     save("copies", copies())
+    save("runs at once", at_once(rank))
+    save("runs in another order", error_of(lambda: in_another_order(rank)))
     save("another number of steps", error_of(lambda: other_steps(rank)))
     save("a rank fails", failing(rank))
     save("a rank is gone", None)
@@ -135,6 +137,30 @@ def error_of(act) -> str:
     except RuntimeError as error:
         return str(error)
     return "none"
+
+
+def at_once(rank: int) -> list[str]:
+    """Two runs, step by step in turn; then each of them alone."""
+    model = CachedDenoiser(Denoiser(), METHOD, scalings="eps", group=dist.group.WORLD)
+    with torch.no_grad(), model.run(SIGMAS, 1) as one, model.run(SIGMAS, 1) as two:
+        xs = {one: start(rank), two: start(0)}
+        for sigma, following in itertools.pairwise(SIGMAS):
+            for run, x in xs.items():
+                xs[run] = x + (x - run(x, sigma.expand(len(x)))) / sigma * (following - sigma)
+    found = [run.report.decisions("guided") for run in xs]
+    for x in (start(rank), start(0)):
+        sampled(model, x)
+        found.append(model.report.decisions("guided"))
+    return found
+
+
+def in_another_order(rank: int) -> None:
+    """Rank 1 calls the second run first. Without the check each run would take the other's decisions for its own."""
+    model = CachedDenoiser(Denoiser(), METHOD, scalings="eps", group=dist.group.WORLD)
+    with torch.no_grad(), model.run(SIGMAS, 1) as one, model.run(SIGMAS, 1) as two:
+        for sigma in SIGMAS[:-1]:
+            for run in (two, one) if rank else (one, two):
+                run(start(0), sigma.expand(2))
 
 
 def other_steps(rank: int) -> None:
@@ -213,6 +239,18 @@ def test_ranks_at_different_evaluations_are_told_so(ranks):
         assert rank["another number of steps"].startswith("the ranks are at different evaluations (")
 
 
+def test_runs_at_once_in_the_same_order_agree_each_for_itself(ranks):
+    one, two, *alone = ranks[0]["runs at once"]
+    assert [one, two] == alone
+    assert one != two
+    assert ranks[1]["runs at once"] == ranks[0]["runs at once"]
+
+
+def test_runs_at_once_in_another_order_are_told_so(ranks):
+    for rank in ranks:
+        assert rank["runs in another order"] == OTHER_RUN
+
+
 def test_if_one_rank_fails_the_other_ends_within_the_timeout_with_a_clear_error(ranks):
     assert ranks[1]["a rank fails"]["type"] == "MemoryError"
     left = ranks[0]["a rank fails"]
@@ -261,7 +299,7 @@ def test_nothing_is_exchanged_at_evaluations_that_a_gate_computes(world):
     model = CachedDenoiser(Denoiser(), Static("11101101101111"), scalings="eps", group=group)
     sampled(model, start(0))
     assert model.report.decisions("guided") == "CCCSCCSCCSCCCC"
-    assert [evaluation for _, evaluation, _ in asked] == [3, 6, 9]
+    assert [evaluation for _, evaluation, *_ in asked] == [3, 6, 9]
 
 
 def test_off_and_a_model_in_one_piece_ask_nobody(world):

@@ -176,8 +176,10 @@ class CachedDenoiser(nn.Module):
         """One sampling loop: `with model.run(sigmas) as run: x = sample_euler(run, x, sigmas)`.
 
         Yields a wrapper for this run alone, with a cache and a report of its own, that any thread or asyncio task may
-        call. There may be as many runs at the same time as you like. `model` itself may be called too, by the thread,
-        task or generator that has begun the run.
+        call. There may be as many runs at the same time as you like; ranks of a group must begin and call them in the
+        same order. `model` itself may be called too, by the thread, task or generator that has begun the run: such a
+        call is part of the run, whatever it is for. For another image meanwhile begin another run, or call
+        `model.inner_model`, which no cache sees.
 
         `stages`: the evaluations of one step, 1 or 2, if known; `sample` knows it for k-diffusion's samplers.
         `on_schedule`: every evaluation is at a sigma of the schedule (with two a step, the second at the step's end);
@@ -199,6 +201,7 @@ class CachedDenoiser(nn.Module):
         run = self._fork()
         run._engine.announce(sigmas, stages, on_schedule, computed=computed)
         opened = self._open.begin(run, __name__)
+        run._engine.runs.number = opened.number
         try:
             yield run
         finally:

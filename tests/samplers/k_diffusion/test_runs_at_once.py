@@ -138,6 +138,38 @@ def test_a_run_begun_inside_another_is_the_one_that_is_called():
     assert torch.equal(inner[0], alone(1)[0])
 
 
+@pytest.mark.parametrize("by_wrapper", [True, False], ids=["the wrapper", "the inner model"])
+def test_a_call_of_the_wrapper_inside_a_run_is_part_of_it_and_one_of_the_inner_model_is_not(by_wrapper):
+    """Of another latent, at the sigma that the run comes to next."""
+    model = CachedDenoiser(network, Method(), scalings="eps")
+    with model.run(SIGMAS) as run:
+        undisturbed = last(loop(run, start(0), SIGMAS))
+    expected, sigma = run.report.decisions("guided"), SIGMAS[4].expand(1)
+    assert expected[4] == "S"
+    with model.run(SIGMAS) as run:
+        images = []
+        for image in loop(run, start(0), SIGMAS):
+            if len(images) == 4:
+                answer = (model if by_wrapper else model.inner_model)(start(1), sigma)
+            images.append(image)
+    assert torch.equal(answer, network(start(1), sigma)) != by_wrapper
+    assert torch.equal(images[-1], undisturbed) or by_wrapper
+    assert run.report.evaluations == len(expected) + by_wrapper
+
+
+def test_a_loop_of_the_wrapper_inside_a_run_is_a_run_of_its_own_and_the_other_begins_anew():
+    """On the run's own schedule; neither is answered from the other's cache."""
+    model = CachedDenoiser(network, Method(warmup=1), scalings="eps")
+    with model.run(SIGMAS, 1) as run:
+        for k, _ in enumerate(loop(run, start(0), SIGMAS)):
+            if k == 4:
+                image = last(loop(model, start(1), SIGMAS))
+                assert model.report.decisions("guided") == "C" + "S" * (len(SIGMAS) - 2)
+    assert run.report.decisions("guided")[0] == "C"
+    with model.run(SIGMAS, 1) as run:
+        assert torch.equal(image, last(loop(run, start(1), SIGMAS)))
+
+
 def test_a_call_that_may_belong_to_several_runs_is_an_error():
     model = CachedDenoiser(network, METHOD, scalings="eps")
 
