@@ -24,14 +24,9 @@ from stepcache import Forecast, Method, method
 from stepcache.demo import zoo
 from stepcache.extend import Prediction, Profile
 from stepcache.tuning import frontier
+from stepcache.tuning.placement import even
 
 EVEN = "even places"
-
-
-def even(evaluations: int, calls: int, start: int) -> frozenset[int]:
-    """The first `start` evaluations, and as many at even distances, up to the last one."""
-    gap = (evaluations - start) / max(1, calls - start)
-    return frozenset([*range(start), *(round(start - 1 + gap * (k + 1)) for k in range(calls - start))])
 
 
 def at_places(places: frozenset[int], evaluations: int, order: int, share: float) -> Method:
@@ -47,7 +42,7 @@ def measured(network: str, sampler: str, options: argparse.Namespace) -> list[di
     rivals = {
         "Forecast": [partial(Forecast, interval, min_evaluations=0) for interval in range(2, 11)],
         EVEN: [
-            partial(at_places, even(steps, calls, start), steps, order, share)
+            partial(at_places, frozenset(even(steps, calls, start)), steps, order, share)
             for calls in options.calls
             for start in (1, 2)
             for order in (0, 1, 2)
@@ -112,7 +107,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--calls", nargs="+", type=int, default=[5, 8, 11])
     parser.add_argument("--calibrate", type=int, default=8, help="seeds to calibrate on; as many are held out")
-    parser.add_argument("--budget", type=float, default=10, help="full runs for the trials of one number of calls")
+    parser.add_argument("--budget", type=float, default=22, help="full runs for the trials of one number of calls")
     parser.add_argument("--out", type=Path, default=Path("tune-output"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from stepcache.profile import Profile
 from .held_out import HeldOut
 from .notebook import Notebook
 from .progress import progress
-from .search import Found, Search
+from .search import Choice, Found, Search
 from .team import team
 from .trial import Trial
 
@@ -132,7 +132,7 @@ def _found(search: Search, calls: int | None, speedup: float | None, psnr: float
     if speedup is not None:
         calls = max(1, int(count / number("speedup", speedup, low=1.0, high=count)))
     many = number("calls", calls, low=1, high=count, whole=True)
-    return search.climb(search.placement.best(many)[many])
+    return search.climb(search.starts(many))
 
 
 def _reached(search: Search, goal: float) -> Found:
@@ -145,11 +145,11 @@ def _reached(search: Search, goal: float) -> Found:
     low, high = 1, count
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if search.score(places[middle]).mean >= goal else (middle + 1, high)
-    best = search.score(places[low])
+        low, high = (low, middle) if search.score(Choice(places[middle])).mean >= goal else (middle + 1, high)
+    best = search.score(Choice(places[low]))
     for calls in range(low - 1, 0, -1):
-        found = search.climb(places[calls], (search.budget - search.spent) / 4, goal)
+        found = search.climb(search.starts(calls), (search.budget - search.spent) / 4, goal)
         if found.mean < goal:
             break
         best = found
-    return search.climb(best.places)
+    return search.climb([best.choice, *search.starts(len(best.places))])

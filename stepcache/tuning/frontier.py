@@ -20,7 +20,7 @@ from stepcache.profile import Profile
 from .calibrate import number_of_steps, prepared
 from .held_out import HeldOut
 from .progress import progress
-from .search import Found, Search
+from .search import Choice, Found, Search
 
 TUNED, FEWER, OTHER = "tuned", "fewer steps", "best other sampler"
 
@@ -134,8 +134,8 @@ def frontier(
         rivals: methods at several settings, by the name they have in the table.
         budget: the most full runs that the trials of one number of calls may cost. Default half the number of steps.
 
-    Each number of calls starts from its own best places by dynamic programming, and from those of one call more less
-    one place.
+    Each number of calls starts from its own best places by dynamic programming, from even ones, and from those of one
+    call more less one place.
     """
     steps = number_of_steps(steps)
     each = number("budget", steps / 2 if budget is None else budget)
@@ -155,16 +155,14 @@ def frontier(
 
 def _searched(search: Search, wanted: Sequence[int], budget: float) -> list[Found]:
     """The best of each number of calls, from few to many; the search goes from many to few."""
-    places = search.placement.best(max(wanted))
     found: dict[int, Found] = {}
     for calls in reversed(wanted):
-        starts = [places[calls]]
+        starts = search.starts(calls)
         if calls + 1 in found:
             more = found[calls + 1].places
             fewer = [tuple(place for place in more if place != left) for left in more[1:]]
-            starts.append(min(fewer, key=search.placement.cost))
-        start = max((search.score(one) for one in dict.fromkeys(starts)), key=lambda one: one.score)
-        found[calls] = search.climb(start.places, budget)
+            starts.insert(1, Choice(min(fewer, key=search.placement.cost), found[calls + 1].choice.rule))
+        found[calls] = search.climb(list(dict.fromkeys(starts)), budget)
     return [found[calls] for calls in wanted]
 
 
@@ -176,7 +174,8 @@ def _rising(search: Search, found: Sequence[Found]) -> list[Found]:
         if one.score <= last.score and len(one.places) == len(last.places) + 1:
             free = [n for n in range(search.full.evaluations) if n not in last.places]
             more = [tuple(sorted((*last.places, n))) for n in free]
-            one = max(one, search.score(min(more, key=search.placement.cost)), key=lambda found: found.score)
+            other = search.score(Choice(min(more, key=search.placement.cost), last.choice.rule))
+            one = max(one, other, key=lambda found: found.score)
         if one.score > last.score:
             kept.append(one)
     return kept

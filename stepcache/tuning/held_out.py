@@ -62,7 +62,7 @@ class HeldOut:
         """The profile and its figures. Learned weights are kept if the held-out seeds gain by them."""
         search = self.search
         digits = tuple(int(n in found.places) for n in range(search.full.evaluations))
-        plain = search.orders_alone(found.places)
+        plain = found.predictions if found.choice.rule else search.orders_alone(found.places)
         methods = [method("profile", path=Profile(digits, chosen)) for chosen in (found.predictions, plain)]
         learned, simple = (scores for scores, _ in self.scores([self.run(one) for one in methods]))
         keep = fmean(learned) > fmean(simple)

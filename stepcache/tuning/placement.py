@@ -19,6 +19,18 @@ CHUNK = 10_000
 NONE = -1
 
 
+def even(evaluations: int, calls: int, first: int = 1) -> tuple[int, ...]:
+    """The first evaluations, and the others at even distances, up to the last one.
+
+    Example:
+        >>> from stepcache.tuning.placement import even
+        >>> even(10, 4), even(10, 4, 2)
+        ((0, 3, 6, 9), (0, 1, 5, 9))
+    """
+    gap = (evaluations - first) / max(1, calls - first)
+    return (*range(first), *(round(first - 1 + gap * (k + 1)) for k in range(calls - first)))
+
+
 class Placement:
     """The expected error of every choice of places, from the inner products of a full run's latents and slopes.
 

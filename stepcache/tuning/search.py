@@ -6,18 +6,19 @@ import statistics
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from stepcache.bench.metrics import Metric
 from stepcache.options import OptionError
 from stepcache.profile import Prediction
 
 from .notebook import Notebook
-from .placement import Placement
+from .placement import Placement, even
 from .tape import Tape
 from .team import Job, Outcome, Team
 
 Places = tuple[int, ...]
+Rule = tuple[int, float]
 
 ROUND = 8
 """So many trials are made before the best of them is taken: independent of each other, so that workers can share."""
@@ -32,22 +33,61 @@ FINE = 30
 """Up to so many evaluations the growth is measured at each, beyond at every second."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """One choice of places, and what came of it on the calibration seeds.
+RULES: tuple[Rule, ...] = ((1, 0.25), (2, 0.25), (1, 0.0), (2, 0.0), (0, 0.0), (0, 0.25))
+"""Order and share of the denoised image that even places are tried with, beside fitted predictions."""
+
+STRENGTHS = 0.7, 1.4
+"""The factors that are tried on how far a gap's last prediction returns to the full run."""
+
+
+class Choice(NamedTuple):
+    """What a trial tries.
 
     Attributes:
         places: the evaluations that are computed.
+        rule: order and share of every prediction; None: each is fitted.
+        returns: factors on how far predictions return to the full run, by evaluation; 1 if not named.
+    """
+
+    places: Places
+    rule: Rule | None = None
+    returns: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its finding in the notebook."""
+        rule = "" if self.rule is None else " order {} share {}".format(*self.rule)
+        return ",".join(map(str, self.places)) + rule + "".join(f" return {n} {f:g}" for n, f in self.returns)
+
+    def since(self, other: Choice) -> int:
+        """Evaluations before this one are the same in both."""
+        if self.rule != other.rule:
+            return 0
+        moved = [n - 1 for n in {*self.places} ^ {*other.places}]
+        return min([*moved, *(n for n, _ in {*self.returns} ^ {*other.returns})])
+
+
+@dataclass(frozen=True)
+class Found:
+    """One choice, and what came of it on the calibration seeds.
+
+    Attributes:
+        choice: what was tried.
         mean: of the metric.
         score: mean - standard deviation / 2, by which choices are compared. The places of the highest mean are too
             often those that happen to suit a few of the seeds.
         predictions: how the other evaluations are predicted.
     """
 
-    places: Places
+    choice: Choice
     mean: float
     score: float
     predictions: dict[int, Prediction]
+
+    @property
+    def places(self) -> Places:
+        """The evaluations that are computed."""
+        return self.choice.places
 
 
 class Search:
@@ -76,7 +116,7 @@ class Search:
         self.team, self.full, self.sampler, self.steps, self.seeds = team, full, sampler, steps, tuple(seeds)
         self.metric, self.budget, self.notebook, self.say, self.learn = metric, budget, notebook, say, learn
         self.spent = float(notebook.get("spent") or 0.0)
-        self._recordings: dict[Places, Any] = {}
+        self._recordings: dict[Choice, Any] = {}
         self.spend(full.calls)
         self._refuse_another_model()
         self.placement = Placement(full, self._growth())
@@ -126,84 +166,119 @@ class Search:
         self.notebook.add("growth", found)
         return found
 
-    def score(self, places: Places) -> Found:
-        """A trial of these places, or what the notebook knows of them."""
-        return self._scored([places])[0]
+    def score(self, choice: Choice) -> Found:
+        """A trial of this choice, or what the notebook knows of it."""
+        return self._scored([choice])[0]
 
-    def _scored(self, choices: Sequence[Places], around: Found | None = None) -> list[Found]:
-        """Trials of each of these, or what the notebook knows of them.
+    def _job(self, choice: Choice, around: Choice | None = None) -> Job:
+        """The trial. What it shares with the one `around` is answered from that one's recording."""
+        since = 0 if around is None else choice.since(around)
+        prefix = self._recording(around) if around is not None and since > 0 else None
+        return Job(choice.places, self.learn, prefix, since, choice.rule, dict(choice.returns))
 
-        The beginning that places share with those of `around` is answered from its recording.
-        """
-        found: dict[Places, Found] = {}
-        new = [places for places in choices if self.notebook.get(_name(places)) is None]
-        jobs = [Job(places, self.learn) for places in new]
-        for k, places in enumerate(new):
-            if around is not None and (since := min({*places} ^ {*around.places}) - 1) > 0:
-                jobs[k] = Job(places, self.learn, self._recording(around.places), since)
-        for places, (outcome, recording) in zip(new, self._tried(jobs), strict=True):
-            self._recordings[places] = recording
+    def _scored(self, choices: Sequence[Choice], around: Choice | None = None) -> list[Found]:
+        """Trials of each of these, or what the notebook knows of them."""
+        found: dict[Choice, Found] = {}
+        new = self._unknown(choices)
+        jobs = [self._job(choice, around) for choice in new]
+        for choice, (outcome, recording) in zip(new, self._tried(jobs), strict=True):
+            self._recordings[choice] = recording
             mean = statistics.fmean(outcome.scores)
             skipped = {n: how.written() for n, how in outcome.chosen.items()}
             score = mean - statistics.pstdev(outcome.scores) / 2
-            self.notebook.add(_name(places), {"mean": mean, "score": score, "skipped": skipped})
-            found[places] = Found(places, mean, score, outcome.chosen)
-        return [found.get(places) or self._known(places) for places in choices]
+            self.notebook.add(choice.name, {"mean": mean, "score": score, "skipped": skipped})
+            found[choice] = Found(choice, mean, score, outcome.chosen)
+        return [found.get(choice) or self._known(choice) for choice in choices]
 
-    def _known(self, places: Places) -> Found:
-        """What the notebook knows of these places."""
-        known = self.notebook.get(_name(places))
+    def _unknown(self, choices: Sequence[Choice]) -> list[Choice]:
+        """Those that the notebook does not know."""
+        return [choice for choice in choices if self.notebook.get(choice.name) is None]
+
+    def _known(self, choice: Choice) -> Found:
+        """What the notebook knows of it."""
+        known = self.notebook.get(choice.name)
         predictions = {int(n): Prediction.read(n, how) for n, how in known["skipped"].items()}
-        return Found(places, known["mean"], known["score"], predictions)
+        return Found(choice, known["mean"], known["score"], predictions)
 
-    def _recording(self, places: Places) -> Any:
-        """The recording of these places; made once more if it was not kept."""
-        if places not in self._recordings:
-            ((_, self._recordings[places]),) = self._tried([Job(places, self.learn)])
-        return self._recordings[places]
+    def _recording(self, choice: Choice) -> Any:
+        """Its recording; made once more if it was not kept."""
+        if choice not in self._recordings:
+            ((_, self._recordings[choice]),) = self._tried([self._job(choice)])
+        return self._recordings[choice]
 
-    def climb(self, start: Places, budget: float | None = None, enough: float | None = None) -> Found:
-        """The best places that trials find from these on, until the budget ends or the mean is `enough`.
+    def starts(self, calls: int) -> list[Choice]:
+        """Where a search begins: the places of least expected error, and even ones, fitted and with every rule."""
+        evens = [even(self.full.evaluations, calls, first) for first in (1, 2) if first == 1 or first < calls]
+        rules = [Choice(places, rule) for rule in RULES for places in evens]
+        return list(dict.fromkeys([Choice(self.placement.best(calls)[calls]), *map(Choice, evens), *rules]))
+
+    def climb(self, starts: Sequence[Choice], budget: float | None = None, enough: float | None = None) -> Found:
+        """The best choice that trials find from these on, until the budget ends or the mean is `enough`.
 
         Each round tries neighbours of one choice, usually the best so far. Each round that finds nothing better lowers
         the rank of its choice, so that the search moves on to another one. It ends after `QUIET` such rounds in a row.
         """
-        cost = len(start) / self.full.evaluations  # of one trial, at most
+        cost = len(starts[0].places) / self.full.evaluations  # of one trial, at most
         limit = self.budget - 1 - 4 * cost  # the held-out seeds are measured afterwards
-        limit = limit if budget is None else min(limit, self.spent + budget)
-        best = self.score(start)
-        known: dict[Places, Found] = {start: best}
-        rounds, quiet = {start: self._rounds(start, {start})}, 0
-        tried = {start: 0}
+        begun = self._begun(starts[0])
+        limit = limit if budget is None else min(limit, begun + budget)
+        left = limit - begun
+        first = [starts[0], *self._affordable(starts[1:], int(left / cost / 3))]
+        known = {found.choice: found for found in self._scored(first)}
+        best = max(known.values(), key=lambda found: found.score)
+        rounds, quiet = {choice: self._rounds(choice, known) for choice in known}, 0
+        tried = dict.fromkeys(known, 0)
+        last, limit = limit, limit - left / 6  # what is left after the rounds is for the strengths
         while quiet < QUIET and rounds and (enough is None or best.mean < enough):
             step = PATIENCE * (best.score - statistics.median(found.score for found in known.values()))
-            around = known[max(rounds, key=lambda places: (known[places].score - step * tried[places], places))]
-            tried[around.places] += 1
-            chunk = [places for places in next(rounds[around.places], ()) if places not in known]
+            around = max(rounds, key=lambda choice: (known[choice].score - step * tried[choice], choice.name))
+            tried[around] += 1
+            chunk = [choice for choice in next(rounds[around], ()) if choice not in known]
             chunk = self._affordable(chunk, int((limit - self.spent) / cost))
             if not chunk:
-                del rounds[around.places]
+                del rounds[around]
                 continue
-            kept = around.places
-            self._recordings = {kept: self._recordings[kept]} if kept in self._recordings else {}
+            self._recordings = {around: self._recordings[around]} if around in self._recordings else {}
             for found in self._scored(chunk, around):
-                known[found.places], tried[found.places] = found, 0
-                rounds[found.places] = self._rounds(found.places, known)
-            tops = [known[places] for places in chunk]
-            top: Found = max(tops, key=lambda found: found.score)
+                known[found.choice], tried[found.choice] = found, 0
+                rounds[found.choice] = self._rounds(found.choice, known)
+            top: Found = max((known[choice] for choice in chunk), key=lambda found: found.score)
             quiet = 0 if top.score > best.score else quiet + 1
             best = max(best, top, key=lambda found: found.score)
-            self.say(f"{len(start)} calls: {best.mean:.2f}", self.spent)
+            self.say(f"{len(best.places)} calls: {best.mean:.2f}", self.spent)
+        return best if best.choice.rule or (enough is not None and best.mean >= enough) else self._refined(best, last)
+
+    def _begun(self, start: Choice) -> float:
+        """What was spent when the search from this start began, before it was stopped and resumed."""
+        name = f"begun {start.name}"
+        if self.notebook.get(name) is None:
+            self.notebook.add(name, self.spent)
+        return float(self.notebook.get(name))
+
+    def _refined(self, best: Found, limit: float) -> Found:
+        """The same places with other strengths of the return to the full run, gap by gap."""
+        cost = len(best.places) / self.full.evaluations
+        for begin, end in pairwise([*best.places, self.full.evaluations]):
+            gap = range(begin + 1, end)
+            known = dict(best.choice.returns)
+            others = [known | {gap[-1]: strength} for strength in STRENGTHS] if gap else []
+            others += [known | dict.fromkeys(gap[:-1], 0.0)] if len(gap) > 1 else []
+            choices = [best.choice._replace(returns=tuple(sorted(one.items()))) for one in others]
+            choices = self._affordable(choices, int((limit - self.spent) / cost))
+            if choices:
+                best = max(best, *self._scored(choices, best.choice), key=lambda found: found.score)
+                self.say(f"{len(best.places)} calls: {best.mean:.2f}", self.spent)
         return best
 
-    def _affordable(self, choices: Sequence[Places], trials: int) -> list[Places]:
+    def _affordable(self, choices: Sequence[Choice], trials: int) -> list[Choice]:
         """Those that so many trials are enough for; what the notebook knows needs none."""
-        new = [places for places in choices if self.notebook.get(_name(places)) is None]
-        return [places for places in choices if places not in new[max(0, trials) :]]
+        new = self._unknown(choices)
+        return [choice for choice in choices if choice not in new[max(0, trials) :]]
 
-    def _rounds(self, places: Places, known: Container[Places]) -> Iterator[list[Places]]:
+    def _rounds(self, choice: Choice, known: Container[Choice]) -> Iterator[list[Choice]]:
         """The trials around one choice, the most promising first."""
-        moves = (move for move in self._moves(places) if move not in known)
+        near = (Choice(places, choice.rule) for places in self._moves(choice.places))
+        moves = (move for move in near if move not in known)
         while chunk := list(islice(moves, ROUND)):
             yield chunk
 
@@ -218,11 +293,6 @@ class Search:
                 if len(pair) == len(places) and 0 in pair and max(pair) < count:
                     moved.add(tuple(sorted(pair)))
         yield from sorted(moved - {places}, key=lambda one: (self.placement.cost(one), one))
-
-
-def _name(places: Places) -> str:
-    """Of a finding in the notebook."""
-    return ",".join(map(str, places))
 
 
 def _between(known: dict[int, float], n: int) -> float:

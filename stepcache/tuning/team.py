@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ class Job(NamedTuple):
     learn: bool = True
     prefix: Any = None
     since: int = 0
+    rule: tuple[int, float] | None = None
+    returns: Mapping[int, float] | None = None
 
 
 class Run(NamedTuple):
@@ -70,9 +72,18 @@ class Worker:
         self.subject, self.sampler, self.steps, self.seeds = subject, sampler, steps, seeds
         self.metric, self.full = metric, full
 
-    def tried(self, places: Collection[int], learn: bool, prefix: Recording | None, since: int) -> tuple[Outcome, Any]:
+    def tried(
+        self,
+        places: Collection[int],
+        learn: bool,
+        prefix: Recording | None,
+        since: int,
+        rule: tuple[int, float] | None,
+        returns: Mapping[int, float] | None,
+    ) -> tuple[Outcome, Any]:
         """A trial: what came of it, and its recording, for trials that begin alike."""
-        trial = Trial(self.full, places, learn, prefix, since).run(self.subject, self.sampler, self.steps, self.seeds)
+        trial = Trial(self.full, places, learn, prefix, since, rule, returns)
+        trial.run(self.subject, self.sampler, self.steps, self.seeds)
         scores = [float(score) for score in self.metric(trial.tape.images, self.full.images, self.seeds)]
         return Outcome(trial.chosen, scores, trial.tape.calls), self._kept(trial)
 

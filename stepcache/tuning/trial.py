@@ -62,6 +62,8 @@ class Trial:
         learn: whether weights are learned.
         prefix, since: another trial, or its recording. Evaluations before `since` are answered from its tape, without
             calls.
+        rule: order and share of every prediction; None: they are fitted.
+        returns: factors on k, by evaluation.
     """
 
     def __init__(
@@ -71,9 +73,12 @@ class Trial:
         learn: bool = True,
         prefix: Recording | Trial | None = None,
         since: int = 0,
+        rule: tuple[int, float] | None = None,
+        returns: Mapping[int, float] | None = None,
     ) -> None:
         self.full, self.places, self.learn = full, frozenset(places), learn
         self.prefix, self.since = prefix, since if prefix is not None else 0
+        self.rule, self.returns = rule, returns or {}
         self.tape = Tape()
         self.chosen: dict[int, Prediction] = {}
         if prefix is not None:
@@ -115,7 +120,8 @@ class Trial:
         return output(branch.x, d, branch.parametrization)
 
     def _plain(self, how: Prediction, n: int, branch: Branch) -> list[tuple[float, float]]:
-        weights = polynomial(branch.index, self._history(n), how.order)
+        history = self._history(n)
+        weights = polynomial(branch.index, history, min(how.order, len(history) - 1))
         return [((1 - how.share) * w, how.share * w) for w in weights]
 
     def _history(self, n: int) -> list[Seen]:
@@ -130,6 +136,8 @@ class Trial:
         full = self.full
         if full is None:
             raise RuntimeError("a full run predicts nothing")
+        if self.rule is not None:
+            return Prediction(*self.rule)
         guidance, goal = full.guidance, full.seen[n]
         target = goal.guided(guidance) + self._return(n, s) / s * (x - goal.x)
         own = [seen.guided(guidance) for seen in history]
@@ -153,12 +161,12 @@ class Trial:
 
     def _return(self, n: int, s: float) -> float:
         """k: how much of the way back to the full run is asked for."""
-        full = self.full
+        full, factor = self.full, self.returns.get(n, 1.0)
         if full is None or (n + 1 not in self.places and n + 1 < full.evaluations):
-            return 1.0
+            return factor
         sigma, h = full.sigma(n), full.responses[n]
         k = sigma / -h if 0.02 * sigma < -h <= sigma else 1.0
-        return (k - s) / (1 - s) if full.scaled else k
+        return factor * ((k - s) / (1 - s) if full.scaled else k)
 
 
 def polynomial(index: float | None, history: Sequence[Seen], order: int) -> list[float]:

@@ -8,7 +8,7 @@ from mixture import mixture
 from stepcache import Forecast, load_profile, method
 from stepcache.bench.metrics import psnr_of_range
 from stepcache.demo import sampling
-from stepcache.profile import Profile
+from stepcache.profile import Prediction, Profile
 from stepcache.tuning.trial import RIDGE, Trial
 
 SEEDS = range(4)
@@ -96,3 +96,23 @@ def test_before_a_computed_evaluation_the_latent_is_asked_back_to_the_full_run()
     asked = [trial._return(n, full.sigma(n)) for n in range(9)]
     ends = {4: full.sigma(4) / (full.sigma(4) - full.sigma(5)), 8: 1.0}
     assert asked[2:] == pytest.approx([ends.get(n, 1.0) for n in range(2, 9)], rel=1e-3)
+
+
+def test_with_a_rule_every_prediction_has_its_order_and_share():
+    subject, full, trial = tried(rule=(2, 0.25))
+    assert {(how.order, how.share, how.evaluations) for how in trial.chosen.values()} == {(2, 0.25, ())}
+    same = {n: Prediction(2, 0.25) for n in trial.chosen}
+    profile = Profile(tuple(int(n in PLACES) for n in range(9)), same)
+    again = subject.sample("euler", 9, method("profile", path=profile), SEEDS)
+    assert mean(again.images, trial.tape.images) > 80
+    assert mean(again.images, full.images) > 10
+
+
+def test_a_strength_changes_the_return_of_its_evaluation_alone():
+    _, full, usual = tried((0, 1, 5), guided=False)
+    _, _, weaker = tried((0, 1, 5), guided=False, returns={4: 0.5})
+    k = [[trial._return(n, full.sigma(n)) for n in range(2, 9)] for trial in (usual, weaker)]
+    assert k[1][2] == pytest.approx(k[0][2] / 2)
+    assert k[1][:2] + k[1][3:] == k[0][:2] + k[0][3:]
+    assert usual.chosen[3] == weaker.chosen[3]
+    assert usual.chosen[4] != weaker.chosen[4]

@@ -85,7 +85,9 @@ def test_the_same_search_finds_the_same_profile(four):
     assert tuned().written() == four.written()
 
 
-def test_a_search_that_was_stopped_goes_on_where_it_was(four, tmp_path, monkeypatch):
+def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
+    """With calls to spare: what was lost by the stop is paid from the budget."""
+    whole = tuned(budget=60)
     state = tmp_path / "folder" / "state.jsonl"
     from stepcache.tuning.team import Worker
 
@@ -99,16 +101,16 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(four, tmp_path, monkeypa
 
     monkeypatch.setattr(Worker, "tried", breaks)
     with pytest.raises(KeyboardInterrupt):
-        tuned(state=state)
+        tuned(state=state, budget=60)
     known = len(state.read_text().splitlines())
     made.clear()
     monkeypatch.setattr(Worker, "tried", lambda self, *job: made.append(job) or real(self, *job))
-    again = tuned(state=state)
+    again = tuned(state=state, budget=60)
     assert known > 5
-    assert (again.computed, again.predictions.keys()) == (four.computed, four.predictions.keys())
-    assert again.measured["held out"] == four.measured["held out"]
+    assert (again.computed, again.predictions.keys()) == (whole.computed, whole.predictions.keys())
+    assert again.measured["held out"] == whole.measured["held out"]
     made.clear()
-    tuned(state=state)
+    tuned(state=state, budget=60)
     assert len(made) <= 2  # the one without learned weights, and the one around which there was nothing new
 
 
