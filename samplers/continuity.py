@@ -21,6 +21,8 @@ ROUNDING = 1e-3
 """If less is left of the noise, relative to the latent, it may be rounding: nothing is said then."""
 
 
+NOTHING = torch.empty(0)
+
 Known = tuple[ref[Tensor], int]
 """A tensor, without keeping it alive, and how often it had been changed in place."""
 
@@ -40,7 +42,7 @@ class Continuity:
     def __init__(self) -> None:
         self._last: Tensor | None = None  # some of the last latent, and of what was answered
         self._latent: Known | None = None  # that latent itself
-        self._sigma: tuple[Known | None, Tensor] = None, torch.empty(0)  # the last sigma, and as it was read
+        self._sigma: tuple[Known | None, Tensor] = None, NOTHING  # the last sigma, and as it was read
 
     @torch.no_grad()
     def read(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, bool]:
@@ -78,15 +80,16 @@ class Continuity:
     def record(self, x: Tensor, denoised: Tensor) -> None:
         """What the loop was answered with."""
         before, answer = _few(x), _few(denoised)
-        self.forget()
+        self._last = self._latent = None
         if before is not None and answer is not None and before.shape == answer.shape:
             self._last, self._latent = torch.stack((before, answer)), _known(x)
 
     def forget(self) -> None:
         self._last = self._latent = None
+        self._sigma = None, NOTHING
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_last": None, "_latent": None, "_sigma": (None, torch.empty(0))}
+        return {"_last": None, "_latent": None, "_sigma": (None, NOTHING)}
 
 
 def _known(tensor: Tensor) -> Known | None:
