@@ -15,6 +15,8 @@ from stepcache import Forecast, Method, OptionError, Static, method, offload
 from stepcache.extend import Lagrange
 from stepcache.samplers.k_diffusion import InTurn
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 SHAPE = (1, 1, 7, 111)
 """A latent of 777 elements, which nothing else here has."""
 

@@ -174,6 +174,12 @@ def nowhere() -> Path:
     return Path(tempfile.mkdtemp(prefix="stepcache-fuzz-"))
 
 
+@cache
+def drawn_once(subject: Callable[..., Any]) -> Callable[..., Any]:
+    """Networks are loaded once, not for every line."""
+    return cache(subject)
+
+
 @target(command_lines())
 def own_command_line(given: list[str]) -> None:
     """A wrong line ends with a status and a sentence, never with a traceback. What would take long is not done."""
@@ -190,7 +196,7 @@ def own_command_line(given: list[str]) -> None:
         mock.patch.object(demo, "demo"),
         mock.patch.object(cli.command, "run"),
         mock.patch.object(sampling, "subject", return_value=done),
-        mock.patch.object(zoo, "subject", cache(zoo.subject)),
+        mock.patch.object(zoo, "subject", drawn_once(zoo.subject)),
         mock.patch.object(named, "pipeline", return_value=mock.Mock(schedulers={"own": None})),
         mock.patch.dict(cli.HOSTS, {"comfyui": lambda path: ["done"]}, clear=False),
         contextlib.redirect_stdout(said),
