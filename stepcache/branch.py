@@ -194,7 +194,10 @@ class Branch:
     @cached_property
     def input_change(self) -> DeferredScalar | None:
         """mean |x - x'|; None without a computed evaluation."""
-        return self.defer(mean_abs(self.moved)) if self.history else None
+        if not self.history:
+            return None
+        made = "moved" in self.__dict__  # for the prediction
+        return self.defer(mean_abs(self.moved) if made else mean_abs_difference(self.x, self.history[-1].x))
 
     @cached_property
     def prediction(self) -> Tensor | None:

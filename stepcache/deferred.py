@@ -6,6 +6,8 @@ their device until one of them is needed; then all of them come over in one tran
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,15 +51,31 @@ class DeferredScalars:
 
 def mean_abs(x: Tensor) -> Tensor:
     """mean |x| over all elements, accumulated in float32 or wider (0-dimensional)."""
-    return x.abs().mean(dtype=wide(x.dtype))
+    lines = _lines(x)
+    if lines is None:
+        return x.abs().mean(dtype=wide(x.dtype))
+    return torch.linalg.vector_norm(lines, 1, dim=-1, dtype=wide(x.dtype)).mean() / lines.shape[-1]
 
 
 def mean_abs_difference(a: Tensor, b: Tensor) -> Tensor:
     """mean |a - b| over all elements, subtracted and accumulated in float32 or wider (0-dimensional).
 
-    Not `vector_norm(ord=1)`: on the CPU that sums one by one, ten times slower, and drifts by 1 % at 16 M elements.
+    On the CPU `cdist` does it without a temporary, which costs as much there as reading a and b twice.
     """
-    return (widened(a) - b).abs_().mean()
+    first, second = _lines(a), _lines(b)
+    if first is None or second is None or a.dtype != b.dtype or a.dtype in HALF or not (a.is_cpu and b.is_cpu):
+        return (widened(a) - b).abs_().mean()
+    return torch.cdist(first, second, p=1).mean() / first.shape[-1]
+
+
+LINE = 4096
+"""The most numbers that are summed one by one. Summing 16 million of them in float32 is off by 1 %."""
+
+
+def _lines(x: Tensor) -> Tensor | None:
+    """A view of x as (count, 1, length) with at most `LINE` numbers a line; None if there is no sensible one."""
+    length = math.gcd(x.numel(), LINE)
+    return x.view(-1, 1, length) if length >= 64 and type(x) is Tensor and x.is_contiguous() else None
 
 
 SAMPLE = 16384

@@ -24,7 +24,7 @@ from closed_form import MODELS, Denoiser, N, noise, schedule, x_open
 from torch import Tensor
 
 from stepcache import DBCache, EasyCache, Method, OptionError, Report, UCache
-from stepcache.extend import Gate, Position, RunInfo, SkipCounts, Window, mean_abs
+from stepcache.extend import Gate, Position, RunInfo, SkipCounts, Window, mean_abs, mean_abs_difference
 from stepcache.samplers.k_diffusion import CachedDenoiser, sample
 
 COMPACT = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text(encoding="utf-8"))
@@ -619,6 +619,22 @@ def test_large_latents_are_summed_without_drift():
     assert off == -0.00652272592
     x = torch.linspace(-1.6, 1.6, elements)
     assert float(mean_abs(x)) == pytest.approx(float(x.double().abs().mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 16, 21, 90, 160), (2, 4, 64, 64), (3, 5, 7), (1,)])
+def test_the_mean_of_a_change_is_exact_for_every_shape_and_dtype(shape, dtype):
+    """Both ways of summing: in lines if the elements divide into some, else at once; and not contiguous."""
+    a, b = (
+        torch.randn(*shape[:-1], 2 * shape[-1], generator=torch.Generator().manual_seed(k)).to(dtype) for k in (0, 1)
+    )
+    for x, y in ((a, b), (a[..., ::2], b[..., ::2])):
+        exact = float((x.double() - y.double()).abs().mean())
+        assert float(mean_abs_difference(x, y)) == pytest.approx(exact, rel=1e-6)
+        assert float(mean_abs(x)) == pytest.approx(float(x.double().abs().mean()), rel=1e-6)
+    y[0] = float("nan")
+    assert math.isnan(mean_abs(y))
+    assert math.isnan(mean_abs_difference(x, y))
 
 
 def test_evidence_is_asked_only_inside_the_window():
