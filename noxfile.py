@@ -58,7 +58,7 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """The tests with the newest releases of everything; what follows `--` goes to pytest."""
-    session.install("-e", ".[test]")
+    session.install("-e", ".[test]", "pip")  # pip, because a test makes a wheel with it
     session.install("--no-deps", GALAXYGRAD)
     _pytest(session)
 

@@ -14,7 +14,8 @@ try:
 
     import stepcache
 except ImportError as error:
-    raise SystemExit(f"{error}. Install what this needs: pip install 'stepcache[diffusers]'") from error
+    needed = "pip install --upgrade 'stepcache[diffusers]' 'diffusers>=0.33'"
+    raise SystemExit(f"{error}. Install what this needs: {needed}") from error
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ def picture(report: Report) -> Tensor:
 
     The words need Pillow, which ComfyUI has.
     """
-    image, draw, font = (import_module(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
-    large, small = font.load_default(22), font.load_default(16)
+    image, draw, fonts = (import_module(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
+    large, small = _font(fonts, 22), _font(fonts, 16)
     wide = min(WIDTH - LABELS, 16384)
     strip = report.strip(max(wide, ROW + 2 * report.evaluations), ROW)
     height, width = strip.shape[0], strip.shape[1] + LABELS
@@ -38,6 +38,13 @@ def picture(report: Report) -> Tensor:
     legend = LEGEND if worst is None else f"{LEGEND}   {BARS.format(worst)}"
     pen.text((MARGIN, made.height - 2 * MARGIN), legend, FAINT, small, anchor="ls")
     return _as_image(made)
+
+
+def _font(fonts: Any, size: int) -> Any:
+    try:
+        return fonts.load_default(size)
+    except TypeError:  # before Pillow 10.1 the only size is 11
+        return fonts.load_default()
 
 
 def _title(report: Report) -> str:

@@ -245,8 +245,8 @@ class CachedDenoiser(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "inner_model":
-                raise
+            if name == "inner_model" or name.startswith("_torchdynamo") or name == "get_compiler_config":
+                raise  # the latter are of a compiled model: torch 2.4 would take this wrapper for one
         try:
             return getattr(self.inner_model, name)
         except AttributeError:
