@@ -14,7 +14,7 @@ architecture. ControlNets and compiled graphs are inside of it, so that a skippe
     nodes.py     the five nodes                                     v3.py       the second node interface, exports
     tooltips.py  what they say of each field                        picture.py  the report as an IMAGE
     steps.py     how many steps the queued samplers have            samplers.py evaluations of a step
-    others.py    other caches on the same model
+    others.py    other caches on the same model                     rows.py     some images of a batch
 
 Nothing of ComfyUI is imported before ComfyUI calls.
 """

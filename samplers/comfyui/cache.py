@@ -24,7 +24,8 @@ class Cache:
     Args:
         method: what to skip and how to predict it.
         decide: "batch": the positive branch's change decides, for all images of a batch. "each": every branch of
-            every image decides for itself, and an evaluation is skipped if all of them agree.
+            every image decides for itself, and an evaluation is skipped if all of them agree. "sample": every image of
+            a batch decides for itself, and the model is called for those alone that need it.
         noisy: what acts instead of `method` if the sampler is one of `NEGATIVE_ONLY_SAMPLERS` and there is guidance.
             None: `method` acts with every sampler.
 

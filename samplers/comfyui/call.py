@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from stepcache.extend import Call, wide, widened
+
+from .rows import of_rows
 
 
 class BatchCall(Call):
@@ -23,7 +25,7 @@ class BatchCall(Call):
 
     def __init__(
         self,
-        compute: Callable[[list[Any]], list[Tensor]],
+        compute: Callable[[list[Any], Tensor, Tensor], list[Tensor]],
         conds: list[Any],
         sampling: Any,
         places: dict[int, str],
@@ -32,6 +34,7 @@ class BatchCall(Call):
         evaluation: int | None,
         cache_key: tuple[Any, ...],
         each: bool,
+        separable: bool | None = None,
     ) -> None:
         self._compute, self._conds, self._x = compute, conds, x
         self.sigma, self.evaluation, self.cache_key = sigma, evaluation, cache_key
@@ -41,11 +44,14 @@ class BatchCall(Call):
         names = [places[place] for place in self._places]
         rows = range(1, self._rows + 1)
         self.names = tuple(f"{name} of image {row}" for name in names for row in rows) if self._rows > 1 else (*names,)
+        self._separable = separable
         self.latent = x.expand(len(self.names), *x.shape)  # every branch gets the same latent
+        if separable is not None:  # the samples are asked for
+            self.latent = self.latent.flatten(0, 1)  # whose rows are the samples of each branch
         self.requires_grad = x.requires_grad
 
     def run_model(self) -> list[Tensor]:
-        return self._compute(self._conds)
+        return self._compute(self._conds, self._x, self.sigma)
 
     def part(self, name: str) -> BatchCall:
         """The same call with None for the other branches, so that their ControlNets are not run either."""
@@ -62,6 +68,33 @@ class BatchCall(Call):
             self.cache_key,
             False,
         )
+
+    def of_samples(self, samples: Sequence[int]) -> BatchCall | None:
+        if not self._separable:
+            return None
+        rows = list(samples)
+        conds = [
+            None if cond is None else [of_rows(entry, len(self._x), rows) for entry in cond] for cond in self._conds
+        ]
+        places = dict(zip(self._places, self.names, strict=True))
+        return BatchCall(
+            self._compute,
+            conds,
+            self._sampling,
+            places,
+            self._x[rows],
+            self.sigma[rows],
+            self.evaluation,
+            self.cache_key,
+            False,
+            True,
+        )
+
+    def split(self, answer: list[Tensor]) -> list[list[Tensor]]:
+        return [[branch[k : k + 1] for branch in answer] for k in range(len(answer[0]))]
+
+    def join(self, answers: Sequence[list[Tensor]]) -> list[Tensor]:
+        return [torch.cat(branch) for branch in zip(*answers, strict=True)]
 
     @cached_property
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:

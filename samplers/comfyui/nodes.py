@@ -72,7 +72,7 @@ class AdvancedNode:
                 **field("end", "STRING", DEFAULT),
                 **field("mask", ["none", *PRESETS], "none"),
                 **field("policy", ["dynamic", "static"], "dynamic"),
-                **field("decide", ["batch", "each"], "batch"),
+                **field("decide", ["batch", "each", "sample"], "batch"),
             },
             "optional": field("options", "STRING", "", multiline=True),
             "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"},

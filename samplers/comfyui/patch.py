@@ -17,7 +17,7 @@ def patched(model: Any, method: Method, decide: str = "batch", noisy: Method | N
     Args:
         model: a `ModelPatcher`, what the nodes call MODEL. It stays as it is.
         method: what to skip and how to predict it.
-        decide: "batch" or "each"; see `Cache`.
+        decide: "batch", "each" or "sample"; see `Cache`.
         noisy: the method for samplers that add noise at every step; see `Cache`.
 
     Raises `OptionError` if the options do not go together, or not with this model (a method that looks at blocks), and

@@ -16,6 +16,7 @@ from stepcache.extend import Engine
 from ..parametrization import ScalingsAsFloats
 from .active import active_parts
 from .call import BatchCall, scalings
+from .rows import separable
 from .samplers import ADAPTIVE
 
 ROLES = {"positive": "cond", "negative": "uncond"}
@@ -27,7 +28,7 @@ class Run:
 
     def __init__(self, guider: Any, method: Method, decide: str, sampler: str) -> None:
         self.guider = guider
-        self.each = decide == "each"
+        self.each, self.of_samples = decide == "each", decide == "sample"
         self.sampling = guider.model_patcher.get_model_object("model_sampling")
         self.notes: list[str] = []
         self.evaluation = 0
@@ -68,19 +69,21 @@ class Run:
     ) -> list[Tensor]:
         """The wrapper at CALC_COND_BATCH: denoised (B, ...) for every branch; zeros for those that are None."""
 
-        def compute(asked: list[list[dict[str, Any]] | None]) -> list[Tensor]:
+        def compute(asked: list[list[dict[str, Any]] | None], x: Tensor, timestep: Tensor) -> list[Tensor]:
             return executor(model, asked, x, timestep, model_options)
 
         window = model_options.get("transformer_options", {}).get("context_window")
         if window is not None and self.engine.method.skip == "uncond":
             # cond on one window's frames predicts nothing of uncond on another's.
             self._note("skip='uncond': each context window would need a reference of its own: all are computed")
-            return compute(conds)
+            return compute(conds, x, timestep)
         names = self._names(conds, timestep, window)
         if names is None:
-            return compute(conds)
+            return compute(conds, x, timestep)
+        parts = (window is None and separable(conds, model_options, len(x))) if self.of_samples else None
+        changes = (self._changes,)
         return self.engine(
-            BatchCall(compute, conds, self.sampling, names, x, timestep, self.evaluation, (self._changes,), self.each)
+            BatchCall(compute, conds, self.sampling, names, x, timestep, self.evaluation, changes, self.each, parts)
         )
 
     def _names(self, conds: Sequence[Any], timestep: Tensor, window: Any) -> dict[int, str] | None:

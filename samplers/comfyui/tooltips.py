@@ -37,7 +37,9 @@ ADVANCED = {
     "speed.",
     "decide": "Whose change is looked at by a method with a threshold. batch: that of the first image's positive "
     "prompt, for the whole batch. each: that of every prompt of every image, and a step is skipped only if all "
-    "agree, which is safer and slower. hicache, spectrum, static and forecast have no threshold.",
+    "agree, which is safer and slower. sample: every image of a batch decides for itself, as if it were made alone; "
+    "with ControlNet, masks or patches on the model, the whole batch does. hicache, spectrum, static and forecast have "
+    "no threshold.",
     "options": "More options of the method as key=value, separated by commas or lines. They override the fields above. "
     "warmup=3: the first 3 steps are computed. max_consecutive=2: at most 2 skips in a row. last_step=1: the last "
     "step is computed. mask=11010...: one digit for each step, 1 is computed.",

@@ -252,7 +252,7 @@ def test_a_skipped_evaluation_of_every_kind_of_model_gives_denoised(host: Any) -
         answer = [torch.randn_like(x), torch.randn_like(x)]
         asked: list[list] = []
         call = comfyui.BatchCall(
-            lambda conds: asked.append(conds) or answer,  # noqa: B023
+            lambda conds, *_: asked.append(conds) or answer,  # noqa: B023
             [[1], [2], None],
             sampling,
             {0: "cond", 1: "uncond"},
@@ -379,6 +379,31 @@ def test_with_decide_each_no_image_is_skipped_against_its_own_rule(host: Any) ->
     assert skipped
     assert all(e.estimate < e.threshold for e in skipped)
     assert report.calls == sum(host.rows)
+
+
+def test_with_decide_sample_every_image_of_a_batch_is_the_one_alone(host: Any) -> None:
+    """Two latents that decide otherwise: the network gets the rows of those alone that need it."""
+    method = chosen("easycache", "threshold=0.6,start=0,end=1")
+    both = torch.cat([noise(), 3 * noise(first=8)])
+    model = patched(host.model(), method, decide="sample")
+    images = run(host, model, x=both)
+    rows = [*host.rows]
+    alone = []
+    for k in range(2):
+        one = patched(host.model(), method)
+        assert close(run(host, one, x=both[k : k + 1]), images[k : k + 1])
+        alone.append(decisions(one))
+    assert alone[0] != alone[1]
+    assert [decisions(model, f"cond of sample {k}") for k in (1, 2)] == alone
+    assert sum(rows) == 2 * sum(one.count("C") for one in alone)
+
+
+def test_with_decide_sample_a_batch_with_a_control_net_decides_as_one(host: Any) -> None:
+    positive, negative = host.controlled(host.control())
+    model = patched(host.model(), chosen("easycache", "threshold=0.4,start=0,end=1"), decide="sample")
+    run(host, model, x=torch.cat([noise(), 3 * noise(first=8)]), positive=positive, negative=negative)
+    assert "S" in decisions(model)
+    assert "cannot be taken apart into its samples" in " ".join(cache_of(model).report.notes)
 
 
 def test_two_nodes_on_one_model_the_last_one_holds(host: Any) -> None:

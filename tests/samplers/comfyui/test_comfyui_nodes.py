@@ -113,6 +113,32 @@ def test_the_fields_make_the_method() -> None:
     assert chosen_method("forecast", options="skip=all", skip="uncond").skip == "all"
 
 
+class Cond:
+    """One of ComfyUI's `CONDRegular`: a value for all images, or one for each."""
+
+    def __init__(self, cond: Any) -> None:
+        self.cond = cond
+
+    def _copy_with(self, cond: Any) -> Cond:
+        return Cond(cond)
+
+
+def test_the_images_of_a_batch_get_their_own_rows_of_a_prompt() -> None:
+    from stepcache.samplers.comfyui.rows import of_rows, separable
+
+    mine = {name: Cond(torch.arange(rows * 2.0).reshape(rows, 2)) for name, rows in (("text", 1), ("concat", 3))}
+    entry = {"uuid": 1, "strength": 1.0, "control": None, "model_conds": mine | {"flag": Cond(7)}}
+    assert separable([[entry], None], {"transformer_options": {"patches": {}}}, 3)
+    kept = of_rows(entry, 3, [2, 0])["model_conds"]
+    assert kept["concat"].cond.tolist() == [[4, 5], [0, 1]]
+    assert (kept["text"], kept["flag"]) == (mine["text"], entry["model_conds"]["flag"])
+    assert not separable([[entry]], {}, 2)  # concat is for three
+    for more in ({"control": object()}, {"mask": torch.ones(1, 8, 8)}, {"model_conds": {"a": Cond([torch.ones(1)])}}):
+        assert not separable([[entry | more]], {}, 3)
+    for options in ({"model_function_wrapper": print}, {"transformer_options": {"patches_replace": {"attn2": {}}}}):
+        assert not separable([[entry]], options, 3)
+
+
 @pytest.mark.parametrize(
     ("speed", "cond", "uncond"),
     [
