@@ -1,6 +1,8 @@
 """A load test of examples/serve_ray.py on loopback: mixed requests, each compared with the same request made alone.
 
-python benchmarks/serve_load.py [--requests 500] [--replicas 2] [--at-once 12]
+python benchmarks/serve_load.py [--requests 500] [--replicas 2] [--at-once 12] [--batch 4] [--bare]
+
+--bare sends the same requests to replicas without stepcache as well, whose memory is reported beside ours.
 
 Sizes, steps, methods and speeds are mixed, one to four requests alike in a row; of ten one hangs up in the middle, one
 fails on purpose, one is wrong.
@@ -100,30 +102,42 @@ def main(line: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--at-once", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--bare", action="store_true", help="without stepcache as well")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--metrics-port", type=int, default=8124)
     options = parser.parse_args(line)
-    given = ["--tiny", "--device=cpu", "--faults", f"--replicas={options.replicas}", f"--port={options.port}"]
-    end = serve_ray.start(serve_ray.arguments([*given, f"--metrics-port={options.metrics_port}"]))
-    url, plan = f"http://127.0.0.1:{options.port}/", requests(options.requests)
+    plan = requests(options.requests)
+    answers, seconds, grown, totals = under_load(plan, options)
+    bare = {"without stepcache": under_load(plan, options, "--no-cache")[2]} if options.bare else {}
+    return judge(plan, answers) | {
+        "seconds": round(seconds, 1),
+        "requests per second": round(len(plan) / seconds, 2),
+        "memory of each replica after each quarter, MB": {"with stepcache": grown} | bare,
+        "metrics": totals,
+    }
+
+
+def under_load(
+    plan: list[dict[str, Any]], options: argparse.Namespace, *more: str
+) -> tuple[list[dict[str, Any]], float, list[list[int]], dict[str, float]]:
+    """The answers, their seconds, the memory of each replica before and after each quarter, and Ray's counters."""
+    given = ["--tiny", "--device=cpu", "--faults", f"--replicas={options.replicas}", f"--batch={options.batch}", *more]
+    ports = [f"--port={options.port}", f"--metrics-port={options.metrics_port}"]
+    end, url = serve_ray.start(serve_ray.arguments([*given, *ports])), f"http://127.0.0.1:{options.port}/"
+    quarter = -(-len(plan) // QUARTERS)
     try:
         with ThreadPoolExecutor(options.at_once) as pool:
             list(pool.map(lambda one: send(url, one), requests(40, seed=1)))  # memory grows while caches fill
             grown, answers, started = [memory()], [], time.perf_counter()
-            for first in range(0, len(plan), -(-len(plan) // QUARTERS)):
-                answers += pool.map(lambda one: send(url, one), plan[first : first - (-len(plan) // QUARTERS)])
+            for first in range(0, len(plan), quarter):
+                answers += pool.map(lambda one: send(url, one), plan[first : first + quarter])
                 grown.append(memory())
         seconds = time.perf_counter() - started
         time.sleep(12)  # Ray passes its counters on every 10 s
-        totals = counters(options.metrics_port)
+        return answers, seconds, grown, counters(options.metrics_port)
     finally:
         end()
-    return judge(plan, answers) | {
-        "seconds": round(seconds, 1),
-        "requests per second": round(len(plan) / seconds, 2),
-        "memory of each replica after each quarter, MB": grown,
-        "metrics": totals,
-    }
 
 
 def judge(plan: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, Any]:

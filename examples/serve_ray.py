@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
 import threading
@@ -33,8 +34,8 @@ except ImportError as error:
     raise SystemExit(f"{error}. Install what this needs: pip install 'stepcache[ray]'") from error
 
 LIMITS = {"seed": 2**53, "steps": 1000, "width": 4096, "height": 4096, "speed": 100, "fail_at": 1000}
-BATCHED, WAIT = 4, 0.02
-"""The most requests that share a call, and how many seconds the first of them waits for others."""
+WAIT = 0.02
+"""How many seconds a request waits for others that may share its call."""
 
 
 class Fault(Exception):
@@ -96,9 +97,9 @@ class Job:
         A method with a criterion decides for the whole batch: such requests are painted alone.
         """
         same = ("steps", "width", "height", "guidance", "method", "options", "speed", "fail_at")
-        return isinstance(self.chosen().criterion, Always) and all(
-            getattr(self, name) == getattr(other, name) for name in same
-        )
+        chosen = self.chosen()
+        decides = not (chosen.never_skips or isinstance(chosen.criterion, Always))
+        return not decides and all(getattr(self, name) == getattr(other, name) for name in same)
 
 
 @dataclass
@@ -113,16 +114,21 @@ class Painted:
 
 
 class Painter:
-    """A pipeline, painting one group of requests at a time."""
+    """A pipeline, painting one group of requests at a time.
 
-    def __init__(self, model: str | None, device: str, dtype: str) -> None:
-        self.device, self.dtype = device, shared.DTYPES[dtype]
+    `cached`: False leaves stepcache out, whatever a request asks for.
+    """
+
+    def __init__(self, model: str | None, device: str, dtype: str, cached: bool = True) -> None:
+        self.device, self.dtype, self.cached = device, shared.DTYPES[dtype], cached
         self.tiny = model is None
         loaded = (
             shared.sdxl(self.dtype) if self.tiny else DiffusionPipeline.from_pretrained(model, torch_dtype=self.dtype)
         )
         self.pipe = loaded.to(device)
         self.pipe.set_progress_bar_config(disable=True)
+        if hasattr(getattr(self.pipe, "vae", None), "enable_slicing"):
+            self.pipe.vae.enable_slicing()  # decodes images one by one: less memory, and each as if alone
         self._lock = threading.Lock()
 
     def paint(self, jobs: Sequence[Job]) -> list[Painted]:
@@ -150,7 +156,7 @@ class Painter:
         try:
             if all(job.cancelled for job in jobs):
                 raise asyncio.CancelledError
-            with stepcache.attach(self.pipe, first.chosen()) as cache:
+            with stepcache.attach(self.pipe, first.chosen()) if self.cached else contextlib.nullcontext() as cache:
                 images = self.pipe(
                     **self._prompts(jobs),
                     num_inference_steps=first.steps,
@@ -166,7 +172,7 @@ class Painter:
             return [Painted(error=failed, seconds=time.perf_counter() - start, together=len(jobs))] * len(jobs)
         seconds = time.perf_counter() - start
         pixels = (images.clip(0, 1) * 255).round().astype("uint8")
-        return [Painted(image, None, cache.report, seconds, len(jobs)) for image in pixels]
+        return [Painted(image, None, cache and cache.report, seconds, len(jobs)) for image in pixels]
 
     def _prompts(self, jobs: list[Job]) -> dict[str, Any]:
         if not self.tiny:
@@ -210,7 +216,8 @@ def service(options: argparse.Namespace) -> Any:
     class Service:
         def __init__(self) -> None:
             torch.set_num_threads(options.threads)
-            self.painter = Painter(None if options.tiny else options.model, options.device, options.dtype)
+            model = None if options.tiny else options.model
+            self.painter = Painter(model, options.device, options.dtype, not options.no_cache)
             tags = ("method",)
             seconds, shares = [0.03, 0.1, 0.3, 1, 3, 10, 30, 100], [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]
             self.metrics = {
@@ -221,7 +228,7 @@ def service(options: argparse.Namespace) -> Any:
                 "error": Histogram("stepcache_prediction_error", "Mean share of the output", shares, tag_keys=tags),
             }
 
-        @serve.batch(max_batch_size=BATCHED, batch_wait_timeout_s=WAIT)
+        @serve.batch(max_batch_size=options.batch, batch_wait_timeout_s=WAIT)
         async def together(self, jobs: list[Job]) -> list[Painted]:
             return await asyncio.get_running_loop().run_in_executor(None, self.painter.paint, jobs)
 
@@ -238,11 +245,11 @@ def service(options: argparse.Namespace) -> Any:
             count(painted, job, self.metrics)
             if painted.error is not None:
                 return Response(f"{type(painted.error).__name__}: {painted.error}", 500)
-            calls = {"calls-made": painted.report.calls, "calls-skipped": painted.report.skipped}
-            headers = {name: str(value / painted.together) for name, value in calls.items()}
-            return Response(
-                png(painted.image), headers=headers | {"batch": str(painted.together)}, media_type="image/png"
-            )
+            headers = {"batch": str(painted.together)}
+            if (report := painted.report) is not None:
+                calls = {"calls-made": report.calls, "calls-skipped": report.skipped}
+                headers |= {name: str(value / painted.together) for name, value in calls.items()}
+            return Response(png(painted.image), headers=headers, media_type="image/png")
 
     return Service.bind()
 
@@ -255,6 +262,10 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="of the networks (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of a replica on the CPU (%(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="requests that may share a call; 1: bit for bit as if alone (%(default)s)"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="leave stepcache out, to compare")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--metrics-port", type=int, default=8080)
     parser.add_argument("--faults", action="store_true", help="accept fail_at, the step at which a request fails")

@@ -75,6 +75,23 @@ def test_requests_are_painted_as_if_alone(painter):
     assert painted[2].report.skipped == 0
 
 
+def test_images_of_a_batch_are_decoded_as_if_alone(painter):
+    rows = []
+    seen = painter.pipe.vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        assert [one.together for one in painter.paint([job(seed=seed, speed=1) for seed in range(3)])] == [3, 3, 3]
+    finally:
+        seen.remove()
+    assert rows == [1, 1, 1]
+
+
+def test_without_stepcache_every_request_is_painted_as_if_it_had_asked_for_none(painter):
+    bare = serve_ray.Painter(None, "cpu", "float32", cached=False)
+    (one,), (none,) = bare.paint([job(seed=1)]), painter.paint([job(seed=1, speed=1)])
+    assert (one.image == none.image).all()
+    assert one.report is None
+
+
 def test_a_request_that_hangs_up_ends_after_the_step_in_progress_and_leaves_nothing(painter):
     calls, first = [], job(seed=1, steps=50, speed=1)
 
@@ -129,14 +146,16 @@ def test_calls_and_errors_are_counted_once_a_batch(painter):
     assert [tags["outcome"] for tags in metrics["requests"].tags] == ["painted", "painted", "failed"]
 
 
-def test_the_service_on_ray(monkeypatch):
-    """Thirty mixed requests on one replica: every image is that of the request alone."""
+@pytest.mark.parametrize(("batch", "count"), [(4, 30), (1, 12)])
+def test_the_service_on_ray(batch, count, monkeypatch):
+    """Mixed requests on one replica: every image is that of the request alone, bit for bit without batches."""
     pytest.importorskip("ray", reason="the extra ray is not installed")
     monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
     import serve_load
 
-    result = serve_load.main(["--requests=30", "--replicas=1"])
+    result = serve_load.main([f"--requests={count}", "--replicas=1", f"--batch={batch}"])
     assert set(result["answers"]) <= {"image: 200", "wrong: 400", "fails: 500", "hangs up: 0", "hangs up: 200"}
     differences = result["images by their largest difference in levels of 255"]
-    assert set(differences) <= {"alone, off by 0", "in a batch, off by 0", "in a batch, off by 1"}
+    together = set() if batch == 1 else {"in a batch, off by 0", "in a batch, off by 1"}
+    assert set(differences) <= {"alone, off by 0"} | together
     assert result["metrics"]["stepcache_calls_skipped_total"] > 0
