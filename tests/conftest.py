@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import versions
 from hypothesis import settings
+from package import EXAMPLES
 
 settings.register_profile("same examples in every run", derandomize=True)
 settings.load_profile("same examples in every run")
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # torch takes all cores for each worker otherwise
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))

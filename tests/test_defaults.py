@@ -5,7 +5,7 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
-from conftest import EXAMPLES
+from package import EXAMPLES
 
 from stepcache import METHODS
 from stepcache.samplers.k_diffusion import CachedDenoiser

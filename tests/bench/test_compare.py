@@ -11,7 +11,7 @@ from dataclasses import replace
 import painter
 import pytest
 import torch
-from conftest import EXAMPLES
+from package import EXAMPLES
 from PIL import Image
 
 from stepcache import Forecast, OptionError, Static, UCache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 FOLDERS = {"stepcache": "stepcache", "samplers": "stepcache.samplers", "examples/demo": "stepcache.demo"}
 
 

@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES
+from package import EXAMPLES
 
 from stepcache import OptionError
 
