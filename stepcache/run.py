@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .branch import Branch, History
 from .call import Call
+from .caller import Caller
 from .clock import Position
 from .criteria.base import Criterion
 from .deferred import DeferredScalars
@@ -111,6 +112,7 @@ class Run:
         self.evaluation: Evaluation | None = None
         self.samples: list[Run] = []
         self._known_noise = noise
+        self._caller: ReferenceType[Caller] | None = None
         measured = method.predictor.sampler_aware and not method.never_skips
         self._noise = FreshNoise(offload=method.offload is not None) if measured else None
 
@@ -120,6 +122,16 @@ class Run:
         run = Run(self.method, info, self.number, self._named_reference, self.each, self._known_noise)
         info.notes = run.report.notes = self.info.notes
         return run
+
+    def ends_with(self, who: Caller | None) -> None:
+        """Forgets everything as soon as the thread or task has ended: nobody else can go on with this run."""
+        this = ref(self)
+
+        def forget(_: ReferenceType[Caller]) -> None:
+            if run := this():
+                run.forget()
+
+        self._caller = None if who is None else ref(who, forget)
 
     @property
     def has_cache(self) -> bool:

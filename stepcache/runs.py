@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 
@@ -102,7 +103,7 @@ class Runs:
         """The evaluation that a call belongs to: the one in progress, the next one, or the first of a new run."""
         latent, names = call.latent, call.names
         rows = latent.shape[0] // len(names)
-        who = caller() if self._of_one_caller else None
+        who = ref(caller()) if self._of_one_caller else None
         key = (rows, *latent.shape[1:], latent.dtype, latent.device, who, call.cache_key)
         if self.current is not None and call.evaluation is None and call.place is None and not self._method.never_skips:
             twice = self._called_twice(self.current, call)
@@ -121,6 +122,8 @@ class Runs:
         run = self.current
         if run is None or run.number != position.run:
             run = self.current = self._new(position)
+            if who is not None and not self.clock.announced:
+                run.ends_with(who())
             run.cache_keys.update(dict.fromkeys(names, key))
             if current is not None and current.position.evaluation == 0 and position.sigma == current.position.sigma:
                 run.repeats = None  # a second image at the first sigma, or the second part of a batch

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,6 +126,30 @@ def test_what_cannot_be_is_refused(text, message):
     with pytest.raises(OptionError) as refusal:
         method("forecast", text)
     assert str(refusal.value).startswith(message)
+
+
+@pytest.mark.parametrize("by", ["thread", "task"])
+def test_a_loop_that_nobody_announced_leaves_nothing_if_its_thread_or_task_has_ended(by):
+    """It was broken off outside of the model, which the cache cannot see."""
+    model = cached(Forgetful(noisy), Forecast(min_evaluations=0), sigmas=SIX)
+
+    def loop() -> int:
+        with torch.no_grad():
+            for k, sigma in enumerate(SIX[:4]):
+                model(torch.full(SHAPE, 1.0 + k), level(sigma))
+        return kept(model)
+
+    async def task() -> int:
+        return loop()
+
+    if by == "thread":
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(loop).result() > 0
+    else:
+        assert asyncio.run(task()) > 0
+    gc.collect()
+    assert (held(), kept(model)) == (0, 0)
+    assert model.report.events
 
 
 @pytest.mark.usefixtures("host")
