@@ -246,7 +246,7 @@ class CachedDenoiser(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             if name == "inner_model" or name.startswith("_torchdynamo") or name == "get_compiler_config":
-                raise  # the latter are of a compiled model: torch 2.4 would take this wrapper for one
+                raise  # torch 2.4 looks for these to see if a model is compiled, and would compile it without the cache
         try:
             return getattr(self.inner_model, name)
         except AttributeError:
