@@ -32,7 +32,7 @@ class OpenRun(Generic[R]):
 
     Attributes:
         run: the run.
-        number: which of the runs in progress it is, from 1; the lowest that is free.
+        slot: which of the runs in progress it is, from 1; the lowest that is free.
         caller: the thread or task that began it.
         frame: identifies the frame of the function that began it, without keeping it alive.
         code: that function's code.
@@ -40,7 +40,7 @@ class OpenRun(Generic[R]):
     """
 
     run: R
-    number: int
+    slot: int
     caller: Caller
     frame: int
     code: CodeType
@@ -63,8 +63,8 @@ class OpenRuns(Generic[R]):
         frame = _beginning(sys._getframe(1), own)
         in_generator = bool(frame.f_code.co_flags & GENERATOR)
         with self._lock:
-            number = min({*range(1, len(self._open) + 2)} - {one.number for one in self._open})
-            opened = OpenRun(run, number, caller(), id(frame), frame.f_code, in_generator)
+            slot = min({*range(1, len(self._open) + 2)} - {one.slot for one in self._open})
+            opened = OpenRun(run, slot, caller(), id(frame), frame.f_code, in_generator)
             self._open = [*self._open, opened]
         return opened
 

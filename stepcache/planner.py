@@ -211,7 +211,7 @@ class Planner:
     def _agree(self, skip: bool, branches: dict[str, Branch]) -> bool:
         """The decision of all ranks that call this model together: skip if every one would."""
         first = next(iter(branches.values()))
-        return self._ranks.agree(skip, first.position.evaluation, first.x.device, first.run.number)
+        return self._ranks.agree(skip, first.position.evaluation, first.x.device, first.run.slot)
 
     def _refuse_skipped_layers(self, call: Call, deciding: Sequence[str]) -> None:
         for key in SKIP_LAYERS:

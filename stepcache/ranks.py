@@ -67,16 +67,16 @@ class Ranks:
             return ["decides together with the other ranks of group="]
         return [f"decides together with ranks {', '.join(map(str, ranks))}" for ranks in self._groups]
 
-    def agree(self, skip: bool, evaluation: int, device: torch.device, run: int = 0) -> bool:
+    def agree(self, skip: bool, evaluation: int, device: torch.device, slot: int = 0) -> bool:
         """Whether every rank would skip this evaluation. Waits for all of them, and for the device.
 
-        `run` is its number among the runs at the same time, which must be the same on every rank.
+        `slot` says which of the runs at the same time it is; it must be the same on every rank.
 
         Raises:
             RuntimeError: another rank has failed, or is at another evaluation or in another run.
         """
         for group in (*self._given, *self._groups.values()):
-            flags = torch.tensor([float(skip), evaluation, -evaluation, run, -run], device=device)
+            flags = torch.tensor([float(skip), evaluation, -evaluation, slot, -slot], device=device)
             try:
                 torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MIN, group=group)
                 agreed, first, last, one, other = flags.tolist()

@@ -32,7 +32,7 @@ class RunInfo:
         coordinate: sigma -> the coordinate that predictors extrapolate in: log sigma, or t for flow models.
         parametrization: sigma -> what the network's input and output mean there; None if nothing is known.
         network: the model, if the host names it.
-        number: which of the runs of this model that are in progress it is; 0 if it was not begun by a handle.
+        slot: which of the runs of this model that are in progress it is; 0 if it was not begun by a handle.
         notes: sentences for the report.
         warnings: sentences about options that cannot act. They go into the report and are warned of, once an engine.
 
@@ -50,7 +50,7 @@ class RunInfo:
     coordinate: Callable[[float], float] = math.log
     parametrization: Callable[[float], Parametrization] | None = None
     network: Any = None
-    number: int = 0
+    slot: int = 0
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

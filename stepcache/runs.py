@@ -37,7 +37,7 @@ class Runs:
     Attributes:
         current: the run in progress; None between runs.
         report: the report of the run in progress, or of the last one.
-        number: which of the runs of one model that are in progress at the same time these are; see `RunInfo`.
+        slot: which of the runs of one model that are in progress at the same time these are; see `RunInfo`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Runs:
         self.current: Run | None = None
         self._method, self._known, self._ranks, self._warn = method, known, ranks, warn
         self._reference, self._each, self._noise = reference, each, noise
-        self._of_one_caller, self.number = True, 0
+        self._of_one_caller, self.slot = True, 0
         self.check_mask()
 
     def announce(
@@ -179,7 +179,7 @@ class Runs:
         clock, method = self.clock, self._method
         fits = position.step is not None or position.mixed or clock.schedule is None
         schedule = clock.schedule if fits else None
-        info = replace(self._known, schedule=schedule, stages=clock.stages, number=self.number, notes=[], warnings=[])
+        info = replace(self._known, schedule=schedule, stages=clock.stages, slot=self.slot, notes=[], warnings=[])
         if not fits:
             info.warnings.append(
                 f"the schedule given lacks the run's first sigma, {position.sigma:g}: taken as not known"

@@ -201,7 +201,7 @@ class CachedDenoiser(nn.Module):
         run = self._fork()
         run._engine.announce(sigmas, stages, on_schedule, computed=computed)
         opened = self._open.begin(run, __name__)
-        run._engine.runs.number = opened.number
+        run._engine.runs.slot = opened.slot
         try:
             yield run
         finally:
