@@ -23,7 +23,7 @@ def separable(conds: Sequence[list[dict[str, Any]] | None], options: dict[str, A
 def _separable(entry: dict[str, Any], rows: int) -> bool:
     if any(entry.get(key) is not None for key in OF_THE_BATCH):
         return False
-    values = (value.cond for value in entry.get("model_conds", {}).values())
+    values = (getattr(value, "cond", value) for value in entry.get("model_conds", {}).values())
     return all(_length(value) in (1, rows) for value in values)
 
 

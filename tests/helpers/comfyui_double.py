@@ -323,6 +323,10 @@ class Double:
     def cond(self, seed: int, **more: Any) -> list:
         return [[torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(seed)), more]]
 
+    def part(self, value: Any) -> Any:
+        """A part of a prompt for the network."""
+        return types.SimpleNamespace(cond=value, _copy_with=self.part)
+
     def guider(self, patcher: Patcher, positive: list, negative: list, cfg: float = 5.0) -> Guider:
         return Guider(patcher, positive, negative, cfg)
 

@@ -406,6 +406,43 @@ def test_with_decide_sample_a_batch_with_a_control_net_decides_as_one(host: Any)
     assert "cannot be taken apart into its samples" in " ".join(cache_of(model).report.notes)
 
 
+class OwnPart:
+    """A part of a prompt of somebody else's: what ComfyUI asks for, but no `cond`."""
+
+    def process_cond(self, batch_size: int, **more: Any) -> OwnPart:
+        return self
+
+    def can_concat(self, other: OwnPart) -> bool:
+        return True
+
+    def concat(self, others: list[OwnPart]) -> float:
+        return 1.0
+
+    def size(self) -> list[int]:
+        return [1]
+
+
+@pytest.mark.parametrize("kind", ["a number for each image", "a list", "a class of its own"])
+def test_with_decide_sample_a_part_of_a_prompt_of_an_unknown_kind_lets_the_batch_decide_as_one(
+    host: Any, kind: str
+) -> None:
+    rows = torch.ones(2, 1)
+    part = OwnPart() if kind == "a class of its own" else host.part([rows] if kind == "a list" else rows)
+    positive, negative = (host.cond(seed, model_conds={"other": part}) for seed in (1, 2))
+    method, x = chosen("easycache", "threshold=0.6,start=0,end=1"), torch.cat([noise(), 3 * noise(first=8)])
+    model = patched(host.model(), method, decide="sample")
+    images = run(host, model, x=x, positive=positive, negative=negative)
+    report = cache_of(model).report
+    if kind != "a number for each image":
+        assert "S" in decisions(model)
+        assert "cannot be taken apart into its samples" in " ".join(report.notes)
+        together = patched(host.model(), method)
+        assert torch.equal(images, run(host, together, x=x, positive=positive, negative=negative))
+    else:
+        assert "S" in decisions(model, "cond of sample 1")
+        assert not any("cannot be taken apart" in note for note in report.notes)
+
+
 def test_two_nodes_on_one_model_the_last_one_holds(host: Any) -> None:
     plain = host.model()
     both = patched(patched(plain, chosen("ucache")), chosen("forecast"))

@@ -85,6 +85,11 @@ class Real:
     def cond(self, seed: int, **more: Any) -> list:
         return [[torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(seed)), more]]
 
+    def part(self, value: Any) -> Any:
+        import comfy.conds
+
+        return (comfy.conds.CONDList if isinstance(value, list) else comfy.conds.CONDRegular)(value)
+
     def guider(self, patcher: Any, positive: list, negative: list, cfg: float = 5.0) -> Any:
         import comfy.samplers
 
