@@ -9,7 +9,8 @@
     cached = CachedDenoiser(model, stepcache.load_profile("sd15-dpmpp_2m-8.json"))
 
 `tape` is what is recorded of a run, `placement` the dynamic programming over it, `trial` one run that fits its own
-predictions, and `search` the local search over places. `frontier` does it for every number of calls at once.
+predictions, `study` where trials are scored and counted, and `search` the local search over places. `frontier` does it
+for every number of calls at once.
 """
 
 from .calibrate import tune

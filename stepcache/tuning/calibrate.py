@@ -12,10 +12,12 @@ from stepcache.masks import LONGEST
 from stepcache.options import OptionError, number, shown, unknown
 from stepcache.profile import Profile
 
+from .choice import Choice, Found
 from .held_out import HeldOut
 from .notebook import Notebook
 from .progress import progress
-from .search import Choice, Found, Search
+from .search import Search
+from .study import Study
 from .team import team
 from .trial import Trial
 
@@ -108,8 +110,8 @@ def prepared(
     seeds, sought = halves[0], subject.metrics[name]
     full = Trial().run(subject, sampler, steps, seeds).tape
     with team(workers, subject, sampler, steps, seeds, sought, full) as crew:
-        search = Search(crew, full, sampler, steps, seeds, sought, budget, notebook, say)
-        yield search, HeldOut(search, halves[1], name)
+        study = Study(crew, full, sampler, steps, seeds, sought, notebook, say)
+        yield Search(study, budget), HeldOut(study, halves[1], name)
 
 
 def number_of_steps(steps: int) -> int:
@@ -126,7 +128,7 @@ def _halves(seeds: int | Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def _found(search: Search, calls: int | None, speedup: float | None, psnr: float | None) -> Found:
-    count = search.full.evaluations
+    count = search.study.full.evaluations
     if psnr is not None:
         return _reached(search, number("psnr", psnr))
     if speedup is not None:
@@ -140,15 +142,16 @@ def _reached(search: Search, goal: float) -> Found:
 
     A quarter of what is left of the budget is spent on each smaller number of calls.
     """
-    count = search.full.evaluations
-    places = search.placement.best(count)
+    study = search.study
+    count = study.full.evaluations
+    places = study.placement.best(count)
     low, high = 1, count
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if search.score(Choice(places[middle])).mean >= goal else (middle + 1, high)
-    best = search.score(Choice(places[low]))
+        low, high = (low, middle) if study.score(Choice(places[middle])).mean >= goal else (middle + 1, high)
+    best = study.score(Choice(places[low]))
     for calls in range(low - 1, 0, -1):
-        found = search.climb(search.starts(calls), (search.budget - search.spent) / 4, goal)
+        found = search.climb(search.starts(calls), (search.budget - study.spent) / 4, goal)
         if found.mean < goal:
             break
         best = found

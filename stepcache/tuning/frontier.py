@@ -18,9 +18,10 @@ from stepcache.options import number
 from stepcache.profile import Profile
 
 from .calibrate import number_of_steps, prepared
+from .choice import Choice, Found
 from .held_out import HeldOut
 from .progress import progress
-from .search import Choice, Found, Search
+from .search import Search
 
 TUNED, FEWER, OTHER = "tuned", "fewer steps", "best other sampler"
 
@@ -143,7 +144,7 @@ def frontier(
         progress(console, float("inf")) as say,
         prepared(subject, sampler, steps, seeds, metric, float("inf"), state, workers, say) as (search, held_out),
     ):
-        count = search.full.evaluations
+        count = search.study.full.evaluations
         wanted = range(max(2, count // 10), count) if calls is None else calls
         wanted = sorted({number("calls", one, low=1, high=count, whole=True) for one in wanted})
         found = _rising(search, [*_searched(search, wanted, each)])
@@ -161,7 +162,7 @@ def _searched(search: Search, wanted: Sequence[int], budget: float) -> list[Foun
         if calls + 1 in found:
             more = found[calls + 1].places
             fewer = [tuple(place for place in more if place != left) for left in more[1:]]
-            starts.insert(1, Choice(min(fewer, key=search.placement.cost), found[calls + 1].choice.rule))
+            starts.insert(1, Choice(min(fewer, key=search.study.placement.cost), found[calls + 1].choice.rule))
         found[calls] = search.climb(list(dict.fromkeys(starts)), budget)
     return [found[calls] for calls in wanted]
 
@@ -172,9 +173,9 @@ def _rising(search: Search, found: Sequence[Found]) -> list[Found]:
     for one in found[1:]:
         last = kept[-1]
         if one.score <= last.score and len(one.places) == len(last.places) + 1:
-            free = [n for n in range(search.full.evaluations) if n not in last.places]
+            free = [n for n in range(search.study.full.evaluations) if n not in last.places]
             more = [tuple(sorted((*last.places, n))) for n in free]
-            other = search.score(Choice(min(more, key=search.placement.cost), last.choice.rule))
+            other = search.study.score(Choice(min(more, key=search.study.placement.cost), last.choice.rule))
             one = max(one, other, key=lambda found: found.score)
         if one.score > last.score:
             kept.append(one)
@@ -197,7 +198,7 @@ def _rivals(held_out: HeldOut, rivals: Mapping[str, Sequence[Callable[[], Method
     names = [name for name, settings in rivals.items() for _ in settings]
     found = held_out.scores([held_out.run(make()) for settings in rivals.values() for make in settings])
     points = [Point(name, calls, fmean(scores)) for name, (scores, calls) in zip(names, found, strict=True)]
-    return [point for point in points if point.calls < held_out.search.full.evaluations]
+    return [point for point in points if point.calls < held_out.study.full.evaluations]
 
 
 def mean_of(profile: Profile) -> float:

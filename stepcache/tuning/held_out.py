@@ -14,15 +14,16 @@ from stepcache import __version__
 from stepcache.methods import Method, method
 from stepcache.profile import Profile
 
-from .search import Found, Search
+from .choice import Found
+from .study import Study
 from .team import Run
 
 
 class HeldOut:
-    """Measures on seeds that the search has not seen. `metric` is the name of the search's metric."""
+    """Measures on seeds that the study has not seen. `metric` is the name of the search's metric."""
 
-    def __init__(self, search: Search, seeds: Sequence[int], metric: str) -> None:
-        self.search, self.seeds, self.metric = search, list(seeds), metric
+    def __init__(self, study: Study, seeds: Sequence[int], metric: str) -> None:
+        self.study, self.seeds, self.metric = study, list(seeds), metric
         self._fewer: dict[int, float] = {}
 
     @cached_property
@@ -32,19 +33,19 @@ class HeldOut:
 
     def run(self, method: Method | None = None, steps: int | None = None, sampler: str | None = None) -> Run:
         """A run of the held-out seeds; by default the full one."""
-        return Run(sampler or self.search.sampler, steps or self.search.steps, method, self.seeds)
+        return Run(sampler or self.study.sampler, steps or self.study.steps, method, self.seeds)
 
     def _sampled(self, runs: Sequence[Run]) -> list[tuple[Tensor, float]]:
         """Images, and calls for one branch."""
         found = []
-        for images, calls in self.search.team.sampled(runs):
-            self.search.spend(calls * len(self.seeds) / len(self.search.seeds))
+        for images, calls in self.study.team.sampled(runs):
+            self.study.spend(calls * len(self.seeds) / len(self.study.seeds))
             found.append((images, calls))
         return found
 
     def scores(self, runs: Sequence[Run]) -> list[tuple[list[float], float]]:
         """Of each run the metric of every sample against the full run, and the calls of one branch."""
-        metric, full = self.search.metric, self.full
+        metric, full = self.study.metric, self.full
         return [
             ([float(value) for value in metric(images, full, self.seeds)], calls)
             for images, calls in self._sampled(runs)
@@ -52,7 +53,7 @@ class HeldOut:
 
     def fewer_steps(self, calls: int) -> float:
         """The mean for a run of as many calls without a cache."""
-        twice = self.search.full.evaluations > self.search.steps
+        twice = self.study.full.evaluations > self.study.steps
         steps = (calls + 1) // 2 if twice else calls
         if steps not in self._fewer:
             self._fewer[steps] = fmean(self.scores([self.run(steps=steps)])[0][0])
@@ -60,16 +61,16 @@ class HeldOut:
 
     def profile(self, found: Found) -> Profile:
         """The profile and its figures. Learned weights are kept if the held-out seeds gain by them."""
-        search = self.search
-        digits = tuple(int(n in found.places) for n in range(search.full.evaluations))
-        plain = found.predictions if found.choice.rule else search.orders_alone(found.places)
+        study = self.study
+        digits = tuple(int(n in found.places) for n in range(study.full.evaluations))
+        plain = found.predictions if found.choice.rule else study.orders_alone(found.places)
         methods = [method("profile", path=Profile(digits, chosen)) for chosen in (found.predictions, plain)]
         learned, simple = (scores for scores, _ in self.scores([self.run(one) for one in methods]))
         keep = fmean(learned) > fmean(simple)
         values = learned if keep else simple
         measured = {
             "metric": self.metric,
-            "calibration": record(mean=found.mean, seeds=list(search.seeds)),
+            "calibration": record(mean=found.mean, seeds=list(study.seeds)),
             "held out": record(
                 mean=fmean(values),
                 worst=min(values),
@@ -78,15 +79,15 @@ class HeldOut:
                 fewer_steps=self.fewer_steps(len(found.places)),
                 seeds=self.seeds,
             ),
-            "cost in full runs": round(search.spent, 1),
+            "cost in full runs": round(study.spent, 1),
         }
         return Profile(
             digits,
             found.predictions if keep else plain,
-            search.full.schedule,
-            search.sampler,
-            {name: round(weight, 3) for name, weight in search.full.guidance.items()},
-            search.full.model,
+            study.full.schedule,
+            study.sampler,
+            {name: round(weight, 3) for name, weight in study.full.guidance.items()},
+            study.full.model,
             measured,
             {"stepcache": __version__, "torch": torch.__version__},
         )

@@ -8,8 +8,9 @@ import pytest
 from mixture import mixture
 
 from stepcache.tuning.calibrate import prepared
+from stepcache.tuning.choice import Choice
 from stepcache.tuning.placement import even
-from stepcache.tuning.search import RULES, Choice
+from stepcache.tuning.search import RULES
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def searching(budget=30, sampler="dpmpp_2m"):
 def test_it_begins_at_the_least_expected_error_and_at_even_places_with_every_rule():
     with searching() as search:
         starts = search.starts(4)
-        assert starts[0] == Choice(search.placement.best(4)[4])
+        assert starts[0] == Choice(search.study.placement.best(4)[4])
         assert {one.rule for one in starts if one.places == even(9, 4)} == {None, *RULES}
         assert {one.places for one in starts[1:]} == {even(9, 4), even(9, 4, 2)}
         assert all(len(one.places) == 4 for one in starts)
@@ -32,7 +33,7 @@ def test_what_it_returns_is_no_worse_than_any_start():
     """Not even with a budget that is spent when the starts are."""
     with searching(budget=1e6) as search:
         starts = search.starts(4)
-        best = max(search._scored(starts), key=lambda found: found.score)
+        best = max(search.study.scored(starts), key=lambda found: found.score)
         assert search.climb(starts, 0.5).score >= best.score
         assert search.climb(starts, 6).score > best.score
 
@@ -43,7 +44,7 @@ def test_a_start_with_a_rule_is_searched_around_if_it_is_best():
         found = search.climb([start], 4)
         assert found.choice.rule == (1, 0.25)
         assert not found.choice.returns
-        assert found.score > search.score(start).score
+        assert found.score > search.study.score(start).score
         assert {(how.order, how.share) for how in found.predictions.values()} == {(1, 0.25)}
 
 
@@ -65,10 +66,10 @@ def test_what_two_trials_share_is_not_run_again(one, other, since):
 def test_a_trial_that_shares_its_beginning_is_the_same_as_one_of_its_own():
     first, second = Choice((0, 2, 4, 7)), Choice((0, 2, 4, 7), returns=((6, 0.7), (8, 1.4)))
     with searching() as search:
-        search.score(first)
-        spent = search.spent
-        shared = search._scored([second], first)[0]
-        assert search.spent - spent == pytest.approx(1 / 9)
+        search.study.score(first)
+        spent = search.study.spent
+        shared = search.study.scored([second], first)[0]
+        assert search.study.spent - spent == pytest.approx(1 / 9)
     with searching() as search:
-        alone = search.score(second)
+        alone = search.study.score(second)
     assert shared.mean == pytest.approx(alone.mean, abs=0.01)
