@@ -65,6 +65,7 @@ from .profile import Prediction, Profile
 from .ranks import Ranks, groups_of, groups_of_mesh
 from .report import Report
 from .run_info import RunInfo, SkipCounts
+from .settings import Settings
 
 __all__ = [
     "DMD",
@@ -120,6 +121,7 @@ __all__ = [
     "Reuse",
     "RunInfo",
     "SecondOfTwo",
+    "Settings",
     "ShortRun",
     "SkipCounts",
     "SpectrumCadence",

@@ -23,6 +23,7 @@ import stepcache
 from stepcache import METHODS
 from stepcache.bench import KDiffusion
 from stepcache.cli import main
+from stepcache.extend import Profile
 from stepcache.samplers.k_diffusion import CachedDenoiser
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
@@ -163,13 +164,19 @@ class Parsed(Exception):
     """The arguments were accepted."""
 
 
+FOUND = {"magcache": {"calibrate": True}, "profile": {"path": Profile((1, 1), {})}}
+"""What `stepcache tune` finds by itself."""
+
+
 @pytest.mark.parametrize(("page", "arguments"), [*commands()])
 def test_a_command_of_a_page_is_accepted(page, arguments, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def parse_only(parser: argparse.ArgumentParser, given: list[str] | None = None, space: Any = None) -> None:
-        for text in getattr(parse(parser, given, space), "method", None) or ():
-            stepcache.method(*text.split(":", 1))
+        named = getattr(parse(parser, given, space), "method", None) or ()
+        for text in [named] if isinstance(named, str) else named:
+            name, _, options = text.partition(":")
+            stepcache.method(name, options, **FOUND.get(name, {}))
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)

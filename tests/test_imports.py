@@ -22,7 +22,8 @@ _optional _version options
 parametrization clock deferred masks offload plan call caller noise probe ranks
 run_info
 fingerprint
-profile
+calibrated
+profile settings
 branch
 event
 trace

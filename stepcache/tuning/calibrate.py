@@ -11,11 +11,13 @@ from stepcache.bench.subjects import Subject
 from stepcache.masks import LONGEST
 from stepcache.options import OptionError, number, shown, unknown
 from stepcache.profile import Profile
+from stepcache.settings import Settings
 
 from .choice import Choice, Found
 from .held_out import HeldOut
 from .notebook import Notebook
 from .progress import progress
+from .published import TRIES, Published
 from .search import Search
 from .study import Study
 from .team import team
@@ -38,11 +40,12 @@ def tune(
     steps: int = 20,
     seeds: int | Sequence[int] = 20,
     metric: str | None = None,
+    method: str = "profile",
     budget: float | None = None,
     state: str | os.PathLike[str] | None = None,
     workers: int = 1,
     console: Any = None,
-) -> Profile:
+) -> Profile | Settings:
     """Finds where to compute and how to predict the rest, for one model, sampler and number of steps.
 
     Exactly one target is given: `calls`, `speedup` or `psnr`.
@@ -56,6 +59,9 @@ def tune(
         seeds: how many, or which. The first half calibrates, in one batch; the other half is held out, and only
             measured.
         metric: one of the subject's, by name; its first by default. It decides, and `psnr` is in its unit.
+        method: "profile" (default): all of this is searched. Else a published method, with options as text if need be
+            ("magcache:max_skip_steps=6"): only the number that it is turned by is searched, and MagCache's ratios are
+            measured. That takes 15 runs of the calibration seeds at most, or one for each whole number.
         budget: the most calls that the calibration batch may cost, in full runs. Default 2.8 for each step.
         state: a file for what was found so far; with it a search that was stopped goes on where it was.
         workers: more than one: so many processes share the trials, started by Ray (the extra `ray`), a GPU each if the
@@ -63,8 +69,9 @@ def tune(
             must be picklable. 8 trials at a time are independent of each other; the profile is that of one worker.
         console: of `rich`, to show the progress on.
 
-    Returns a `Profile`; `.save("name.json")` writes it, and `stepcache.load_profile("name.json")` is the method that
-    replays it. Raises `OptionError` if the target is out of range, or if there are fewer than two different seeds.
+    Returns a `Profile`, or `Settings` for a published method; `.save("name.json")` writes it, and
+    `stepcache.load_profile("name.json")` is the method that replays it. Raises `OptionError` if the target is out of
+    range or cannot be reached, or if there are fewer than two different seeds.
 
     Example:
         >>> import torch
@@ -78,6 +85,11 @@ def tune(
     if sum(target is not None for target in (calls, speedup, psnr)) != 1:
         raise OptionError("give one target: calls=, speedup= or psnr=")
     steps = number_of_steps(steps)
+    if method != "profile":
+        for option, value, default in (("budget", budget, None), ("state", state, None), ("workers", workers, 1)):
+            if value != default:
+                raise OptionError(f"{option}={shown(value)} with method={shown(method)}: it is for profiles alone")
+        return _published(subject, method, calls, speedup, psnr, sampler, steps, seeds, metric, console)
     limit = number("budget", BUDGET * steps if budget is None else budget, low=LEAST + steps / 2)
     with (
         progress(console, limit) as say,
@@ -99,10 +111,7 @@ def prepared(
     say: Callable[[str, float], None],
 ) -> Iterator[tuple[Search, HeldOut]]:
     """A search with its full run and the growth of errors, and the other half of the seeds."""
-    halves = _halves(seeds)
-    name = next(iter(subject.metrics)) if metric is None else metric
-    if name not in subject.metrics:
-        raise unknown("metric", name, subject.metrics)
+    halves, name = _halves(seeds), _metric(subject, metric)
     settings = {key: repr(value) for key, value in subject.settings.items()}
     told = {"subject": subject.name, "sampler": sampler, "steps": steps, "seeds": halves, "metric": name}
     notebook = Notebook(state, {**told, "settings": settings})
@@ -112,6 +121,34 @@ def prepared(
     with team(workers, subject, sampler, steps, seeds, sought, full) as crew:
         study = Study(crew, full, sampler, steps, seeds, sought, notebook, say)
         yield Search(study, budget), HeldOut(study, halves[1], name)
+
+
+def _published(
+    subject: Subject,
+    method: str,
+    calls: int | None,
+    speedup: float | None,
+    psnr: float | None,
+    sampler: str,
+    steps: int,
+    seeds: int | Sequence[int],
+    metric: str | None,
+    console: Any,
+) -> Settings:
+    """A published method for the target."""
+    with progress(console, TRIES + 2) as say:
+        tries = Published(method, subject, sampler, steps, *_halves(seeds), _metric(subject, metric), say)
+        if psnr is not None:
+            return tries.settings(tries.for_mean(number("psnr", psnr)))
+        return tries.settings(tries.for_calls(_calls(tries.full.evaluations, calls, speedup)))
+
+
+def _metric(subject: Subject, metric: str | None) -> str:
+    """The name of the metric that decides."""
+    name = next(iter(subject.metrics)) if metric is None else metric
+    if name not in subject.metrics:
+        raise unknown("metric", name, subject.metrics)
+    return name
 
 
 def number_of_steps(steps: int) -> int:
@@ -128,13 +165,16 @@ def _halves(seeds: int | Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def _found(search: Search, calls: int | None, speedup: float | None, psnr: float | None) -> Found:
-    count = search.study.full.evaluations
     if psnr is not None:
         return _reached(search, number("psnr", psnr))
+    return search.climb(search.starts(_calls(search.study.full.evaluations, calls, speedup)))
+
+
+def _calls(count: int, calls: int | None, speedup: float | None) -> int:
+    """The target in calls, of a run of so many evaluations."""
     if speedup is not None:
         calls = max(1, int(count / number("speedup", speedup, low=1.0, high=count)))
-    many = number("calls", calls, low=1, high=count, whole=True)
-    return search.climb(search.starts(many))
+    return number("calls", calls, low=1, high=count, whole=True)
 
 
 def _reached(search: Search, goal: float) -> Found:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from stepcache._optional import require
+from stepcache.calibrated import Calibrated
+from stepcache.options import OptionError
 from stepcache.profile import Profile
 
 from .calibrate import BUDGET, tune
@@ -27,6 +29,12 @@ def add(parser: argparse.ArgumentParser, network: str, guidance: str) -> None:
     parser.add_argument("--samples", type=int, default=20, help="seeds: half to calibrate, half held out (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default %(default)s)")
     parser.add_argument("--metric", help="a metric of the subject's (default its first)")
+    parser.add_argument(
+        "--method",
+        default="profile",
+        metavar="NAME[:OPTIONS]",
+        help="a published method, of which only the main number is searched: magcache, easycache, ... (%(default)s)",
+    )
     parser.add_argument(
         "--budget",
         type=float,
@@ -54,29 +62,32 @@ def run(options: argparse.Namespace, subject: Any) -> None:
         "console": console,
     }
     if options.frontier:
-        found = frontier(subject, others=options.other, **common)
-        found.save(out)
-        console.print(found.table(), markup=False)
+        if options.method != "profile":
+            raise OptionError(f"method={options.method!r} with --frontier: it is of profiles alone")
+        curve = frontier(subject, others=options.other, **common)
+        curve.save(out)
+        console.print(curve.table(), markup=False)
         console.print(f"Written to {out}: a profile a number of calls, table.md, points.json, frontier.png")
         return
-    profile = tune(subject, calls=options.calls, speedup=options.speedup, psnr=options.psnr, **common)
-    profile.save(out)
-    console.print(summary(profile))
+    target = {"calls": options.calls, "speedup": options.speedup, "psnr": options.psnr}
+    found = tune(subject, method=options.method, **target, **common)
+    found.save(out)
+    console.print(summary(found))
     console.print(f"Written to {out}. Use it: stepcache.load_profile({str(out)!r})")
 
 
-def summary(profile: Profile) -> Any:
-    """A table of what the profile reaches."""
-    table = require("rich.table", "bench").Table(title=f"{profile.calls} calls of {profile.evaluations}")
-    for column in (profile.measured["metric"], "mean", "worst"):
+def summary(found: Calibrated) -> Any:
+    """A table of what a calibration reaches."""
+    held, calibration = found.measured["held out"], found.measured["calibration"]
+    calls = found.calls if isinstance(found, Profile) else held["calls"]
+    table = require("rich.table", "bench").Table(title=f"{calls:g} calls of {found.evaluations}")
+    for column in (found.measured["metric"], "mean", "worst"):
         table.add_column(column)
-    held, calibration = profile.measured["held out"], profile.measured["calibration"]
     table.add_row("calibration seeds", f"{calibration['mean']:.2f}", "")
     table.add_row("held-out seeds", f"{held['mean']:.2f}", f"{held['worst']:.2f}")
-    table.add_row("  learned weights", f"{held['learned_weights']:.2f}", "")
-    table.add_row("  orders alone", f"{held['orders_alone']:.2f}", "")
-    table.add_row("  fewer steps", f"{held['fewer_steps']:.2f}", "")
-    table.caption = (
-        f"computed: {''.join(map(str, profile.computed))}; cost {profile.measured['cost in full runs']} full runs"
-    )
+    for name in ("learned weights", "orders alone", "fewer steps"):
+        if (value := held.get(name.replace(" ", "_"))) is not None:
+            table.add_row(f"  {name}", f"{value:.2f}", "")
+    chosen = f"computed: {''.join(map(str, found.computed))}; " if isinstance(found, Profile) else ""
+    table.caption = f"{chosen}cost {found.measured['cost in full runs']} full runs"
     return table

@@ -84,12 +84,12 @@ class HeldOut:
         return Profile(
             digits,
             found.predictions if keep else plain,
-            study.full.schedule,
-            study.sampler,
-            {name: round(weight, 3) for name, weight in study.full.guidance.items()},
-            study.full.model,
-            measured,
-            {"stepcache": __version__, "torch": torch.__version__},
+            schedule=study.full.schedule,
+            sampler=study.sampler,
+            guidance={name: round(weight, 3) for name, weight in study.full.guidance.items()},
+            model=study.full.model,
+            measured=measured,
+            versions={"stepcache": __version__, "torch": torch.__version__},
         )
 
 

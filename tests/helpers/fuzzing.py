@@ -27,9 +27,11 @@ from hypothesis import strategies as st
 from toys import cached, filled, level, twice
 
 from stepcache import METHODS, Method, OptionError, StepMask, load_config, load_profile, method, parse
+from stepcache.calibrated import FORMAT
 from stepcache.compat.cache_dit import FIELDS, NEUTRAL
 from stepcache.extend import Clock, accepted_options
-from stepcache.profile import FORMAT, Profile
+from stepcache.profile import Profile
+from stepcache.settings import Settings
 
 LONGEST_MESSAGE = 3000
 
@@ -361,6 +363,40 @@ def profile(given: bytes) -> None:
         known.save(path)
         assert Profile.load(path).computed == known.computed
         lasts(load_profile(path))
+
+
+VALUES = (
+    st.floats() | st.integers() | st.booleans() | st.text(max_size=5) | st.sampled_from(["fast", "1/1.1", 0.2, 10**400])
+)
+
+
+@st.composite
+def settings(draw: st.DrawFn) -> bytes:
+    """A sound file of a published method in which up to two places hold something else."""
+    name = draw(st.sampled_from([*METHODS]) | st.text(max_size=5))
+    text = name + draw(st.sampled_from(["", "", ":", ":warmup=1", ":mask=101", ":path=x", ":threshold=nan"]))
+    keys = st.sampled_from(["threshold", "interval", "ratios", "mask", "start", "gates", "predictor", "path", "dtype"])
+    known: dict[str, Any] = {
+        "format": FORMAT,
+        "method": text,
+        "evaluations": draw(st.integers(0, 30)),
+        "sampler": "euler",
+    }
+    known |= {"options": draw(st.dictionaries(keys, VALUES, max_size=2)), "schedule": [3.0, 1.0, 0.0], "measured": {}}
+    for _ in range(draw(st.integers(0, 2))):
+        known[draw(st.sampled_from([*known, "x"]))] = draw(JUNK | VALUES)
+    return json.dumps(known).encode()
+
+
+@target(settings())
+def found(given: bytes) -> None:
+    path = nowhere() / "found.json"
+    path.write_bytes(given)
+    with refusals():
+        how = load_profile(path)
+        Settings.load(path).save(path)
+        assert load_profile(path) == how
+        lasts(how)
 
 
 # Timelines

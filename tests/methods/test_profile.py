@@ -16,7 +16,11 @@ from stepcache.profile import Prediction, Profile
 
 LEARNED = Prediction(1, 0.0, (0, 2), (-1.0, 3.0), (0.0, 0.0))
 THREE_OF_SIX = Profile(
-    (1, 0, 1, 0, 0, 1), {1: Prediction(0, 0.0), 3: Prediction(1, 0.0), 4: LEARNED}, SIX, "euler", {"cond": 1.0}
+    (1, 0, 1, 0, 0, 1),
+    {1: Prediction(0, 0.0), 3: Prediction(1, 0.0), 4: LEARNED},
+    schedule=SIX,
+    sampler="euler",
+    guidance={"cond": 1.0},
 )
 
 
@@ -98,7 +102,7 @@ class Weighted(torch.nn.Module):
 
 
 def test_another_model_is_warned_of_and_the_same_one_is_not(recwarn):
-    profile = Profile(THREE_OF_SIX.computed, THREE_OF_SIX.predictions, SIX, model=Fingerprint.of(Weighted()))
+    profile = Profile(THREE_OF_SIX.computed, THREE_OF_SIX.predictions, schedule=SIX, model=Fingerprint.of(Weighted()))
     replayed(profile, Weighted())
     replayed(profile, Weighted(value=1.001))
     assert not recwarn.list
