@@ -3,16 +3,17 @@
 python benchmarks/tune.py [--split development|test] [--networks ...] [--samplers ...] [--steps 20] [--calls 5 8 11]
 
 For every network and sampler one recorded run and one measurement of the growth of errors, then a search for each
-number of calls. Rivals, each with as many calls or fewer: Forecast, even places with the best of orders 0 to 2 and
-shares 0 and 1/4 (chosen on the held-out seeds themselves), and fewer steps of the same sampler. What is measured is
-appended to records.jsonl under `--out`, and cells that are there are not measured again.
+number of calls. Profiles and rivals are then measured on 64 further seeds. Rivals, each with as many calls or fewer:
+Forecast, even places with the best of orders 0 to 2 and shares 0 and 1/4 (chosen on those very seeds), and fewer steps
+of the same sampler. What is measured is appended to records.jsonl under `--out`, and cells that are there are not
+measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,7 +27,7 @@ from stepcache.extend import Prediction, Profile
 from stepcache.tuning import frontier
 from stepcache.tuning.placement import even
 
-EVEN = "even places"
+EVEN, FEWER = "even places", "fewer steps"
 
 
 def at_places(places: frozenset[int], evaluations: int, order: int, share: float) -> Method:
@@ -36,63 +37,73 @@ def at_places(places: frozenset[int], evaluations: int, order: int, share: float
     return method("profile", path=Profile(digits, skipped))
 
 
-def measured(network: str, sampler: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def searched(network: str, sampler: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A record a number of calls."""
-    steps = options.steps
-    rivals = {
-        "Forecast": [partial(Forecast, interval, min_evaluations=0) for interval in range(2, 11)],
-        EVEN: [
-            partial(at_places, frozenset(even(steps, calls, start)), steps, order, share)
-            for calls in options.calls
-            for start in (1, 2)
-            for order in (0, 1, 2)
-            for share in (0.0, 0.25)
-        ],
-    }
-    seeds = [*range(options.calibrate), *range(1000, 1000 + options.calibrate)]
     found = frontier(
         zoo.subject(network),
         sampler=sampler,
-        steps=steps,
-        seeds=seeds,
+        steps=options.steps,
+        seeds=[*range(options.calibrate), *range(1000, 1000 + options.calibrate)],
         calls=options.calls,
-        rivals=rivals,
+        rivals={},
         budget=options.budget,
     )
     return [
         {
             "network": network,
             "sampler": sampler,
-            "steps": steps,
+            "steps": options.steps,
             "calls": profile.calls,
-            "computed": "".join(map(str, profile.computed)),
             "calibration": profile.measured["calibration"]["mean"],
             "cost": profile.measured["cost in full runs"],
-            **{name: profile.measured["held out"][name] for name in ("mean", "worst", "orders_alone", "fewer_steps")},
-            "Forecast": found.best("Forecast", profile.calls),
-            EVEN: found.best(EVEN, profile.calls),
-            "fewer": {point.calls: point.mean for point in found.points if point.name == "fewer steps"},
             "profile": profile.written(),
         }
         for profile in found.profiles
     ]
 
 
+def measured(record: dict[str, Any], seeds: list[int], equal: int | None = None) -> dict[str, Any]:
+    """The record with what profile and rivals reach on these seeds. `equal`: steps of one more run without a cache."""
+    subject = zoo.subject(record["network"])
+    sampler, steps, calls = record["sampler"], record["steps"], record["calls"]
+    full = subject.sample(sampler, steps, None, seeds).images
+
+    def reached(how: Method | None, count: int = steps) -> float:
+        return fmean(map(float, zoo.psnr_of_range(subject.sample(sampler, count, how, seeds).images, full, seeds)))
+
+    def best(methods: Iterable[Method]) -> float | None:
+        affordable = [one for one in methods if subject.sample(sampler, steps, one, seeds[:1]).calls <= calls]
+        return max(map(reached, affordable), default=None)
+
+    tuned = method("profile", path=Profile.read(json.dumps(record["profile"])))
+    evens = (
+        at_places(frozenset(even(steps, calls, start)), steps, order, share)
+        for start in (1, 2)
+        for order in (0, 1, 2)
+        for share in (0.0, 0.25)
+    )
+    fewer = {calls, equal or calls}
+    return record | {
+        "seeds": len(seeds),
+        "mean": reached(tuned),
+        "Forecast": best(Forecast(interval, min_evaluations=0) for interval in range(2, 11)),
+        EVEN: best(evens),
+        FEWER: reached(None, calls),
+        "without a cache": {count: reached(None, count) for count in sorted(fewer)},
+    }
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: a row a cell, and the mean gain over each rival."""
-    lines = [
-        "| network, sampler | calls | tuned | orders alone | Forecast | even places | fewer steps | cost |",
-        "|---" * 8 + "|",
-    ]
+    lines = ["| network, sampler | calls | tuned | Forecast | even places | fewer steps | cost |", "|---" * 7 + "|"]
     for one in sorted(records, key=lambda r: (r["steps"], r["calls"], r["sampler"])):
-        rivals = [one[name] for name in ("orders_alone", "Forecast", EVEN, "fewer_steps")]
-        texts = ["" if value is None else f"{value:.1f}" for value in rivals]
+        texts = ["" if one[name] is None else f"{one[name]:.1f}" for name in ("Forecast", EVEN, FEWER)]
         head = f"{one['network']}, {one['sampler']} | {one['calls']} of {one['steps']} | **{one['mean']:.1f}**"
         lines.append(f"| {head} | {' | '.join(texts)} | {one['cost']:.0f} |")
     for steps, calls in sorted({(one["steps"], one["calls"]) for one in records}):
         cells = [one for one in records if (one["steps"], one["calls"]) == (steps, calls)]
         gains = {}
-        for name in ("Forecast", EVEN, "fewer_steps"):
+        for name in ("Forecast", EVEN, FEWER):
             known = [one["mean"] - one[name] for one in cells if one[name] is not None]
             gains[name] = f"{fmean(known):+.1f} over {name} (worst {min(known):+.1f})" if known else f"no {name}"
         lines.append(f"\n{calls} of {steps}, {len(cells)} cells: {', '.join(gains.values())}.")
@@ -106,7 +117,11 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=["euler", "dpmpp_2m"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--calls", nargs="+", type=int, default=[5, 8, 11])
-    parser.add_argument("--calibrate", type=int, default=8, help="seeds to calibrate on; as many are held out")
+    parser.add_argument(
+        "--calibrate", type=int, default=8, help="seeds to calibrate on; a profile chooses on as many others"
+    )
+    parser.add_argument("--seeds", type=int, default=64, help="seeds to measure on")
+    parser.add_argument("--equal", type=int, help="steps of one more run without a cache, recorded beside the others")
     parser.add_argument("--budget", type=float, default=22, help="full runs for the trials of one number of calls")
     parser.add_argument("--out", type=Path, default=Path("tune-output"))
     options = parser.parse_args()
@@ -117,7 +132,8 @@ def main() -> None:
     networks = options.networks or zoo.SPLITS[options.split]
     cells = [(network, sampler) for network in networks for sampler in options.samplers]
     for network, sampler in track([cell for cell in cells if (*cell, options.steps) not in known]):
-        new = measured(network, sampler, options)
+        seeds = [*range(3000, 3000 + options.seeds)]
+        new = [measured(one, seeds, options.equal) for one in searched(network, sampler, options)]
         records += new
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(one) + "\n" for one in new)

@@ -31,6 +31,23 @@ def even(evaluations: int, calls: int, first: int = 1) -> tuple[int, ...]:
     return (*range(first), *(round(first - 1 + gap * (k + 1)) for k in range(calls - first)))
 
 
+def spread(evaluations: int, calls: int) -> set[tuple[int, ...]]:
+    """The first evaluation, and the others at even distances from one to another, for every pair of these.
+
+    Example:
+        >>> from stepcache.tuning.placement import spread
+        >>> sorted(spread(6, 3))[:3]
+        [(0, 1, 3), (0, 1, 4), (0, 1, 5)]
+    """
+    last = calls - 2  # distances
+    return {
+        (0, *(round(begin + (end - begin) / last * k) for k in range(calls - 1)))
+        for begin in range(1, evaluations - last)
+        for end in range(max(begin + last, evaluations // 2), evaluations)
+        if last > 0
+    }
+
+
 class Placement:
     """The expected error of every choice of places, from the inner products of a full run's latents and slopes.
 

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 from itertools import islice, pairwise
 
 from .choice import Choice, Found, Places, Rule
-from .placement import even
+from .placement import even, spread
 from .study import Study
 
 ROUND = 8
@@ -21,6 +21,9 @@ QUIET = 12
 
 RULES: tuple[Rule, ...] = ((1, 0.25), (2, 0.25), (1, 0.0), (2, 0.0), (0, 0.0), (0, 0.25))
 """Order and share of the denoised image that even places are tried with, beside fitted predictions."""
+
+SPREAD = 6
+"""So many places at even distances inside the run are begun with."""
 
 STRENGTHS = 0.7, 1.4
 """The factors that are tried on how far a gap's last prediction returns to the full run."""
@@ -38,16 +41,24 @@ class Search:
         self.study, self.budget = study, budget
 
     def starts(self, calls: int) -> list[Choice]:
-        """Where a search begins: the places of least expected error, and even ones, fitted and with every rule."""
-        evens = [even(self.study.full.evaluations, calls, first) for first in (1, 2) if first == 1 or first < calls]
+        """Where a search begins, with fitted predictions but for the last ones: even places with every rule.
+
+        First the places of least expected error, then even ones, then those of least expected error among places at
+        even distances from one evaluation to another: the best ones are often of that kind.
+        """
+        count, cost = self.study.full.evaluations, self.study.placement.cost
+        evens = [even(count, calls, first) for first in (1, 2) if first == 1 or first < calls]
+        inside = sorted(spread(count, calls), key=lambda places: (cost(places), places))[:SPREAD]
+        fitted = [self.study.placement.best(calls)[calls], *evens, *inside]
         rules = [Choice(places, rule) for rule in RULES for places in evens]
-        return list(dict.fromkeys([Choice(self.study.placement.best(calls)[calls]), *map(Choice, evens), *rules]))
+        return list(dict.fromkeys([*map(Choice, fitted), *rules]))
 
     def climb(self, starts: Sequence[Choice], budget: float | None = None, enough: float | None = None) -> Found:
         """The best choice that trials find from these on, until the budget ends or the mean is `enough`.
 
-        Each round tries neighbours of one choice, usually the best so far. Each round that finds nothing better lowers
-        the rank of its choice, so that the search moves on to another one. It ends after `QUIET` such rounds in a row.
+        Each round tries neighbours of one choice with fitted predictions, usually the best so far. Each round that
+        finds nothing better lowers the rank of its choice, so that the search moves on to another one. It ends after
+        `QUIET` such rounds in a row. Choices with a rule are starts alone: around them it would only get stuck.
         """
         cost = len(starts[0].places) / self.study.full.evaluations  # of one trial, at most
         limit = self.budget - 1 - 4 * cost  # the held-out seeds are measured afterwards
@@ -57,7 +68,7 @@ class Search:
         first = [starts[0], *self._affordable(starts[1:], int(left / cost / 3))]
         known = {found.choice: found for found in self.study.scored(first)}
         best = max(known.values(), key=lambda found: found.score)
-        rounds, quiet = {choice: self._rounds(choice, known) for choice in known}, 0
+        rounds, quiet = {choice: self._rounds(choice, known) for choice in known if choice.rule is None}, 0
         tried = dict.fromkeys(known, 0)
         last, limit = limit, limit - left / 6  # what is left after the rounds is for the strengths
         while quiet < QUIET and rounds and (enough is None or best.mean < enough):

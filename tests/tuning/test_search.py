@@ -9,7 +9,7 @@ from mixture import mixture
 
 from stepcache.tuning.calibrate import prepared
 from stepcache.tuning.choice import Choice
-from stepcache.tuning.placement import even
+from stepcache.tuning.placement import even, spread
 from stepcache.tuning.search import RULES
 
 
@@ -24,7 +24,8 @@ def test_it_begins_at_the_least_expected_error_and_at_even_places_with_every_rul
         starts = search.starts(4)
         assert starts[0] == Choice(search.study.placement.best(4)[4])
         assert {one.rule for one in starts if one.places == even(9, 4)} == {None, *RULES}
-        assert {one.places for one in starts[1:]} == {even(9, 4), even(9, 4, 2)}
+        assert {one.places for one in starts[1:3]} == {even(9, 4), even(9, 4, 2)}
+        assert {one.places for one in starts[1:]} - {even(9, 4), even(9, 4, 2)} < spread(9, 4)
         assert all(len(one.places) == 4 for one in starts)
         assert {len(one.places) for one in search.starts(1)} == {1}
 
@@ -38,14 +39,14 @@ def test_what_it_returns_is_no_worse_than_any_start():
         assert search.climb(starts, 6).score > best.score
 
 
-def test_a_start_with_a_rule_is_searched_around_if_it_is_best():
+def test_a_start_with_a_rule_is_not_searched_around_but_is_what_is_found_if_it_is_best():
     with searching() as search:
-        start = Choice(even(9, 4), (1, 0.25))
-        found = search.climb([start], 4)
-        assert found.choice.rule == (1, 0.25)
-        assert not found.choice.returns
-        assert found.score > search.study.score(start).score
-        assert {(how.order, how.share) for how in found.predictions.values()} == {(1, 0.25)}
+        rule, fitted = Choice(even(9, 8), (1, 0.25)), Choice((0,))
+        assert search.study.score(rule).score > search.study.score(fitted).score
+        spent = search.study.spent
+        assert search.climb([rule], 4).choice == rule
+        assert search.climb([fitted, rule], 4).choice == rule
+        assert search.study.spent == spent
 
 
 @pytest.mark.parametrize(
