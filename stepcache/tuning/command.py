@@ -85,7 +85,7 @@ def summary(found: Calibrated) -> Any:
         table.add_column(column)
     table.add_row("calibration seeds", f"{calibration['mean']:.2f}", "")
     table.add_row("held-out seeds", f"{held['mean']:.2f}", f"{held['worst']:.2f}")
-    for name in ("learned weights", "orders alone", "fewer steps"):
+    for name in ("learned weights", "orders alone", "even places", "fewer steps"):
         if (value := held.get(name.replace(" ", "_"))) is not None:
             table.add_row(f"  {name}", f"{value:.2f}", "")
     chosen = f"computed: {''.join(map(str, found.computed))}; " if isinstance(found, Profile) else ""

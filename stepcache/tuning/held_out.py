@@ -60,30 +60,36 @@ class HeldOut:
         return self._fewer[steps]
 
     def profile(self, found: Found) -> Profile:
-        """The profile and its figures. Learned weights are kept if the held-out seeds gain by them."""
-        study = self.study
-        digits = tuple(int(n in found.places) for n in range(study.full.evaluations))
-        plain = found.predictions if found.choice.rule else study.orders_alone(found.places)
-        methods = [method("profile", path=Profile(digits, chosen)) for chosen in (found.predictions, plain)]
-        learned, simple = (scores for scores, _ in self.scores([self.run(one) for one in methods]))
-        keep = fmean(learned) > fmean(simple)
-        values = learned if keep else simple
+        """The profile and its figures, of what is best on the held-out seeds.
+
+        That is: what was found with its learned weights, without them, or even places with one rule.
+        """
+        study, calls = self.study, len(found.places)
+        rule, tried = study.best_rule(calls), {}
+        if found.choice.rule is None:
+            tried["learned_weights"] = found.places, found.predictions
+            tried["orders_alone"] = found.places, study.orders_alone(found.places)
+        if rule is not None:
+            tried["even_places"] = rule.places, rule.predictions
+        profiles = {name: (self._digits(places), how) for name, (places, how) in tried.items()}
+        runs = [self.run(method("profile", path=Profile(*one))) for one in profiles.values()]
+        scores = dict(zip(profiles, (scores for scores, _ in self.scores(runs)), strict=True))
+        best = max(scores, key=lambda name: fmean(scores[name]))
+        known = rule if rule is not None and best == "even_places" else found
         measured = {
             "metric": self.metric,
-            "calibration": record(mean=found.mean, seeds=list(study.seeds)),
+            "calibration": record(mean=known.mean, seeds=list(study.seeds)),
             "held out": record(
-                mean=fmean(values),
-                worst=min(values),
-                learned_weights=fmean(learned),
-                orders_alone=fmean(simple),
-                fewer_steps=self.fewer_steps(len(found.places)),
+                mean=fmean(scores[best]),
+                worst=min(scores[best]),
+                **{name: fmean(values) for name, values in scores.items()},
+                fewer_steps=self.fewer_steps(calls),
                 seeds=self.seeds,
             ),
             "cost in full runs": round(study.spent, 1),
         }
         return Profile(
-            digits,
-            found.predictions if keep else plain,
+            *profiles[best],
             schedule=study.full.schedule,
             sampler=study.sampler,
             guidance={name: round(weight, 3) for name, weight in study.full.guidance.items()},
@@ -91,6 +97,9 @@ class HeldOut:
             measured=measured,
             versions={"stepcache": __version__, "torch": torch.__version__},
         )
+
+    def _digits(self, places: Sequence[int]) -> tuple[int, ...]:
+        return tuple(int(n in places) for n in range(self.study.full.evaluations))
 
 
 def record(**figures: Any) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Search:
         `QUIET` such rounds in a row. Choices with a rule are starts alone: around them it would only get stuck.
         """
         cost = len(starts[0].places) / self.study.full.evaluations  # of one trial, at most
-        limit = self.budget - 1 - 4 * cost  # the held-out seeds are measured afterwards
+        limit = self.budget - 1 - 5 * cost  # the held-out seeds are measured afterwards
         begun = self.study.begun(starts[0])
         limit = limit if budget is None else min(limit, begun + budget)
         left = limit - begun

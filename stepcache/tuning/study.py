@@ -45,6 +45,7 @@ class Study:
         self.metric, self.notebook, self._say = metric, notebook, say
         self.spent = float(notebook.get("spent") or 0.0)
         self._recordings: dict[Choice, Any] = {}
+        self._found: dict[Choice, Found] = {}
         self.spend(full.calls)
         self._refuse_another_model()
         self.placement = Placement(full, self._growth())
@@ -112,7 +113,7 @@ class Study:
         """Trials of each of these, or what the notebook knows of them; other recordings than `around`'s are dropped."""
         if around is not None:
             self._recordings = {around: self._recordings[around]} if around in self._recordings else {}
-        found: dict[Choice, Found] = {}
+        found = self._found
         new = self.unknown(choices)
         jobs = [self._job(choice, around) for choice in new]
         for choice, (outcome, recording) in zip(new, self._tried(jobs), strict=True):
@@ -122,7 +123,13 @@ class Study:
             score = mean - statistics.pstdev(outcome.scores) / 2
             self.notebook.add(choice.name, {"mean": mean, "score": score, "skipped": skipped})
             found[choice] = Found(choice, mean, score, outcome.chosen)
-        return [found.get(choice) or self._known(choice) for choice in choices]
+        found |= {choice: self._known(choice) for choice in choices if choice not in found}
+        return [found[choice] for choice in choices]
+
+    def best_rule(self, calls: int) -> Found | None:
+        """The best choice of so many calls that has a rule; None if none was tried."""
+        known = [one for one in self._found.values() if one.choice.rule and len(one.places) == calls]
+        return max(known, key=lambda found: found.score, default=None)
 
     def unknown(self, choices: Sequence[Choice]) -> list[Choice]:
         """Those that the notebook does not know."""
