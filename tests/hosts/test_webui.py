@@ -70,7 +70,7 @@ def test_calls_are_skipped_and_counted(found):
         elif situation == "alternating words":  # another prompt at every step, so that no two outputs are comparable
             assert entry["on"]["calls"] == entry["without"]["calls"]
             assert "no step of this run was skipped" in entry["on"]["said"][-1]
-        elif situation.startswith("img2img") and len(entry["without"]["rows"]) <= 8:  # DDIM makes one step fewer
+        elif 0 < max(entry["on"]["evaluations"], default=0) <= 8:  # DDIM makes one step fewer than others
             assert entry["on"]["calls"] == entry["without"]["calls"]
             assert "is too short to predict steps in it" in entry["on"]["said"][-1]
         else:
