@@ -93,6 +93,7 @@ class Frontier:
             dashes = "--" if name in (FEWER, OTHER) else ":"
             panel.plot(*zip(*own, strict=True), "sDv^<>P*X"[number_ % 9] + dashes, ms=5, lw=1.2, label=name)
         panel.set(title=self.title, xlabel="calls for one branch", ylabel=f"{self.metric} to the full run")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize=9)
         figure.savefig(path, dpi=110)
