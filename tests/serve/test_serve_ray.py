@@ -5,6 +5,7 @@ The tests with Ray run if the extra `ray` is installed. `benchmarks/serve_load.p
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 
@@ -151,6 +152,7 @@ def test_the_service_on_ray(batch, count, monkeypatch):
     """Mixed requests on one replica: every image is that of the request alone, bit for bit without batches."""
     pytest.importorskip("ray", reason="the extra ray is not installed")
     monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES), prepend=os.pathsep)  # for the replicas
     import serve_load
 
     result = serve_load.main([f"--requests={count}", "--replicas=1", f"--batch={batch}"])
