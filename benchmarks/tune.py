@@ -82,14 +82,14 @@ def measured(record: dict[str, Any], seeds: list[int], equal: int | None = None)
         for order in (0, 1, 2)
         for share in (0.0, 0.25)
     )
-    fewer = {calls, equal or calls}
+    plain = {count: reached(None, count) for count in sorted({calls, equal or calls})}
     return record | {
         "seeds": len(seeds),
         "mean": reached(tuned),
         "Forecast": best(Forecast(interval, min_evaluations=0) for interval in range(2, 11)),
         EVEN: best(evens),
-        FEWER: reached(None, calls),
-        "without a cache": {count: reached(None, count) for count in sorted(fewer)},
+        FEWER: plain[calls],
+        "without a cache": plain,
     }
 
 

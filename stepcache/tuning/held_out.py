@@ -16,6 +16,7 @@ from stepcache.profile import Profile
 
 from .choice import Found
 from .study import Study
+from .tape import Tape
 from .team import Run
 
 
@@ -88,18 +89,21 @@ class HeldOut:
             ),
             "cost in full runs": round(study.spent, 1),
         }
-        return Profile(
-            *profiles[best],
-            schedule=study.full.schedule,
-            sampler=study.sampler,
-            guidance={name: round(weight, 3) for name, weight in study.full.guidance.items()},
-            model=study.full.model,
-            measured=measured,
-            versions={"stepcache": __version__, "torch": torch.__version__},
-        )
+        return Profile(*profiles[best], **made_on(study.full, study.sampler), measured=measured)
 
     def _digits(self, places: Sequence[int]) -> tuple[int, ...]:
         return tuple(int(n in places) for n in range(self.study.full.evaluations))
+
+
+def made_on(full: Tape, sampler: str) -> dict[str, Any]:
+    """What a file says of the full run that it was made on."""
+    return {
+        "schedule": full.schedule,
+        "sampler": sampler,
+        "guidance": {name: round(weight, 3) for name, weight in full.guidance.items()},
+        "model": full.model,
+        "versions": {"stepcache": __version__, "torch": torch.__version__},
+    }
 
 
 def record(**figures: Any) -> dict[str, Any]:

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
-
-from stepcache import __version__
 from stepcache.bench.metrics import Metric
 from stepcache.bench.subjects import Subject
 from stepcache.criteria.magcache import calibration
@@ -18,7 +15,7 @@ from stepcache.methods import Method, main_number, method
 from stepcache.options import OptionError, shown
 from stepcache.settings import Settings, Value
 
-from .held_out import record
+from .held_out import made_on, record
 from .tape import Tape
 from .trial import Trial
 
@@ -64,9 +61,11 @@ class Published:
         self.text, self.subject, self.sampler, self.steps = text, subject, sampler, steps
         self.seeds, self.held_out, self.metric, self.say = list(seeds), list(held_out), metric, say
         self._fixed: dict[str, Value] = {}
+        self._spent = 1.0  # the full run
         if text.partition(":")[0] == "magcache":
             ratios = subject.sample(sampler, steps, method(text, calibrate=True), self.seeds)
             self._fixed[RATIOS] = calibration(ratios.report)
+            self._spent += 1
         known = main_number(text.partition(":")[0]) if self.made(None) else None
         if known is None:
             raise OptionError(f"method={shown(text)}: it has no number that a target could be reached by")
@@ -156,16 +155,14 @@ class Published:
                 fewer_steps=fmean(map(float, plain)),
                 seeds=self.held_out,
             ),
-            "cost in full runs": round(1 + sum(t.calls for t in self.tried.values()) / self.full.evaluations, 1),
+            "cost in full runs": round(
+                self._spent + sum(t.calls for t in self.tried.values()) / self.full.evaluations, 1
+            ),
         }
         return Settings(
             self.text,
             {**self._fixed, self.knob: chosen.value},
             self.full.evaluations,
-            schedule=self.full.schedule,
-            sampler=self.sampler,
-            guidance={name: round(weight, 3) for name, weight in self.full.guidance.items()},
-            model=self.full.model,
+            **made_on(self.full, self.sampler),
             measured=measured,
-            versions={"stepcache": __version__, "torch": torch.__version__},
         )

@@ -72,7 +72,7 @@ def test_learned_weights_are_kept_if_held_out_seeds_gain_by_them(four):
 
 
 def test_even_places_are_kept_if_they_are_best_on_held_out_seeds():
-    """The search is shown seeds on which it does well, and the held-out ones are another metric's."""
+    """The metric prefers near images on the calibration seeds, and far ones on the others."""
 
     def liking_rules(images, full, seeds):
         off = (images - full).flatten(1).abs().mean(1)
